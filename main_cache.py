@@ -1,0 +1,74 @@
+"""Precompute the latents of a training set: per image an npz with `moments` and `moments_flip`.
+
+    python main_cache.py --model mar_tiny --data_path data/shapes --cached_path data/shapes_latents
+
+ROOT/train/CLASS/NAME becomes CACHED/CLASS/NAME.npz. Files that are there already are kept, so the
+same command goes on after an interruption. Several processes (torchrun) share the images.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import engine
+from models.presets import PRESETS
+from util import dist
+from util.data import ImageFolder, to_unit_range
+from util.device import pick_device
+from util.errors import UserError, run_main
+from util.flags import make_parser, resolve
+
+
+def write_moments(path: Path, moments: Tensor, moments_flip: Tensor) -> None:
+    """One cached image, float32 (2C, h, w) each, written atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as file:
+        np.savez(file, moments=moments.numpy(), moments_flip=moments_flip.numpy())
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def cache(args: argparse.Namespace, world: dist.World, device: torch.device) -> int:
+    """Write what is missing of this process's share; returns the number of files written."""
+    if args.cached_path is None:
+        raise UserError("--cached_path DIR is missing: the folder for the latents")
+    images = ImageFolder(Path(args.data_path) / "train", args.img_size)
+    targets = [
+        Path(args.cached_path) / f"{images.relative_path(i)}.npz" for i in range(len(images))
+    ]
+    missing = [i for i in range(world.rank, len(images), world.size) if not targets[i].exists()]
+    groups = [missing[i : i + args.batch_size] for i in range(0, len(missing), args.batch_size)]
+    picks = [[(index, False) for index in group] for group in groups]
+    tokenizer = engine.open_tokenizer(args, device)
+    loader = DataLoader(images, batch_sampler=picks, num_workers=args.num_workers)
+    bar = tqdm(zip(groups, loader, strict=True), total=len(groups), unit="batch", disable=None)
+    for group, (batch, _) in bar:
+        x = to_unit_range(batch.to(device))
+        moments = tokenizer.encode(x).parameters.float().cpu()
+        moments_flip = tokenizer.encode(x.flip(-1)).parameters.float().cpu()
+        for i, index in enumerate(group):
+            write_moments(targets[index], moments[i], moments_flip[i])
+    return len(missing)
+
+
+def main() -> None:
+    """Command line."""
+    args = make_parser("main_cache").parse_args()
+    resolve(args, "main_cache", PRESETS)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    world = dist.world_from_env(args.dist_on_itp)
+    device = pick_device(args.device, world.local_rank)
+    written = cache(args, world, device)
+    print(f"process {world.rank}: {written} files written to {args.cached_path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

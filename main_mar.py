@@ -1,0 +1,296 @@
+"""Train MAR, or evaluate a trained one with --evaluate.
+
+    python main_mar.py --model mar_tiny --use_cached --cached_path data/shapes_latents
+    torchrun --nproc_per_node=8 main_mar.py --model mar_base --diffloss_d 6 --diffloss_w 1024 ...
+
+With `--resume DIR` the same command goes on where it stopped, in the middle of an epoch too, and
+computes the very same numbers as a run that was never stopped (on the same device and precision).
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import engine
+from models.presets import PRESETS
+from models.tokenizers import latent_scale_of
+from models.vae import DiagonalGaussianDistribution
+from util import checkpoint, dist
+from util.data import (
+    BatchPlan,
+    CachedFolder,
+    CachedTensors,
+    ImageFolder,
+    batches,
+    to_unit_range,
+)
+from util.device import pick_device, pick_dtype
+from util.ema import EMA
+from util.errors import UserError, run_main
+from util.flags import make_parser, resolve
+from util.lr import LRSchedule, make_optimizer, scaled_lr
+from util.run_log import RunLog
+from util.signals import StopRequest
+
+IN_MEMORY_BELOW = 4 << 30  # bytes of cached latents that are read into memory without being asked
+
+
+def open_data(args: argparse.Namespace) -> ImageFolder | CachedFolder | CachedTensors:
+    """Training data, checked against the model's geometry. UserError if they disagree."""
+    if not args.use_cached:
+        data = ImageFolder(Path(args.data_path) / "train", args.img_size)
+    else:
+        if args.cached_path is None:
+            raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
+        data = CachedFolder(args.cached_path)
+        side = args.img_size // args.vae_stride
+        expected, found = (2 * args.vae_embed_dim, side, side), tuple(data[(0, False)][0].shape)
+        if found != expected:
+            raise UserError(
+                f"{args.cached_path} holds moments {found}, the model needs {expected}: "
+                "check --img_size, --vae_stride and --vae_embed_dim"
+            )
+        in_memory = args.cache_in_memory
+        if in_memory is None:
+            in_memory = data.memory_bytes() < IN_MEMORY_BELOW
+        if in_memory:
+            print(
+                f"reading {data.memory_bytes() / 2**30:.2f} GiB of latents into memory", flush=True
+            )
+            data = CachedTensors(data)
+    if data.class_count > args.class_num:
+        raise UserError(
+            f"the data have {data.class_count} classes, the model {args.class_num}: "
+            f"give --class_num {data.class_count}"
+        )
+    return data
+
+
+def latents_from(
+    args: argparse.Namespace, tokenizer: nn.Module | None, scale: float
+) -> Callable[[Tensor], Tensor]:
+    """Function from a batch on the device to scaled latents: a draw from each image's posterior."""
+
+    @torch.no_grad()
+    def from_moments(moments: Tensor) -> Tensor:
+        return DiagonalGaussianDistribution(moments).sample() * scale
+
+    @torch.no_grad()
+    def from_images(images: Tensor) -> Tensor:
+        return tokenizer.encode(to_unit_range(images)).sample() * scale
+
+    return from_moments if args.use_cached else from_images
+
+
+def main() -> None:
+    """Command line."""
+    args = make_parser("main_mar").parse_args()
+    resolve(args, "main_mar", PRESETS)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    world = dist.world_from_env(args.dist_on_itp)
+    device = pick_device(args.device, world.local_rank)
+    dist.start(world, device, args.dist_url)
+    try:
+        run(args, world, device)
+    finally:
+        dist.stop(world)
+
+
+def run(args: argparse.Namespace, world: dist.World, device: torch.device) -> None:
+    """Train or evaluate as the flags say, in this process of `world`."""
+    dtype = pick_dtype(args.dtype, device)
+    torch.manual_seed(args.seed)
+    model = engine.build_model(args).to(device)
+    tokenizer = None
+    if not args.use_cached or args.latent_scale is None or args.online_eval or args.evaluate:
+        tokenizer = engine.open_tokenizer(args, device)
+    if args.evaluate:
+        if not args.resume:
+            raise UserError("--evaluate needs --resume DIR, the folder of checkpoint-last.pth")
+        checkpoint.load_into(model, args.resume, use_ema=True)
+        engine.evaluate(model, tokenizer, args, world, device, dtype)
+        return
+    scale = latent_scale_of(tokenizer, args.latent_scale)
+    data = open_data(args)
+    plan = BatchPlan(len(data), args.batch_size, args.seed, world.rank, world.size)
+    peak = scaled_lr(args.lr, args.blr, plan.images_per_step)
+    schedule = LRSchedule(
+        peak, args.min_lr, args.warmup_epochs, args.epochs, shape=args.lr_schedule
+    )
+    state = engine.TrainState(
+        model=model,
+        wrapped=model,
+        ema=EMA(model, args.ema_rate),
+        optimizer=make_optimizer(model, peak, args.weight_decay),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+    )
+    first_epoch, first_step = args.start_epoch, 0
+    state.step = first_epoch * plan.steps
+    if args.resume:
+        first_epoch, first_step = resume(state, plan, args.resume)
+    if world.size > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        state.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    config = engine.StepConfig(schedule, args.grad_clip, args.seed, world.rank, device, dtype)
+    if world.is_main:
+        count = sum(p.numel() for p in model.parameters())
+        print(
+            f"{args.model}: {count / 1e6:.1f}M parameters on {device}, {dtype}, "
+            f"{torch.get_num_threads()} CPU threads\n"
+            f"{len(data)} images, {plan.steps} steps of {plan.images_per_step} per epoch, "
+            f"peak lr {peak:.3g}, latent scale {scale:.4g}; "
+            f"from epoch {first_epoch}, step {first_step}",
+            flush=True,
+        )
+    to_latents = latents_from(args, tokenizer, scale)
+    with StopRequest() as stop_request, Watch(args, state, plan, world, stop_request) as watch:
+        for epoch in range(first_epoch, args.epochs):
+            picks = plan.epoch(epoch, first_step)
+            watch.begin(epoch, first_step)
+            stopped = engine.train_one_epoch(
+                state,
+                batches(data, picks, args.num_workers, args.pin_mem and device.type == "cuda"),
+                epoch,
+                first_step,
+                plan.steps,
+                to_latents,
+                config,
+                watch.after_step,
+            )
+            first_step = 0
+            done = epoch + 1
+            if stopped or watch.must_stop:
+                break
+            if done % args.save_last_freq == 0 or done == args.epochs:
+                watch.save(done, 0)
+            if args.online_eval and (done % args.eval_freq == 0 or done == args.epochs):
+                with state.ema.swapped_into(model):
+                    engine.evaluate(model, tokenizer, args, world, device, dtype)
+    dist.barrier(world)
+
+
+def resume(state: engine.TrainState, plan: BatchPlan, path: str) -> tuple[int, int]:
+    """Restore a run; returns (epoch, step inside it) to go on with."""
+    epoch, progress = checkpoint.restore_checkpoint(
+        path,
+        model=state.model,
+        ema=state.ema,
+        optimizer=state.optimizer,
+        scaler=state.scaler,
+    )
+    step_in_epoch = progress.get("step_in_epoch", 0)
+    if step_in_epoch and progress["images_per_step"] != plan.images_per_step:
+        raise UserError(
+            f"{path} stopped inside an epoch with {progress['images_per_step']} images per step, "
+            f"this run has {plan.images_per_step}: give the same --batch_size and processes"
+        )
+    state.step = progress.get("step", epoch * plan.steps)
+    state.skipped = progress.get("skipped", 0)
+    return epoch, step_in_epoch
+
+
+class Watch:
+    """After every step: log, save, stop. A context manager; leaving it closes the log."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        state: engine.TrainState,
+        plan: BatchPlan,
+        world: dist.World,
+        stop_request: StopRequest,
+    ) -> None:
+        self.args, self.state, self.plan, self.world = args, state, plan, world
+        self.stop_request, self.must_stop = stop_request, False
+        self.log = (
+            RunLog(args.output_dir, args.log_dir or args.output_dir) if world.is_main else None
+        )
+        self.losses: list[Tensor] = []
+        self.logged = self.saved = time.monotonic()
+        self.epoch, self.bar = 0, None
+
+    def __enter__(self) -> "Watch":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.log:
+            self.log.close()
+
+    def begin(self, epoch: int, first_step: int) -> None:
+        """Start of an epoch."""
+        self.epoch = epoch
+        if self.bar is not None:
+            self.bar.close()
+        if self.world.is_main and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=self.plan.steps, initial=first_step, desc=f"epoch {epoch}", unit="step"
+            )
+
+    def save(self, epoch: int, step_in_epoch: int) -> None:
+        """Write checkpoint-last.pth as seen from (epoch, step_in_epoch), the next step to take."""
+        self.saved = time.monotonic()
+        if not self.world.is_main:
+            return
+        checkpoint.save_checkpoint(
+            Path(self.args.output_dir) / checkpoint.LAST,
+            model=self.state.model,
+            ema=self.state.ema,
+            optimizer=self.state.optimizer,
+            scaler=self.state.scaler,
+            epochs_done=epoch,
+            args=self.args,
+            progress={
+                "step_in_epoch": step_in_epoch,
+                "step": self.state.step,
+                "images_per_step": self.plan.images_per_step,
+                "skipped": self.state.skipped,
+            },
+        )
+
+    def after_step(self, result: engine.StepResult, done: int) -> bool:
+        """Called by the engine; True ends the run. `done` steps of this epoch are behind us."""
+        args, state = self.args, self.state
+        if self.bar is not None:
+            self.bar.update()
+        self.losses.append(result.loss)
+        if state.step % args.log_freq == 0 and self.log:
+            self._write_log(result, done)
+        asked = dist.any_rank(self.stop_request.requested, self.world, result.loss.device)
+        self.must_stop = asked or (args.max_steps is not None and state.step >= args.max_steps)
+        late = args.save_minutes and time.monotonic() - self.saved > 60 * args.save_minutes
+        if self.must_stop or late:
+            ended = done == self.plan.steps
+            self.save(self.epoch + ended, 0 if ended else done)
+        if self.must_stop and self.world.is_main:
+            print(
+                f"stopped after step {state.step}; go on with --resume {args.output_dir}",
+                flush=True,
+            )
+        return self.must_stop
+
+    def _write_log(self, result: engine.StepResult, done: int) -> None:
+        now = time.monotonic()
+        self.log.write(
+            self.state.step,
+            epoch=round(self.epoch + done / self.plan.steps, 4),
+            loss=torch.stack(self.losses).mean().item(),
+            lr=result.lr,
+            grad_norm=result.grad_norm.item(),
+            images_per_s=len(self.losses) * self.plan.images_per_step / (now - self.logged),
+            skipped=self.state.skipped,
+        )
+        self.losses.clear()
+        self.logged = now
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,105 @@
+"""Transformer layers with timm's names and arithmetic: pre-norm, exact GELU, fused qkv.
+
+The plain path is `block(x)`. Two optional arguments serve whoever computes less than everything:
+`update` sees this layer's new keys and values and returns those to attend to (a cache), and
+`rows` names the positions whose output is wanted, while all of x serves as keys and values.
+"""
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6  # MAR, models/mar.py: norm_layer=partial(nn.LayerNorm, eps=1e-6)
+
+KVUpdate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; keys of the state_dict: qkv, proj."""
+
+    def __init__(
+        self, dim: int, num_heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not a multiple of {num_heads} heads")
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(
+        self, x: Tensor, update: KVUpdate | None = None, rows: slice | None = None
+    ) -> Tensor:
+        """x (B, n, D) -> (B, n, D), or (B, len(rows), D)."""
+        if rows is None:
+            q, k, v = self._heads(self.qkv(x), 3)
+        else:
+            k, v = self.keys_values(x)
+            q = self.queries(x[:, rows])
+        if update is not None:
+            k, v = update(k, v)
+        return self.attend(q, k, v)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """x (B, n, D) -> (B, H, n, D/H)."""
+        dim = x.shape[-1]
+        return self._heads(F.linear(x, self.qkv.weight[:dim], self.qkv.bias[:dim]), 1)[0]
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, n, D) -> keys and values, each (B, H, n, D/H)."""
+        dim = x.shape[-1]
+        k, v = self._heads(F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]), 2)
+        return k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (B, H, n, d), k and v (B, H, m, d) -> (B, n, H*d), projected."""
+        drop = self.attn_drop if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+    def _heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, n, parts*D) -> `parts` tensors (B, H, n, D/H)."""
+        x = x.unflatten(-1, (parts, self.num_heads, -1))  # (B, n, parts, H, d)
+        return x.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Mlp(nn.Module):
+    """Linear, exact GELU, Linear; keys fc1, fc2."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """timm's vision-transformer Block: x + attn(norm1(x)), then x + mlp(norm2(x))."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads, attn_drop, proj_drop)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop)
+
+    def forward(
+        self, x: Tensor, update: KVUpdate | None = None, rows: slice | None = None
+    ) -> Tensor:
+        """x (B, n, D) -> (B, n, D), or (B, len(rows), D)."""
+        attended = self.attn(self.norm1(x), update, rows)
+        x = (x if rows is None else x[:, rows]) + attended
+        return x + self.mlp(self.norm2(x))

@@ -1,0 +1,81 @@
+"""What LazyMAR remembers between decoding steps: keys, values, and the probe layer's last values.
+
+Sequences are in decoding order behind the buffer, so the encoder's cache only ever grows at its end.
+The methods that take (k, v) are KVUpdates for models.layers.Attention.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values (rows, H, capacity, d) of one layer, allocated once at exactly this size."""
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows = rows
+        self.capacity = capacity
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def refill(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember the first `rows` rows of k, v (B, H, n, d); attend to k, v as they are."""
+        if self.k is None:
+            shape = (self.rows, k.shape[1], self.capacity, k.shape[3])
+            self.k, self.v = k.new_empty(shape), v.new_empty(shape)
+        self.k[:, :, : k.shape[2]] = k[: self.rows]
+        self.v[:, :, : v.shape[2]] = v[: self.rows]
+        return k, v
+
+    def append(self, buffer_size: int, end: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Renew the buffer and append the new tokens so that they end at `end`; attend to all."""
+        start = end - (k.shape[2] - buffer_size)
+        for cached, new in ((self.k, k), (self.v, v)):
+            cached[:, :, :buffer_size] = new[:, :, :buffer_size]
+            cached[:, :, start:end] = new[:, :, buffer_size:]
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def scatter(self, index: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Renew the positions index (rows, n) by k, v (rows, H, n, d); attend to all positions."""
+        at = index[:, None, :, None].expand_as(k)
+        self.k.scatter_(2, at, k)
+        self.v.scatter_(2, at, v)
+        return self.k, self.v
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self.k is None else self.k.nbytes + self.v.nbytes
+
+
+class ProbeCache:
+    """Values (rows, H, n, d) of the probe layer at the last step; tells which positions changed."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.v: Tensor | None = None
+
+    def refill(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember the first `rows` rows of v; attend to k, v as they are."""
+        if self.v is None:
+            self.v = torch.empty_like(v[: self.rows])
+        self.v.copy_(v[: self.rows])
+        return k, v
+
+    def select(self, v: Tensor, always: slice, count: int) -> Tensor:
+        """Positions (rows, count) to compute further, those of `always` first; remembers v.
+
+        The others are those with the lowest cosine similarity, averaged over heads, between their
+        new value v (rows, H, n, d) and the remembered one (LazyMAR, section 3.2).
+        """
+        score = F.cosine_similarity(v.float(), self.v.float(), dim=-1).mean(dim=1)  # (rows, n)
+        self.v.copy_(v)
+        score[:, always] = float("inf")
+        fixed = torch.arange(always.start, always.stop, device=v.device).expand(v.shape[0], -1)
+        others = score.topk(count - fixed.shape[1], dim=1, largest=False).indices
+        return torch.cat([fixed, others], dim=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self.v is None else self.v.nbytes

@@ -1,0 +1,128 @@
+"""LazyMAR (Yan et al., ICCV 2025): which steps compute what. Integers only; tensors live elsewhere.
+
+Tokens decoded long ago and tokens still masked hardly change between decoding steps (token cache),
+nor does the difference between the two guidance branches (condition cache); inside a denoising run,
+blocks of the head hardly change between neighbouring steps (head cache). A *refresh* step computes
+everything and fills the caches, a *lazy* step reads them.
+"""
+
+import math
+from dataclasses import dataclass
+
+from models.plan import DecodingPlan
+
+# Keep ratio from a progress s/T on; the published table of 64 steps, written as progress.
+KEEP_SCHEDULE = (
+    (0.0, 1.0),
+    (20 / 64, 0.6),
+    (21 / 64, 0.5),
+    (25 / 64, 0.4),
+    (30 / 64, 0.15),
+    (35 / 64, 0.12),
+    (40 / 64, 0.05),
+)
+
+
+@dataclass(frozen=True)
+class LazyMARConfig:
+    """Constants of LazyMAR; the defaults are the published ones.
+
+    warmup, interval: step s is a refresh if s < warmup or (s - warmup) % interval == 0.
+    probe_layer: the decoder layer whose values tell which positions changed; all are computed up
+        to it, only the kept ones behind it.
+    keep: (progress, ratio) pairs; from progress s/T on, at least this share of all positions is kept.
+    keep_floor: positions kept besides those decoded in this step and in the previous one.
+    token_cache, condition_cache, head_cache: each switched off alone computes its part exactly.
+    head_interval: denoising step i is full if i is the first one or i % head_interval == 0.
+    head_skip: head blocks (from 0) that other denoising steps replace by their last change.
+    head_warm: share of the denoising steps above which MLPs of the other blocks are recomputed.
+    """
+
+    warmup: int = 5
+    interval: int = 9
+    probe_layer: int = 3
+    keep_floor: int = 15
+    keep: tuple[tuple[float, float], ...] = KEEP_SCHEDULE
+    token_cache: bool = True
+    condition_cache: bool = True
+    head_cache: bool = True
+    head_interval: int = 7
+    head_skip: tuple[int, ...] = (1, 2, 3, 4)
+    head_warm: float = 0.9
+
+    def __post_init__(self) -> None:
+        least = {"warmup": 0, "interval": 1, "probe_layer": 0, "keep_floor": 0, "head_interval": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number from {smallest}")
+        object.__setattr__(self, "keep", tuple((float(p), float(r)) for p, r in self.keep))
+        object.__setattr__(self, "head_skip", tuple(sorted({int(b) for b in self.head_skip})))
+        progress = [p for p, _ in self.keep]
+        if not progress or progress[0] != 0 or progress != sorted(set(progress)):
+            raise ValueError(f"keep has progress {progress}; it must ascend from 0")
+        if not all(0 < ratio <= 1 for _, ratio in self.keep):
+            raise ValueError(f"keep has ratios {[r for _, r in self.keep]}; each must be in (0, 1]")
+        if any(block < 0 for block in self.head_skip):
+            raise ValueError(f"head_skip is {self.head_skip}; head blocks count from 0")
+        if not 0 <= self.head_warm <= 1:
+            raise ValueError(f"head_warm is {self.head_warm}; it must be in [0, 1]")
+
+    @classmethod
+    def of(cls, lazy_mar: "LazyMARConfig | bool | None") -> "LazyMARConfig | None":
+        """The argument of sample_tokens: None or False is plain, True the published defaults."""
+        if lazy_mar is None or lazy_mar is False:
+            return None
+        if lazy_mar is True:
+            return cls()
+        if not isinstance(lazy_mar, cls):
+            raise ValueError(f"lazy_mar is {lazy_mar!r}; give a LazyMARConfig, True, False or None")
+        return lazy_mar
+
+    def is_refresh(self, index: int) -> bool:
+        """Whether step `index` computes everything."""
+        return index < self.warmup or (index - self.warmup) % self.interval == 0
+
+    def keep_ratio(self, index: int, num_iter: int) -> float:
+        """The keep schedule at progress index / num_iter."""
+        return [ratio for progress, ratio in self.keep if index / num_iter >= progress][-1]
+
+    def is_full(self, i: int, num_steps: int) -> bool:
+        """Whether denoising step i = num_steps-1 .. 0 computes both branches through all blocks."""
+        return i == num_steps - 1 or i % self.head_interval == 0
+
+    def is_warm(self, i: int, num_steps: int) -> bool:
+        """Whether a lazy denoising step i still recomputes the MLPs of blocks it does not skip."""
+        return i > self.head_warm * num_steps
+
+
+@dataclass(frozen=True)
+class StepPolicy:
+    """What one decoding step does.
+
+    refresh: computes everything. fills: a lazy step follows before the next refresh, so the caches
+    will be read. residual_stop: ranks up to here will need the guidance residual of this refresh.
+    kept: positions computed behind the probe layer of a lazy step.
+    """
+
+    refresh: bool
+    fills: bool
+    residual_stop: int
+    kept: int
+
+
+def step_policies(
+    config: LazyMARConfig, plan: DecodingPlan, buffer_size: int
+) -> dict[int, StepPolicy]:
+    """The policy of every step of the plan, by step index."""
+    total = buffer_size + plan.seq_len
+    policies: dict[int, StepPolicy] = {}
+    lazy_stop = 0  # rank up to which the lazy steps behind this one predict; 0: a refresh follows
+    for step in reversed(plan.steps):
+        refresh = config.is_refresh(step.index) or step is plan.steps[0]
+        always = (step.stop - step.previous) + config.keep_floor
+        share = math.floor(total * config.keep_ratio(step.index, plan.num_iter))
+        kept = min(total, max(always, share))
+        policies[step.index] = StepPolicy(refresh, lazy_stop > 0, max(step.stop, lazy_stop), kept)
+        lazy_stop = 0 if refresh else max(step.stop, lazy_stop)
+    return policies

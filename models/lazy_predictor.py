@@ -1,0 +1,157 @@
+"""LazyPredictor: z of each decoding step with LazyMAR's token cache and condition cache.
+
+Stands in for models.mar.PlainPredictor and drives the same, untouched MAR.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from models.lazy_cache import KVCache, ProbeCache
+from models.lazy_mar import LazyMARConfig, StepPolicy, step_policies
+from models.plan import DecodingPlan, DecodingStep
+
+if TYPE_CHECKING:
+    from models.mar import MAR
+
+
+class LazyPredictor:
+    """Born with one call of sample_tokens; holds everything that outlives a decoding step.
+
+    Rows are conditional first, then unconditional. With the condition cache, caches and lazy steps
+    know the conditional rows only.
+    """
+
+    def __init__(
+        self,
+        model: "MAR",
+        order: Tensor,
+        embedding: Tensor,
+        plan: DecodingPlan,
+        config: LazyMARConfig,
+    ) -> None:
+        """order (B, L) decoding order; embedding (B, D), or (2B, D) with guidance."""
+        self.model = model
+        self.branches = embedding.shape[0] // order.shape[0]
+        self.order = order.repeat(self.branches, 1)
+        self.embedding = embedding
+        self.policies = step_policies(config, plan, model.buffer_size)
+        self.use_residual = config.condition_cache and self.branches == 2
+        self.rows = order.shape[0] if self.use_residual else embedding.shape[0]
+        self.residual: Tensor | None = None  # uncond - cond of ranks from residual_start on
+        self.residual_start = 0
+
+        self.token_cache = config.token_cache
+        total = model.buffer_size + plan.seq_len
+        lazy_starts = [s.start for s in plan.steps if not self.policies[s.index].refresh]
+        known = model.buffer_size + max(lazy_starts, default=0)
+        self.probe_layer = min(config.probe_layer, len(model.decoder_blocks))
+        self.encoder_caches = [KVCache(self.rows, known) for _ in model.encoder_blocks]
+        self.probe = ProbeCache(self.rows)
+        deeper = range(self.probe_layer + 1, len(model.decoder_blocks))
+        self.decoder_caches = {i: KVCache(self.rows, total) for i in deeper}
+        self.decoder_input: Tensor | None = None  # (rows, total, D), position embeddings added
+
+    def __call__(self, step: DecodingStep, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, c), known up to step.start -> z (branches * B, stop - start, D)."""
+        policy = self.policies[step.index]
+        if policy.refresh:
+            x = self._refresh(step, policy, tokens)
+        else:
+            x = self._lazy(step, policy, tokens)
+        return self.model.to_condition(x, self.order[:, step.start : step.stop])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all caches."""
+        caches = (*self.encoder_caches, *self.decoder_caches.values(), self.probe)
+        held = [t.nbytes for t in (self.residual, self.decoder_input) if t is not None]
+        return sum(cache.nbytes for cache in caches) + sum(held)
+
+    def _refresh(self, step: DecodingStep, policy: StepPolicy, tokens: Tensor) -> Tensor:
+        """Everything, both branches -> decoder output (branches * B, n, D)."""
+        fill = policy.fills and self.token_cache
+        x = self._encode_all(step, tokens, self.branches, fill)
+        if fill:
+            if self.decoder_input is None:
+                self.decoder_input = torch.empty_like(x[: self.rows])
+            self.decoder_input.copy_(x[: self.rows])
+        x = self._decode_all(x, step.start, policy.residual_stop, fill)
+        if policy.fills and self.use_residual:
+            conditional, unconditional = x.chunk(2)
+            self.residual = unconditional - conditional
+            self.residual_start = step.start
+        return x[:, : step.stop - step.start]
+
+    def _lazy(self, step: DecodingStep, policy: StepPolicy, tokens: Tensor) -> Tensor:
+        """What changed, conditional rows -> decoder output (branches * B, n, D)."""
+        branches = 1 if self.use_residual else self.branches
+        if self.token_cache:
+            x = self._decode_changed(self._encode_new(step, tokens, branches), step, policy.kept)
+        else:
+            x = self._encode_all(step, tokens, branches, fill=False)
+            x = self._decode_all(x, step.start, step.stop, fill=False)
+        if self.use_residual:
+            base = self.residual_start
+            x = torch.cat([x, x + self.residual[:, step.start - base : step.stop - base]])
+        return x
+
+    def _encode_all(
+        self, step: DecodingStep, tokens: Tensor, branches: int, fill: bool
+    ) -> Tensor:
+        """All known tokens -> decoder input (branches * B, total, D)."""
+        known = tokens[:, : step.start].repeat(branches, 1, 1)
+        order, embedding = self.order[: len(known)], self.embedding[: len(known)]
+        x = self.model.embed_known(known, order[:, : step.start], embedding)
+        updates = [cache.refill for cache in self.encoder_caches] if fill else None
+        return self.model.embed_decoder(self.model.encode(x, updates), order)
+
+    def _decode_all(self, x: Tensor, start: int, stop: int, fill: bool) -> Tensor:
+        """Decoder input (R, total, D) -> decoder output (R, stop - start, D) of ranks start..stop."""
+        buffer = self.model.buffer_size
+        updates = None
+        if fill:
+            updates = [None] * self.probe_layer + [self.probe.refill]
+            updates += [cache.refill for cache in self.decoder_caches.values()]
+        return self.model.decode(x, slice(buffer + start, buffer + stop), updates)
+
+    def _encode_new(self, step: DecodingStep, tokens: Tensor, branches: int) -> Tensor:
+        """Buffer and tokens of the previous step -> decoder input (rows, total, D), renewed there."""
+        buffer = self.model.buffer_size
+        new = tokens[:, step.previous : step.start].repeat(branches, 1, 1)
+        order = self.order[: self.rows, step.previous : step.start]
+        x = self.model.embed_known(new, order, self.embedding[: self.rows])
+        end = buffer + step.start
+        updates = [partial(cache.append, buffer, end) for cache in self.encoder_caches]
+        x = self.model.embed_decoder(self.model.encode(x, updates), order)
+        self.decoder_input[:, :buffer] = x[:, :buffer]
+        self.decoder_input[:, buffer + step.previous : end] = x[:, buffer:]
+        return self.decoder_input
+
+    def _decode_changed(self, x: Tensor, step: DecodingStep, kept: int) -> Tensor:
+        """Decoder input (rows, total, D) -> decoder output (rows, n, D), deep layers on kept rows."""
+        blocks = self.model.decoder_blocks
+        if kept == x.shape[1] or self.probe_layer == len(blocks):
+            return self._decode_all(x, step.start, step.stop, fill=True)
+        for block in blocks[: self.probe_layer]:
+            x = block(x)
+        block, buffer = blocks[self.probe_layer], self.model.buffer_size
+        h = block.norm1(x)
+        k, v = block.attn.keys_values(h)
+        always = slice(buffer + step.previous, buffer + step.stop)
+        index = self.probe.select(v, always, kept)  # (rows, kept)
+        x, h = _take(x, index), _take(h, index)
+        x = x + block.attn.attend(block.attn.queries(h), k, v)
+        x = x + block.mlp(block.norm2(x))
+        now = slice(step.start - step.previous, step.stop - step.previous)  # among the kept
+        for i, cache in self.decoder_caches.items():
+            rows = now if i == len(blocks) - 1 else None
+            x = blocks[i](x, partial(cache.scatter, index), rows)
+        return x if self.decoder_caches else x[:, now]
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """x (R, n, D), index (R, m) -> (R, m, D)."""
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))

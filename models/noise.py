@@ -1,0 +1,61 @@
+"""ImageNoise: all the randomness of a batch of images, drawn image by image from their seeds.
+
+Each token is denoised exactly once, so one decoding order and one tensor of head noise are all that chance
+contributes to an image. Drawn from the image's own seed they make the picture independent of its
+batch, of the number of processes and of caching.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageNoise:
+    """Orders and head noise of B images with L tokens of C channels and T denoising steps.
+
+    orders (B, L) int64: a permutation each; its *front* stays masked longest.
+    head (B, L, T+1, C) float32: head[b, p, 0] is the initial x_T of token p, head[b, p, 1+k] the
+    noise of its k-th denoising step.
+    """
+
+    orders: Tensor
+    head: Tensor
+
+    @classmethod
+    def from_seeds(
+        cls,
+        seeds: Sequence[int],
+        seq_len: int,
+        num_sampling_steps: int,
+        channels: int,
+        device: torch.device | str = "cpu",
+    ) -> "ImageNoise":
+        """Draw image i from seeds[i] alone (0 <= seed), the same on every device and platform.
+
+        numpy's RandomState has a frozen stream (NEP 19), unlike torch's generators, whose values
+        differ between devices and vector widths. Raises ValueError for a negative seed.
+        """
+        shape = (seq_len, int(num_sampling_steps) + 1, channels)
+        orders = np.empty((len(seeds), seq_len), dtype=np.int64)
+        head = np.empty((len(seeds), *shape), dtype=np.float32)
+        for i, seed in enumerate(seeds):
+            if int(seed) < 0:
+                raise ValueError(f"seed {int(seed)} is negative; seeds are whole numbers from 0")
+            stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(int(seed))))
+            orders[i] = stream.permutation(seq_len)
+            head[i] = stream.standard_normal(shape)
+        return cls(torch.from_numpy(orders).to(device), torch.from_numpy(head).to(device))
+
+    def check(self, batch: int, seq_len: int, num_sampling_steps: int, channels: int) -> None:
+        """Raise ValueError unless the shapes are those that the model needs."""
+        want_orders = (batch, seq_len)
+        want_head = (batch, seq_len, num_sampling_steps + 1, channels)
+        if tuple(self.orders.shape) != want_orders or tuple(self.head.shape) != want_head:
+            raise ValueError(
+                f"the noise has orders {tuple(self.orders.shape)} and head {tuple(self.head.shape)}; "
+                f"this call needs {want_orders} and {want_head}"
+            )

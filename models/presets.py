@@ -1,0 +1,60 @@
+"""What a model's name implies: geometry, tokenizer, head, guidance and files, unless a flag says otherwise.
+
+`eval.py --model mar_tiny` and `models.mar.mar_tiny()` both read this table.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelPreset:
+    """Geometry and files of one named model.
+
+    `latent_scale` multiplies the tokenizer's latents for the model (and divides them for decoding);
+    None means that the tokenizer's own file states it.
+    """
+
+    img_size: int = 256
+    vae_stride: int = 16
+    vae_embed_dim: int = 16
+    patch_size: int = 1
+    class_num: int = 1000
+    buffer_size: int = 64
+    diffloss_d: int = 12
+    diffloss_w: int = 1536
+    num_sampling_steps: str = "100"
+    cfg: float = 3.25  # LazyMAR's eval.py
+    tokenizer: str = "kl16"  # kl16 (AutoencoderKL) or linear (LinearTokenizer)
+    vae_path: str = "pretrained_models/vae/kl16.ckpt"
+    latent_scale: float | None = 0.2325  # MAR, section 4.1: scale of the KL-16 latents
+    resume: str = ""
+    features: str = "inception-v3-compat"  # the feature extractor of FID and IS
+    features_path: str | None = None  # None: where torch-fidelity keeps its own weights
+    fid_stats: str = "fid_stats/adm_in256_stats.npz"
+
+
+_TINY = "pretrained_models/mar_tiny"
+
+PRESETS: dict[str, ModelPreset] = {
+    "mar_base": ModelPreset(diffloss_d=6, diffloss_w=1024, resume="pretrained_models/mar/mar_base"),
+    "mar_large": ModelPreset(diffloss_d=8, diffloss_w=1280, resume="pretrained_models/mar/mar_large"),
+    "mar_huge": ModelPreset(resume="pretrained_models/mar/mar_huge"),
+    "mar_tiny": ModelPreset(
+        img_size=64,
+        vae_stride=4,
+        vae_embed_dim=8,
+        class_num=10,
+        buffer_size=8,
+        diffloss_d=6,
+        diffloss_w=192,
+        num_sampling_steps="ddim50",  # starts at t=980: a small head is not accurate at t=999
+        cfg=3.0,
+        tokenizer="linear",
+        vae_path=f"{_TINY}/tokenizer.safetensors",
+        latent_scale=None,
+        resume=f"{_TINY}/model.safetensors",
+        features="shapes",
+        features_path=f"{_TINY}/classifier.safetensors",
+        fid_stats=f"{_TINY}/fid_stats.npz",
+    ),
+}

@@ -1,0 +1,118 @@
+"""The shapes data set: pictures are functions of integers; the exported folder agrees."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from util.errors import UserError
+from util.shapes import (
+    BACKGROUNDS,
+    CLASSES,
+    FOLDERS,
+    FOREGROUNDS,
+    HELD_OUT_START,
+    ShapesDataset,
+    export,
+    label_of,
+    render,
+)
+
+# Mean of all pixels of pictures 0..9, one of each class. Other values mean another data set, for
+# which the files in pretrained_models/mar_tiny are no longer right.
+MEANS = [198.26, 194.03, 188.84, 196.51, 203.26, 207.23, 209.97, 200.01, 204.63, 201.35]
+
+
+def test_pictures_are_those_the_bundled_model_was_trained_on():
+    assert [render(index).mean() for index in range(10)] == pytest.approx(MEANS, abs=0.01)
+
+
+def test_a_picture_does_not_depend_on_what_was_rendered_before():
+    first = render(1234)
+    render(7)
+    np.random.seed(0)
+    assert np.array_equal(render(1234), first)
+
+
+def test_pictures_of_one_class_differ_also_between_training_and_held_out_ones():
+    pictures = [render(start + 10 * n) for start in (0, HELD_OUT_START) for n in range(50)]
+    assert len({picture.tobytes() for picture in pictures}) == 100
+
+
+@pytest.mark.parametrize("label", range(10), ids=CLASSES)
+def test_a_picture_is_one_flat_shape_of_palette_colours_on_a_flat_ground(label):
+    for index in range(label, 200, 10):
+        picture = render(index)
+        colours, counts = np.unique(picture.reshape(-1, 3), axis=0, return_counts=True)
+        common = {tuple(map(int, colours[k])) for k in counts.argsort()[-2:]}
+        assert len(common & set(BACKGROUNDS)) == len(common & set(FOREGROUNDS)) == 1
+        assert tuple(picture[0, 0]) in BACKGROUNDS, "the ground reaches the corner"
+        border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+        clipped = (border != picture[0, 0]).any(1).sum()
+        assert clipped <= 4, "the shape, but for the last pixel of a tip, is inside the picture"
+
+
+def test_every_foreground_is_darker_than_every_background():
+    luma = np.array([0.299, 0.587, 0.114])
+    assert max(FOREGROUNDS @ luma) + 60 < min(BACKGROUNDS @ luma)
+
+
+def test_a_larger_picture_shows_the_same_scene():
+    for index in range(10):
+        small, large = render(index), render(index, size=256)
+        average = large.reshape(64, 4, 64, 4, 3).mean((1, 3))
+        assert np.abs(average - small).mean() < 3
+
+
+def test_the_dataset_returns_channels_first_bytes_with_the_label():
+    dataset = ShapesDataset(HELD_OUT_START, 20)
+    image, label = dataset[13]
+    assert (len(dataset), label) == (20, 3)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), render(HELD_OUT_START + 13))
+
+
+def test_the_dataset_ends():
+    with pytest.raises(IndexError):
+        ShapesDataset(0, 5)[5]
+
+
+def test_the_alphabetical_order_of_the_folders_is_the_order_of_the_labels():
+    assert sorted(FOLDERS) == list(FOLDERS)
+    assert [label_of(index) for index in range(20)] == 2 * list(range(10))
+
+
+def test_the_exported_folder_holds_every_picture_losslessly_under_its_class(tmp_path):
+    export(tmp_path / "data", num_images=20, start=5)
+    files = sorted((tmp_path / "data").rglob("*.*"))
+    assert len(files) == 20
+    for path in files:
+        index = int(path.stem)
+        assert path.parent == tmp_path / "data" / "train" / FOLDERS[label_of(index)]
+        assert np.array_equal(np.asarray(Image.open(path)), render(index))
+
+
+def test_exporting_again_adds_nothing_and_more_pictures_can_follow(tmp_path):
+    for start in (0, 0, 10):
+        export(tmp_path, num_images=10, start=start)
+    assert len(list(tmp_path.rglob("*.png"))) == 20
+
+
+@pytest.mark.parametrize("stranger", ["notes.txt", "train/n01440764/a.JPEG"])
+def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path, stranger):
+    path = tmp_path / stranger
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match="did not make"):
+        export(tmp_path, num_images=10)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "data").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        export(tmp_path / "data", num_images=10)
+
+
+@pytest.mark.parametrize(("num_images", "start"), [(0, 0), (10, -1)])
+def test_impossible_counts_are_refused(tmp_path, num_images, start):
+    with pytest.raises(UserError, match="at least"):
+        export(tmp_path, num_images, start)

@@ -1,0 +1,1 @@
+"""Everything around the models that is not their mathematics: data, files, metrics, optimisation."""

@@ -1,0 +1,199 @@
+"""Training data: images in class folders, or their cached latents; the only user of torchvision.
+
+All randomness of the data (order and flips) is drawn before an epoch from (seed, epoch), so that a
+run can go on in the middle of an epoch with the same batches, whatever the number of workers.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from util.errors import UserError
+
+Pick = tuple[int, bool]  # index of an item, and whether to flip it
+
+
+def center_crop(image: Image.Image, size: int) -> Tensor:
+    """Square centre of an image as in ADM: box halvings, then bicubic to the size, then the crop.
+
+    Returns (3, size, size) uint8.
+    """
+    image = image.convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    shape = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(shape, Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 in 0..255 => float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1.0
+
+
+def list_files(root: str | Path, extensions: Sequence[str]) -> tuple[list[tuple[str, int]], int]:
+    """Files (path, label) of ROOT/CLASS/*, labels by sorted class name; the number of classes."""
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"no data folder at {root}")
+    try:
+        classes, index = find_classes(root)
+        return make_dataset(str(root), index, extensions=tuple(extensions)), len(classes)
+    except FileNotFoundError as error:
+        kinds = ", ".join(extensions)
+        raise UserError(
+            f"{root} must hold one folder per class with files {kinds}: {error}"
+        ) from error
+
+
+class ImageFolder(Dataset):
+    """Images ROOT/CLASS/*; item ((index, flip)) is (uint8 (3, size, size), label)."""
+
+    def __init__(self, root: str | Path, size: int) -> None:
+        self.root, self.size = Path(root), size
+        self.samples, self.class_count = list_files(root, IMG_EXTENSIONS)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def relative_path(self, index: int) -> str:
+        """Path of an image below ROOT, such as n01440764/n01440764_18.JPEG."""
+        return str(Path(self.samples[index][0]).relative_to(self.root))
+
+    def __getitem__(self, pick: Pick) -> tuple[Tensor, int]:
+        index, flip = pick
+        path, label = self.samples[index]
+        try:
+            with Image.open(path) as file:
+                image = center_crop(file, self.size)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read as an image: remove or replace it") from error
+        return (image.flip(-1) if flip else image), label
+
+
+def read_moments(path: str | Path, flip: bool) -> Tensor:
+    """Moments (2C, h, w) float32 of one cached image, of the mirrored image if `flip`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return torch.from_numpy(file["moments_flip" if flip else "moments"].astype(np.float32))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no cached latent: write it anew with main_cache.py") from error
+
+
+class CachedFolder(Dataset):
+    """Latents of main_cache.py, ROOT/CLASS/*.npz; item ((index, flip)) is (moments, label)."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.samples, self.class_count = list_files(root, (".npz",))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, pick: Pick) -> tuple[Tensor, int]:
+        index, flip = pick
+        path, label = self.samples[index]
+        return read_moments(path, flip), label
+
+    def memory_bytes(self) -> int:
+        """Bytes of the whole set in memory, both mirrorings."""
+        return 2 * self[(0, False)][0].nbytes * len(self)
+
+
+class CachedTensors:
+    """A CachedFolder in one tensor (N, 2, 2C, h, w): batches are indexed, nothing is read."""
+
+    def __init__(self, folder: CachedFolder) -> None:
+        shape = folder[(0, False)][0].shape
+        self.moments = torch.empty(len(folder), 2, *shape)
+        for i, (path, _) in enumerate(folder.samples):
+            for flip in (False, True):
+                moments = read_moments(path, flip)
+                if moments.shape != shape:
+                    raise UserError(
+                        f"{path} has latents {tuple(moments.shape)}, others {tuple(shape)}"
+                    )
+                self.moments[i, int(flip)] = moments
+        self.labels = torch.tensor([label for _, label in folder.samples])
+        self.class_count = folder.class_count
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, picks: Sequence[Pick]) -> tuple[Tensor, Tensor]:
+        """Moments (B, 2C, h, w) and labels (B,) of the picks."""
+        index = torch.tensor([i for i, _ in picks])
+        flip = torch.tensor([int(f) for _, f in picks])
+        return self.moments[index, flip], self.labels[index]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """Which items, flipped or not, one process sees at every step of an epoch.
+
+    The epoch's order is cut into steps of batch_size * world_size items, of which each rank takes
+    its part; the incomplete rest is dropped.
+    """
+
+    item_count: int
+    batch_size: int
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps == 0:
+            raise UserError(
+                f"{self.item_count} images are too few for one step of {self.images_per_step}"
+            )
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of one step in all processes."""
+        return self.batch_size * self.world_size
+
+    @property
+    def steps(self) -> int:
+        """Steps per epoch."""
+        return self.item_count // self.images_per_step
+
+    def epoch(self, epoch: int, first_step: int = 0) -> list[list[Pick]]:
+        """Picks of this process, step by step, from `first_step` to the end of the epoch."""
+        random = np.random.default_rng((self.seed, epoch))
+        order = random.permutation(self.item_count)
+        flips = random.random(self.item_count) < 0.5
+        picks = []
+        for step in range(first_step, self.steps):
+            start = step * self.images_per_step + self.rank * self.batch_size
+            part = order[start : start + self.batch_size]
+            picks.append(list(zip(part.tolist(), flips[part].tolist(), strict=True)))
+        return picks
+
+
+def batches(
+    data: ImageFolder | CachedFolder | CachedTensors,
+    picks: list[list[Pick]],
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Batches (images or moments, labels) in the order of `picks`."""
+    if isinstance(data, CachedTensors):
+        return _indexed(data.batch, picks)
+    return DataLoader(data, batch_sampler=picks, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def _indexed(
+    batch: Callable[[Sequence[Pick]], tuple[Tensor, Tensor]], picks: list[list[Pick]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for pick in picks:
+        yield batch(pick)

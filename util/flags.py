@@ -1,0 +1,187 @@
+"""Every flag of the three commands, defined once: main_mar.py, main_cache.py, eval.py.
+
+Names and defaults are those of MAR's and LazyMAR's command lines. A flag marked [model] that is not
+given follows from the name of the model, see `resolve`.
+"""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TypeVar
+
+from util.device import DTYPES
+from util.errors import UserError
+
+Preset = TypeVar("Preset")  # a dataclass with at least the fields FROM_MODEL and `resume`
+
+# Flags that `resolve` fills from a preset.
+FROM_MODEL = (
+    "img_size",
+    "vae_path",
+    "vae_embed_dim",
+    "vae_stride",
+    "patch_size",
+    "class_num",
+    "buffer_size",
+    "diffloss_d",
+    "diffloss_w",
+    "num_sampling_steps",
+    "cfg",
+    "tokenizer",
+    "latent_scale",
+)
+TRAINING_CFG = 1.0  # MAR's main_mar.py; eval.py takes the preset's
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds each default in brackets; [model] where it follows from --model."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.dest in FROM_MODEL:
+            return f"{text} [model]"
+        if action.nargs == 0 or action.default in (None, "", argparse.SUPPRESS):
+            return text
+        return f"{text} [%(default)s]"
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--model", metavar="NAME", help="mar_base, mar_large, mar_huge or mar_tiny")
+    add("--img_size", type=int, help="height and width of the images, pixels")
+    add("--patch_size", type=int, help="latents per token and side")
+    add("--class_num", type=int, help="number of classes")
+    add("--buffer_size", type=int, help="class tokens in front of the image's tokens")
+    add("--diffloss_d", type=int, help="residual blocks of the diffusion head")
+    add("--diffloss_w", type=int, help="width of the diffusion head")
+    add("--num_sampling_steps", help="denoising steps of the head when sampling")
+    add("--masked_keep", type=float, default=1.0, help="share of masked tokens decoded in training")
+    add("--diffusion_batch_mul", type=int, default=1, help="noise draws per token in training")
+    add("--label_drop_prob", type=float, default=0.1, help="labels dropped, for guidance")
+    add("--mask_ratio_min", type=float, default=0.7, help="least share of masked tokens")
+    add("--attn_dropout", type=float, default=0.1, help="dropout of the attention")
+    add("--proj_dropout", type=float, default=0.1, help="dropout of the projections")
+    add("--grad_checkpointing", action="store_true", help="trade time for memory in training")
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("tokenizer").add_argument
+    add("--tokenizer", choices=("kl16", "linear"), help="kind of the autoencoder")
+    add("--vae_path", metavar="FILE", help="weights of the tokenizer")
+    add("--vae_embed_dim", type=int, help="channels of its latents")
+    add("--vae_stride", type=int, help="pixels per latent and side")
+    add("--latent_scale", type=float, help="factor from its latents to the model's")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("sampling and evaluation").add_argument
+    add("--num_iter", type=int, default=64, help="autoregressive steps per image")
+    add("--num_images", type=int, default=50000, help="images to generate")
+    add("--cfg", type=float, help="guidance scale, 1.0 is none")
+    add(
+        "--cfg_schedule",
+        choices=("linear", "constant"),
+        default="linear",
+        help="guidance over steps",
+    )
+    add("--temperature", type=float, default=1.0, help="of the diffusion head")
+    add("--eval_bsz", type=int, default=64, help="images per batch")
+    add("--lazy_mar", action="store_true", help="sample with LazyMAR's caches")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("training").add_argument
+    add("--batch_size", type=int, default=16, help="images per step and process")
+    add("--epochs", type=int, default=400, help="length of the schedule")
+    add("--max_steps", type=int, help="stop after so many steps; the schedule stays")
+    add("--lr", type=float, help="peak learning rate; without it blr * images per step / 256")
+    add("--blr", type=float, default=1e-4, help="base learning rate")
+    add("--min_lr", type=float, default=0.0, help="end of the cosine")
+    add(
+        "--lr_schedule",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="after the warm-up",
+    )
+    add("--warmup_epochs", type=float, default=100, help="linear warm-up")
+    add("--weight_decay", type=float, default=0.02, help="of AdamW")
+    add("--grad_clip", type=float, default=3.0, help="largest gradient norm")
+    add("--ema_rate", type=float, default=0.9999, help="of the averaged weights")
+    add("--start_epoch", type=int, default=0, help="first epoch, when nothing is resumed")
+    add("--online_eval", action="store_true", help="evaluate during training")
+    add("--eval_freq", type=int, default=40, help="epochs between two evaluations")
+    add("--evaluate", action="store_true", help="only evaluate the checkpoint of --resume")
+    add("--save_last_freq", type=int, default=5, help="epochs between two checkpoints")
+    add("--save_minutes", type=float, help="also save a checkpoint every so many minutes")
+    add("--log_freq", type=int, default=20, help="steps between two lines of the log")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", default="./data/imagenet", metavar="DIR", help="images in DIR/train/CLASS/*")
+    add("--cached_path", metavar="DIR", help="latents in DIR/CLASS/*.npz, see main_cache.py")
+    add("--use_cached", action="store_true", help="train on the latents of --cached_path")
+    add(
+        "--cache_in_memory",
+        action=argparse.BooleanOptionalAction,
+        help="read all latents into memory first; without the flag if they are below 4 GiB",
+    )
+    add("--num_workers", type=int, default=10, help="processes that read data")
+    add("--pin_mem", action="store_true", default=True, help="page-locked batches for CUDA")
+    add("--no_pin_mem", action="store_false", dest="pin_mem")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="./output_dir", metavar="DIR", help="checkpoints, images, log")
+    add("--log_dir", metavar="DIR", help="TensorBoard files; without it --output_dir")
+    add("--resume", default="", metavar="DIR", help="checkpoint-last.pth is in DIR")
+    add("--seed", type=int, default=1, help="of everything random")
+    add("--device", help="cpu, cuda, cuda:1, mps; without it cuda if there is one, else cpu")
+    add("--dtype", choices=tuple(DTYPES), help="without it bf16 on cuda, float32 elsewhere")
+    add("--threads", type=int, help="CPU threads per process")
+    add("--world_size", type=int, default=1, help="processes; torchrun's environment overrides it")
+    add("--local_rank", type=int, default=-1, help="for old launchers; torchrun sets LOCAL_RANK")
+    add("--dist_on_itp", action="store_true", help="take the ranks from Open MPI's environment")
+    add("--dist_url", default="env://", help="where the processes meet")
+
+
+def make_parser(program: str) -> argparse.ArgumentParser:
+    """Parser of "main_mar", "main_cache" or "eval" with the defaults that this command has.
+
+    Every command knows every flag, as in the original; only the defaults differ.
+    """
+    parser = argparse.ArgumentParser(f"{program}.py", formatter_class=_HelpFormatter)
+    for add in (_add_model, _add_tokenizer, _add_sampling, _add_training, _add_data, _add_run):
+        add(parser)
+    parser.set_defaults(model="mar_large")
+    if program == "main_cache":
+        parser.set_defaults(model="mar_huge", batch_size=128)
+    if program == "eval":
+        parser.set_defaults(model="mar_huge", eval_bsz=128, resume=None)
+    return parser
+
+
+def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset]) -> Preset:
+    """Fill every flag that was not given from the model's name, in place; returns the preset used.
+
+    eval.py takes the model's preset. The training commands keep the original's defaults, which do
+    not depend on the model, except for mar_tiny, whose geometry is its own. UserError: unknown
+    model.
+    """
+    if args.model not in presets:
+        raise UserError(f"--model {args.model} is unknown; use one of {', '.join(presets)}")
+    training = program != "eval"
+    preset = presets[args.model]
+    if training and args.model != "mar_tiny":
+        preset = type(preset)()
+    values = asdict(preset)
+    if training:
+        values["cfg"] = TRAINING_CFG
+    for name in FROM_MODEL:
+        if getattr(args, name) is None:
+            setattr(args, name, values[name])
+    if args.resume is None:
+        args.resume = preset.resume
+    return preset

@@ -1,0 +1,261 @@
+"""Pictures as files: from the decoder's floats to bytes, PNGs that are whole or absent, sheets.
+
+A PNG gets its final name only when it is complete, so an interrupted run leaves no half picture
+behind and the same command can continue from the names that exist. Shapes: a picture is uint8
+(H, W, 3) RGB, a batch (B, H, W, 3).
+"""
+
+import os
+import queue
+import re
+import struct
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from util.errors import UserError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # the files torch-fidelity scores in a folder
+_NUMBERED = re.compile(r"\d{5,}\.png")
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"  # PNG specification, section 5.2
+_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # section 11.2.5: empty IEND chunk with its CRC
+_CAPTION_GAP = 2  # pixels above and below a caption
+
+
+def png_name(index: int) -> str:
+    """File name of image `index`: five digits, more when it needs them (MAR's `%05d.png`)."""
+    return f"{index:05d}.png"
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Decoder output in [-1, 1] to bytes: round(clip((x + 1) / 2 * 255, 0, 255)), as MAR saves it.
+
+    (B, 3, H, W) of any float dtype => (B, H, W, 3) uint8. Raises UserError when a value is NaN or
+    infinite: such a picture would be written as arbitrary bytes.
+    """
+    if not torch.isfinite(images).all():
+        broken = (~torch.isfinite(images)).flatten(1).any(dim=1).sum().item()
+        raise UserError(
+            f"{broken} of {len(images)} decoded images contain NaN or infinity; "
+            "use bfloat16 or float32 (float16 overflows) and check the checkpoint"
+        )
+    scaled = (images.detach().float() + 1) / 2 * 255
+    return scaled.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it takes the final name if the block succeeds.
+
+    Raises UserError when the file system refuses (disk full, read-only, missing folder); the
+    temporary file is removed and an older file of that name stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path} ({error.strerror or error}); "
+            "check that the folder exists, is writable and has free space"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Write a picture, uint8 (H, W, 3), atomically. Raises UserError when it cannot be written."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"expected uint8 (H, W, 3), got {image.dtype} {image.shape}")
+    with atomic_path(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG")
+
+
+def is_complete_png(path: str | os.PathLike) -> bool:
+    """Whether the file begins as a PNG and ends with the IEND chunk; reads 20 bytes."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(_PNG_SIGNATURE)) != _PNG_SIGNATURE:
+                return False
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            return file.read() == _PNG_END
+    except OSError:
+        return False
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Decode an image file to uint8 (H, W, 3) RGB; an unreadable file is named in a UserError."""
+    path = Path(path)
+    reason = "it is truncated or no PNG"
+    if path.suffix.lower() != ".png" or is_complete_png(path):
+        try:
+            with Image.open(path) as image:
+                return np.array(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
+            reason = str(error)
+    raise UserError(f"cannot read the image {path} ({reason}); delete it and make it again")
+
+
+def list_images(folder: str | os.PathLike, recursive: bool = False) -> list[Path]:
+    """The PNG and JPEG files of a folder in the order of their path strings (torch-fidelity's)."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"the image folder {folder} does not exist; check its path")
+    files = folder.rglob("*") if recursive else folder.iterdir()
+    return sorted((f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()), key=str)
+
+
+def list_numbered_pngs(folder: str | os.PathLike, num_images: int) -> list[Path]:
+    """The `num_images` generated images 00000.png, 00001.png, ... of a folder, by their number.
+
+    Another image file is refused, because torch-fidelity would score it with the rest; files that
+    are no images cannot enter a score and are ignored. Raises UserError with the names or numbers.
+    """
+    images = list_images(folder)
+    foreign = [image.name for image in images if not _NUMBERED.fullmatch(image.name)]
+    if foreign:
+        named = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise UserError(
+            f"{folder} holds {len(foreign)} image(s) that are not numbered like {png_name(0)} "
+            f"({named}); move them away, or they would be scored"
+        )
+    if len(images) != num_images:
+        raise UserError(
+            f"{folder} holds {len(images)} images, but {num_images} are to be scored; "
+            "finish the generation, or score a folder of this run alone"
+        )
+    return sorted(images, key=lambda image: int(image.stem))
+
+
+class PngWriter:
+    """Writes PNGs in threads while the next batch is generated; at most `capacity` wait in memory.
+
+    with PngWriter() as writer:
+        writer.write(folder / png_name(7), image)
+
+    The first failure is raised in the caller, as UserError where the file system refused, by the
+    next `write` or at the end of the block; images still waiting are then dropped.
+    """
+
+    def __init__(self, threads: int = 4, capacity: int = 256) -> None:
+        self._queue: queue.Queue[tuple[Path, np.ndarray] | None] = queue.Queue(maxsize=capacity)
+        self._error: Exception | None = None
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+
+    def __enter__(self) -> "PngWriter":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def write(self, path: str | os.PathLike, image: np.ndarray) -> None:
+        """Queue one picture, uint8 (H, W, 3), which the caller must not change any more."""
+        if self._error is not None:
+            raise self._error
+        self._queue.put((Path(path), image))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        if error is None and self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is not None:
+                continue  # keep emptying the queue, so that a waiting `write` returns
+            try:
+                save_png(*item)
+            except Exception as error:
+                self._error = error
+
+
+def contact_sheet(
+    images: np.ndarray,
+    columns: int,
+    labels: Sequence[str] | None = None,
+    padding: int = 2,
+    scale: int = 1,
+) -> np.ndarray:
+    """Images in a white grid, row by row, each below its label if labels are given.
+
+    (N, H, W, 3) uint8 => (H', W', 3) uint8. `padding` is in pixels; `scale` repeats each pixel.
+    """
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images")
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width = images.shape[:3]
+    caption = _caption_height() if labels is not None else 0
+    cell_width = max([width, *map(_caption_width, labels or [])])
+    cell_height = caption + height
+    rows = -(-count // columns)
+    sheet = Image.new(
+        "RGB",
+        (
+            padding + columns * (cell_width + padding),
+            padding + rows * (cell_height + padding),
+        ),
+        "white",
+    )
+    draw = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        x = padding + column * (cell_width + padding)
+        y = padding + row * (cell_height + padding)
+        if labels is not None:
+            draw.text((x, y + _CAPTION_GAP), labels[index], "black", ImageFont.load_default())
+        sheet.paste(Image.fromarray(image), (x, y + caption))
+    return np.array(sheet)
+
+
+def side_by_side_sheet(rows: dict[str, np.ndarray], padding: int = 2, scale: int = 1) -> np.ndarray:
+    """One captioned row of images per method, the same seeds in the same columns.
+
+    Each value is uint8 (N, H, W, 3) with the same N => (H', W', 3) uint8. MAR above LazyMAR:
+    `side_by_side_sheet({"MAR": plain, "LazyMAR": lazy})`.
+    """
+    counts = {name: len(images) for name, images in rows.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"rows of different length: {counts}")
+    strips = {
+        name: contact_sheet(images, len(images), None, padding, scale)
+        for name, images in rows.items()
+    }
+    caption = _caption_height()
+    width = max(
+        *(strip.shape[1] for strip in strips.values()),
+        *(_caption_width(name) + 2 * padding for name in rows),
+    )
+    height = sum(caption + strip.shape[0] for strip in strips.values())
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    y = 0
+    for name, strip in strips.items():
+        draw.text((padding, y + _CAPTION_GAP), name, "black", ImageFont.load_default())
+        sheet.paste(Image.fromarray(strip), (0, y + caption))
+        y += caption + strip.shape[0]
+    return np.array(sheet)
+
+
+def _caption_height() -> int:
+    bottom = ImageFont.load_default().getbbox("Ag")[3]
+    return int(np.ceil(bottom)) + 2 * _CAPTION_GAP
+
+
+def _caption_width(text: str) -> int:
+    return int(np.ceil(ImageFont.load_default().getlength(text)))
