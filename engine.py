@@ -1,26 +1,39 @@
-"""What is done with a model: one epoch of training.
+"""What is done with a model: an epoch of training; batches of images by seed; an evaluation.
 
-Every step is seeded by (seed, step, rank), so a run that was stopped anywhere goes on with the very
-same numbers, and no state of a random generator has to be kept.
+Every training step is seeded by (seed, step, rank), so a run that was stopped anywhere goes on with
+the very same numbers, and no state of a random generator has to be kept. Generated images carry
+their own seeds, so what is missing can be made in any order, batch and process.
 """
 
 import argparse
+import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from models import mar
-from models.tokenizers import load_tokenizer
+from models.lazy_mar import LazyMARConfig
+from models.plan import DecodingPlan
+from models.tokenizers import latent_scale_of, load_tokenizer
+from util import dist, metrics
 from util.device import autocast
 from util.ema import EMA
 from util.errors import UserError
+from util.files import write_json
+from util.flags import lazy_mar_values
+from util.images import PngWriter, contact_sheet, read_image, save_png, to_uint8
 from util.lr import LRSchedule
+from util.run_dir import RunDir
 
 MAX_SKIPPED_IN_A_ROW = 20  # a few bad batches heal themselves; this many do not
 
@@ -100,7 +113,7 @@ def train_step(
 
 @contextmanager
 def attention_for_training(device: torch.device) -> Iterator[None]:
-    """On CPUs take plain matrix products, in the inputs' precision, for scaled_dot_product_attention.
+    """On CPUs, let scaled_dot_product_attention be plain matrix products in the inputs' precision.
 
     Forward and backward of 140 tokens in bf16 took a third of the fused kernel's time.
     """
@@ -168,6 +181,8 @@ def build_model(args: argparse.Namespace) -> mar.MAR:
             num_sampling_steps=args.num_sampling_steps,
             diffusion_batch_mul=args.diffusion_batch_mul,
             grad_checkpointing=args.grad_checkpointing,
+            masked_keep=args.masked_keep,
+            pos_init=args.pos_init,
         )
     except ValueError as error:
         raise UserError(f"--model {args.model}: {error}") from error
@@ -180,3 +195,183 @@ def open_tokenizer(args: argparse.Namespace, device: torch.device) -> nn.Module:
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--vae_path: {error}") from error
     return tokenizer.to(device)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How images are sampled; the arguments of MAR.sample_tokens that a whole run shares."""
+
+    num_iter: int
+    cfg: float
+    cfg_schedule: str
+    temperature: float
+    lazy_mar: LazyMARConfig | None
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "SamplingConfig":
+        """From resolved flags. UserError if they do not make sense."""
+        values = lazy_mar_values(args, [field.name for field in fields(LazyMARConfig)])
+        try:
+            lazy_mar = None if values is None else LazyMARConfig(**values)
+            DecodingPlan.create(1, args.num_iter, args.cfg, args.cfg_schedule)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return cls(args.num_iter, args.cfg, args.cfg_schedule, args.temperature, lazy_mar)
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """Images of one batch: their indices, uint8 pixels (B, H, W, 3), and the seconds they took."""
+
+    indices: list[int]
+    images: np.ndarray
+    seconds: float
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of image `index` of the run with --seed `seed`: no two of them share one."""
+    return (seed << 32) + index
+
+
+def image_label(index: int, num_images: int, class_num: int) -> int:
+    """Classes in order, as many images of each; image i has label i // (num_images / class_num)."""
+    return index * class_num // num_images
+
+
+@torch.no_grad()
+def generate_images(
+    model: mar.MAR,
+    tokenizer: nn.Module,
+    latent_scale: float,
+    indices: Sequence[int],
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[ImageBatch]:
+    """Generate the images `indices`, each from its own label and seed, batch by batch."""
+    for start in range(0, len(indices), batch_size):
+        part = slice(start, start + batch_size)
+        began = time.perf_counter()
+        with autocast(device, dtype):
+            latents = model.sample_tokens(
+                len(indices[part]),
+                sampling.num_iter,
+                sampling.cfg,
+                sampling.cfg_schedule,
+                torch.tensor(labels[part]),
+                sampling.temperature,
+                lazy_mar=sampling.lazy_mar,
+                noise=model.image_noise(seeds[part]),
+            )
+            images = to_uint8(tokenizer.decode(latents / latent_scale).float())
+        yield ImageBatch(list(indices[part]), images, time.perf_counter() - began)
+
+
+def evaluate(
+    model: mar.MAR,
+    tokenizer: nn.Module,
+    args: argparse.Namespace,
+    world: dist.World,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: str,
+) -> dict[str, object]:
+    """Generate what is missing of a run, score it, and return its results (rank 0; others {}).
+
+    `weights` says which weights the model holds; images of other weights are not mixed in.
+    """
+    sampling = SamplingConfig.from_args(args)
+    scale = latent_scale_of(tokenizer, args.latent_scale)
+    config = {
+        "model": args.model,
+        "weights": weights,
+        "num_images": args.num_images,
+        "class_num": args.class_num,
+        "img_size": args.img_size,
+        "num_sampling_steps": args.num_sampling_steps,
+        "latent_scale": scale,
+        "seed": args.seed,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        **asdict(sampling),
+    }
+    run = RunDir(Path(args.output_dir) / run_name(args.model, args.num_images, sampling))
+    if world.is_main:
+        if not args.no_score:
+            metrics.check_ready(args.features, args.features_path, args.fid_stats)
+        run.open(config, args.overwrite)
+    dist.barrier(world)
+    missing = run.missing(args.num_images)
+    dist.barrier(world)  # all have looked before anyone writes
+
+    mine = missing[world.rank :: world.size]
+    labels = [image_label(i, args.num_images, args.class_num) for i in mine]
+    seeds = [image_seed(args.seed, i) for i in mine]
+    batches = generate_images(
+        model, tokenizer, scale, mine, labels, seeds, sampling, args.eval_bsz, device, dtype
+    )
+    seconds = 0.0
+    show = world.is_main and sys.stderr.isatty()
+    with PngWriter() as writer, tqdm(total=len(mine), unit="image", disable=not show) as bar:
+        for batch in batches:
+            for index, image in zip(batch.indices, batch.images, strict=True):
+                writer.write(run.image(index), image)
+            seconds += batch.seconds
+            bar.update(len(batch.indices))
+    dist.barrier(world)
+    if not world.is_main:
+        return {}
+    former = run.results()
+    results: dict[str, object] = {
+        "model": args.model,
+        "lazy_mar": sampling.lazy_mar is not None,
+        "num_images": args.num_images,
+        "num_iter": args.num_iter,
+        "cfg": args.cfg,
+        "generated": len(missing),
+        "sec_per_image": seconds / len(mine) if mine else former.get("sec_per_image"),
+        "eval_bsz": args.eval_bsz,
+        "threads": torch.get_num_threads(),
+        "images_dir": str(run.images),
+        "device": str(device),
+        "dtype": config["dtype"],
+        "torch": torch.__version__,
+    }
+    every_label = [image_label(i, args.num_images, args.class_num) for i in range(args.num_images)]
+    if not args.no_score:
+        results |= metrics.score(
+            str(run.images),
+            args.num_images,
+            args.features,
+            args.features_path,
+            args.fid_stats,
+            device,
+            labels=every_label,
+        )
+    save_png(run.path / "sheet.png", _sheet(run, args.num_images))
+    write_json(run.path / "results.json", results)
+    return results
+
+
+def run_name(model: str, num_images: int, sampling: SamplingConfig) -> str:
+    """Folder name of a run, such as mar_huge-lazy_mar-iter64-cfg3.25-50000."""
+    config = sampling.lazy_mar
+    method = "mar" if config is None else "lazy_mar"
+    if config is not None and config != LazyMARConfig():
+        method += "_" + hashlib.sha256(repr(config).encode()).hexdigest()[:6]
+    parts = [model, method, f"iter{sampling.num_iter}", f"cfg{sampling.cfg:g}"]
+    if sampling.cfg_schedule != "linear":
+        parts.append(sampling.cfg_schedule)
+    if sampling.temperature != 1.0:
+        parts.append(f"temp{sampling.temperature:g}")
+    return "-".join([*parts, str(num_images)])
+
+
+def _sheet(run: RunDir, num_images: int, rows: int = 8, columns: int = 10) -> np.ndarray:
+    """Contact sheet of images spread evenly over the run, and so over its classes."""
+    count = min(num_images, rows * columns)
+    chosen = [i * num_images // count for i in range(count)]
+    return contact_sheet(np.stack([read_image(run.image(i)) for i in chosen]), columns)

@@ -7,12 +7,9 @@ same command goes on after an interruption. Several processes (torchrun) share t
 """
 
 import argparse
-import os
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -23,15 +20,7 @@ from util.data import ImageFolder, to_unit_range
 from util.device import pick_device
 from util.errors import UserError, run_main
 from util.flags import make_parser, resolve
-
-
-def write_moments(path: Path, moments: Tensor, moments_flip: Tensor) -> None:
-    """One cached image, float32 (2C, h, w) each, written atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        np.savez(file, moments=moments.numpy(), moments_flip=moments_flip.numpy())
-    os.replace(temporary, path)
+from util.latents import write_moments, write_note
 
 
 @torch.no_grad()
@@ -47,6 +36,7 @@ def cache(args: argparse.Namespace, world: dist.World, device: torch.device) -> 
     groups = [missing[i : i + args.batch_size] for i in range(0, len(missing), args.batch_size)]
     picks = [[(index, False) for index in group] for group in groups]
     tokenizer = engine.open_tokenizer(args, device)
+    write_note(args.cached_path, args.vae_path, args.img_size)
     loader = DataLoader(images, batch_sampler=picks, num_workers=args.num_workers)
     bar = tqdm(zip(groups, loader, strict=True), total=len(groups), unit="batch", disable=None)
     for group, (batch, _) in bar:

@@ -34,6 +34,7 @@ from util.device import pick_device, pick_dtype
 from util.ema import EMA
 from util.errors import UserError, run_main
 from util.flags import make_parser, resolve
+from util.latents import check_note
 from util.lr import LRSchedule, make_optimizer, scaled_lr
 from util.run_log import RunLog
 from util.signals import StopRequest
@@ -49,6 +50,7 @@ def open_data(args: argparse.Namespace) -> ImageFolder | CachedFolder | CachedTe
         if args.cached_path is None:
             raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
         data = CachedFolder(args.cached_path)
+        check_note(args.cached_path, args.vae_path, args.img_size)
         side = args.img_size // args.vae_stride
         expected, found = (2 * args.vae_embed_dim, side, side), tuple(data[(0, False)][0].shape)
         if found != expected:

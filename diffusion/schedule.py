@@ -24,9 +24,9 @@ def linear_betas(num_steps: int) -> np.ndarray:
 def space_timesteps(num_steps: int, respacing: str) -> list[int]:
     """Ascending timesteps kept by `respacing` (Nichol & Dhariwal 2021, section 4).
 
-    "" keeps all; "100" strides evenly from the first to the last; "10,20" splits the range into equal sections with
-    that many steps each; "ddim50" takes every (num_steps/50)-th from 0, so that the last one,
-    where the cosine schedule amplifies errors most, is left out.
+    "" keeps all; "100" strides evenly from the first to the last; "10,20" splits the range into
+    equal sections with that many steps each; "ddim50" takes every (num_steps/50)-th from 0, so that
+    the last one, where the cosine schedule amplifies errors most, is left out.
     Raises ValueError if the numbers do not fit.
     """
     if not respacing:

@@ -57,10 +57,8 @@ class LazyPredictor:
     def __call__(self, step: DecodingStep, tokens: Tensor) -> Tensor:
         """Tokens (B, L, c), known up to step.start -> z (branches * B, stop - start, D)."""
         policy = self.policies[step.index]
-        if policy.refresh:
-            x = self._refresh(step, policy, tokens)
-        else:
-            x = self._lazy(step, policy, tokens)
+        compute = self._refresh if policy.refresh else self._lazy
+        x = compute(step, policy, tokens)
         return self.model.to_condition(x, self.order[:, step.start : step.stop])
 
     @property
@@ -98,9 +96,7 @@ class LazyPredictor:
             x = torch.cat([x, x + self.residual[:, step.start - base : step.stop - base]])
         return x
 
-    def _encode_all(
-        self, step: DecodingStep, tokens: Tensor, branches: int, fill: bool
-    ) -> Tensor:
+    def _encode_all(self, step: DecodingStep, tokens: Tensor, branches: int, fill: bool) -> Tensor:
         """All known tokens -> decoder input (branches * B, total, D)."""
         known = tokens[:, : step.start].repeat(branches, 1, 1)
         order, embedding = self.order[: len(known)], self.embedding[: len(known)]

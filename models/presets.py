@@ -37,7 +37,9 @@ _TINY = "pretrained_models/mar_tiny"
 
 PRESETS: dict[str, ModelPreset] = {
     "mar_base": ModelPreset(diffloss_d=6, diffloss_w=1024, resume="pretrained_models/mar/mar_base"),
-    "mar_large": ModelPreset(diffloss_d=8, diffloss_w=1280, resume="pretrained_models/mar/mar_large"),
+    "mar_large": ModelPreset(
+        diffloss_d=8, diffloss_w=1280, resume="pretrained_models/mar/mar_large"
+    ),
     "mar_huge": ModelPreset(resume="pretrained_models/mar/mar_huge"),
     "mar_tiny": ModelPreset(
         img_size=64,

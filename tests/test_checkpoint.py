@@ -116,7 +116,7 @@ class Code:
 FOREIGN = {
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "web page": (lambda path: path.write_text("\n<!DOCTYPE html><p>Sign in"), "HTML page"),
-    "text": (lambda path: path.write_text("hello, this is text"), "read safely"),
+    "text": (lambda path: path.write_text("hello, this is text"), "not a PyTorch file"),
     "other zip": (write_zip, "truncated, damaged"),
     "code": (lambda path: torch.save({"model": Code()}, path), "read safely"),
     "a list": (lambda path: torch.save([1, 2], path), "no weights by name"),

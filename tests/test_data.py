@@ -53,7 +53,7 @@ def test_a_large_picture_is_halved_by_boxes_first():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     means = pixels.reshape(16, 2, 16, 2, 3).mean((1, 3)).reshape(8, 2, 8, 2, 3).mean((1, 3))
     cropped = center_crop(Image.fromarray(pixels), 8).permute(1, 2, 0).numpy()
-    assert np.abs(cropped - means).max() <= 1
+    assert np.abs(cropped - means).max() < 2  # each halving rounds
 
 
 @pytest.mark.parametrize("size", [(9, 7), (7, 9), (100, 33), (31, 8), (65, 129)])
@@ -79,8 +79,10 @@ def test_labels_are_the_sorted_class_folders_and_flips_mirror(folder):
 def test_no_folder_or_no_pictures_or_a_broken_picture_is_one_sentence(folder):
     with pytest.raises(UserError, match="no data folder"):
         ImageFolder(folder / "train", 8)
-    with pytest.raises(UserError, match="one folder per class"):
+    with pytest.raises(UserError, match="holds no files .npz"):
         CachedFolder(folder)
+    with pytest.raises(UserError, match="holds no folder"):
+        CachedFolder(folder / "cat")
     (folder / "cat" / "0.png").write_text("not a picture")
     with pytest.raises(UserError, match=r"0\.png cannot be read"):
         ImageFolder(folder, 8)[(0, False)]

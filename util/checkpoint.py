@@ -6,18 +6,18 @@ temporary name and then renamed. `python -m util.checkpoint convert SRC DST` mak
 """
 
 import argparse
-import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from util.ema import EMA
 from util.errors import UserError, run_main
+from util.files import atomic_path
 
 LAST = "checkpoint-last.pth"
 
@@ -32,7 +32,10 @@ def find_checkpoint(path: str | Path) -> Path:
             if (path / name).is_file():
                 return path / name
         raise UserError(f"{path} holds neither {LAST} nor model.safetensors")
-    raise UserError(f"no checkpoint at {path}: the file does not exist")
+    raise UserError(
+        f"no checkpoint at {path}: get the published one with `python -m util.download {path.name}` "
+        "or give --resume a file that exists"
+    )
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -45,7 +48,10 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def read_pickle(path: Path, mmap: bool = True) -> object:
-    """Tensors and plain containers of a .pth file, on the CPU; nothing else is ever unpickled."""
+    """Tensors and plain containers of a .pth file, on the CPU; nothing else is ever unpickled.
+
+    With mmap the tensors are views of the file, which must not be overwritten in place meanwhile.
+    """
     _refuse_foreign(path)
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
@@ -54,7 +60,7 @@ def read_pickle(path: Path, mmap: bool = True) -> object:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except pickle.UnpicklingError as error:
         raise UserError(f"{path} is not a checkpoint that can be read safely") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a damaged pickle raises almost anything
         raise UserError(f"{path} is truncated, damaged or not a PyTorch file") from error
 
 
@@ -128,12 +134,8 @@ def load_into(model: nn.Module, path: str | Path, use_ema: bool = True) -> None:
 
 def _write(path: Path, save: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_path(path) as temporary:
         save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_safetensors(
@@ -141,7 +143,8 @@ def save_safetensors(
 ) -> None:
     """Write weights by name as safetensors, atomically."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in state_dict.items()}
-    _write(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+    # save_file would make a file that only its owner can read
+    _write(Path(path), lambda temporary: temporary.write_bytes(save(tensors, metadata)))
 
 
 def save_checkpoint(

@@ -1,10 +1,10 @@
-"""Training data: images in class folders, or their cached latents; the only user of torchvision.
+"""Training data: images in class folders, or their cached latents.
 
 All randomness of the data (order and flips) is drawn before an epoch from (seed, epoch), so that a
 run can go on in the middle of an epoch with the same batches, whatever the number of workers.
 """
 
-import zipfile
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from util.errors import UserError
+from util.latents import read_moments
+
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 Pick = tuple[int, bool]  # index of an item, and whether to flip it
 
@@ -43,18 +45,25 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 def list_files(root: str | Path, extensions: Sequence[str]) -> tuple[list[tuple[str, int]], int]:
-    """Files (path, label) of ROOT/CLASS/*, labels by sorted class name; the number of classes."""
+    """Files (path, label) below ROOT/CLASS, labels by sorted class name; the number of classes."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no data folder at {root}")
-    try:
-        classes, index = find_classes(root)
-        return make_dataset(str(root), index, extensions=tuple(extensions)), len(classes)
-    except FileNotFoundError as error:
-        kinds = ", ".join(extensions)
-        raise UserError(
-            f"{root} must hold one folder per class with files {kinds}: {error}"
-        ) from error
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    samples = []
+    for label, name in enumerate(classes):
+        files = [
+            os.path.join(folder, file)
+            for folder, _, files in os.walk(root / name, followlinks=True)
+            for file in files
+            if file.lower().endswith(tuple(extensions)) and not file.startswith(".")
+        ]
+        if not files:
+            raise UserError(f"{root / name} holds no files {', '.join(extensions)}")
+        samples += [(file, label) for file in sorted(files)]
+    if not samples:
+        raise UserError(f"{root} must hold one folder per class, it holds no folder")
+    return samples, len(classes)
 
 
 class ImageFolder(Dataset):
@@ -80,15 +89,6 @@ class ImageFolder(Dataset):
         except OSError as error:
             raise UserError(f"{path} cannot be read as an image: remove or replace it") from error
         return (image.flip(-1) if flip else image), label
-
-
-def read_moments(path: str | Path, flip: bool) -> Tensor:
-    """Moments (2C, h, w) float32 of one cached image, of the mirrored image if `flip`."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return torch.from_numpy(file["moments_flip" if flip else "moments"].astype(np.float32))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is no cached latent: write it anew with main_cache.py") from error
 
 
 class CachedFolder(Dataset):

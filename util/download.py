@@ -6,7 +6,6 @@ the end of the process, and gets its final name only when length and digest are 
 """
 
 import argparse
-import hashlib
 import json
 import os
 import ssl
@@ -21,6 +20,7 @@ from urllib.request import Request, build_opener
 from tqdm import tqdm
 
 from util.errors import UserError, run_main
+from util.files import sha256_of
 
 MANIFEST = Path(__file__).parent.parent / "pretrained_models" / "manifest.json"
 TORCH_HUB = "$TORCH_HUB/"  # start of a path below torch.hub.get_dir()
@@ -245,7 +245,7 @@ def _verify(item: Item, part: Path) -> None:
     elif item.sha256 is None:
         print(f"{item.name}: no digest is published, its content is unverified", file=sys.stderr)
         return
-    elif (digest := _sha256(part)) != item.sha256:
+    elif (digest := sha256_of(part)) != item.sha256:
         fault = f"has sha256 {digest} instead of {item.sha256}"
     else:
         return
@@ -255,14 +255,6 @@ def _verify(item: Item, part: Path) -> None:
         f"What arrived as {item.name} {fault} and was deleted: run the command again, "
         f"{item.by_hand}."
     )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from util.errors import UserError
-from util.images import atomic_path
+from util.files import atomic_path
 
 
 @dataclass(frozen=True)

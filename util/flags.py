@@ -5,7 +5,7 @@ given follows from the name of the model, see `resolve`.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -29,6 +29,9 @@ FROM_MODEL = (
     "cfg",
     "tokenizer",
     "latent_scale",
+    "features",
+    "features_path",
+    "fid_stats",
 )
 TRAINING_CFG = 1.0  # MAR's main_mar.py; eval.py takes the preset's
 
@@ -57,6 +60,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--diffloss_w", type=int, help="width of the diffusion head")
     add("--num_sampling_steps", help="denoising steps of the head when sampling")
     add("--masked_keep", type=float, default=1.0, help="share of masked tokens decoded in training")
+    add(
+        "--pos_init",
+        choices=("normal", "sincos"),
+        default="normal",
+        help="start of the position tables; sincos learns faster",
+    )
     add("--diffusion_batch_mul", type=int, default=1, help="noise draws per token in training")
     add("--label_drop_prob", type=float, default=0.1, help="labels dropped, for guidance")
     add("--mask_ratio_min", type=float, default=0.7, help="least share of masked tokens")
@@ -87,7 +96,74 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add("--temperature", type=float, default=1.0, help="of the diffusion head")
     add("--eval_bsz", type=int, default=64, help="images per batch")
+    add("--no_score", action="store_true", help="generate only")
+    add("--fid_stats", metavar="FILE", help="npz with mu and sigma of the reference images")
+    add("--features", metavar="NAME", help="feature extractor of FID and IS")
+    add("--features_path", metavar="FILE", help="its weights")
+    add("--no_ema", action="store_true", help="evaluate model instead of model_ema")
+    add("--overwrite", action="store_true", help="discard images of another configuration")
+
+
+def _add_lazy_mar(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of LazyMARConfig; None leaves the published default."""
+    group = parser.add_argument_group(
+        "LazyMAR", "--lazy_mar takes the published constants; the others change one of them each"
+    )
+    add = group.add_argument
     add("--lazy_mar", action="store_true", help="sample with LazyMAR's caches")
+    add("--warmup", type=int, help="refresh steps at the beginning (5)")
+    add("--interval", type=int, help="steps from one refresh to the next (9)")
+    add("--probe_layer", type=int, help="decoder layer that tells which tokens changed (3)")
+    add("--keep_floor", type=int, help="positions kept besides those being decoded (15)")
+    add(
+        "--keep",
+        type=_keep_schedule,
+        metavar="P:R,...",
+        help="from progress P on keep at least the share R, such as 0:1,0.3125:0.6,0.625:0.05",
+    )
+    for name, what in (
+        ("token_cache", "compute only tokens that changed"),
+        ("condition_cache", "take the unconditional branch from its cached residual"),
+        ("head_cache", "cache blocks inside the diffusion head"),
+    ):
+        add(
+            f"--{name}", nargs="?", type=_boolean, const=True, metavar="BOOL", help=f"{what} (true)"
+        )
+        add(f"--no_{name}", f"--no-{name}", dest=name, action="store_false", default=None)
+    add("--head_interval", type=int, help="denoising steps from one full one to the next (7)")
+    add("--head_skip", type=_blocks, metavar="I,...", help="head blocks skipped between (1,2,3,4)")
+    add("--head_warm", type=float, help="share of steps above which other blocks are renewed (0.9)")
+
+
+def _keep_schedule(text: str) -> tuple[tuple[float, float], ...]:
+    """ "0:1,0.5:0.05" -> ((0.0, 1.0), (0.5, 0.05))."""
+    pairs = [part.split(":") for part in text.split(",")]
+    return tuple((float(progress), float(ratio)) for progress, ratio in pairs)
+
+
+def _blocks(text: str) -> tuple[int, ...]:
+    """ "1,2,3" -> (1, 2, 3); "" -> ()."""
+    return tuple(int(part) for part in text.split(",") if part.strip())
+
+
+def _boolean(text: str) -> bool:
+    values = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+def lazy_mar_values(args: argparse.Namespace, fields: Iterable[str]) -> dict[str, object] | None:
+    """Fields of LazyMARConfig that were given, {} for the defaults, None without --lazy_mar.
+
+    UserError if a field is given without --lazy_mar, which would have no effect.
+    """
+    given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
+    if args.lazy_mar:
+        return given
+    if given:
+        raise UserError(f"--{next(iter(given))} belongs to LazyMAR: add --lazy_mar")
+    return None
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -153,7 +229,15 @@ def make_parser(program: str) -> argparse.ArgumentParser:
     Every command knows every flag, as in the original; only the defaults differ.
     """
     parser = argparse.ArgumentParser(f"{program}.py", formatter_class=_HelpFormatter)
-    for add in (_add_model, _add_tokenizer, _add_sampling, _add_training, _add_data, _add_run):
+    for add in (
+        _add_model,
+        _add_tokenizer,
+        _add_sampling,
+        _add_lazy_mar,
+        _add_training,
+        _add_data,
+        _add_run,
+    ):
         add(parser)
     parser.set_defaults(model="mar_large")
     if program == "main_cache":

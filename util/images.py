@@ -11,8 +11,7 @@ import re
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from util.errors import UserError
+from util.files import atomic_path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # the files torch-fidelity scores in a folder
 _NUMBERED = re.compile(r"\d{5,}\.png")
@@ -48,28 +48,6 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
         )
     scaled = (images.detach().float() + 1) / 2 * 255
     return scaled.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the final name if the block succeeds.
-
-    Raises UserError when the file system refuses (disk full, read-only, missing folder); the
-    temporary file is removed and an older file of that name stays.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path} ({error.strerror or error}); "
-            "check that the folder exists, is writable and has free space"
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from util.errors import UserError, run_main
+from util.images import save_png
 
 IMAGE_SIZE = 64  # pixels; every length below is in pixels of a picture of this size
 RADIUS = (17.0, 24.0)  # smallest and largest radius of a shape
@@ -191,9 +191,7 @@ def export(output_dir: Path, num_images: int, start: int = 0) -> None:
         (train / folder).mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(start, start + num_images), unit="image"):
         path = train / FOLDERS[label_of(index)] / f"{index:07d}.png"
-        part = path.with_suffix(".part")  # ImageFolder does not read this name
-        Image.fromarray(render(index)).save(part, format="PNG")
-        os.replace(part, path)
+        save_png(path, render(index))
 
 
 def main() -> None:

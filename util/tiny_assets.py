@@ -9,19 +9,19 @@ The three are small files, made once from the shapes data set in a few minutes o
 
 import argparse
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.linear_tokenizer import LinearTokenizer
+from util.checkpoint import save_safetensors
 from util.errors import UserError, run_main
+from util.fid_stats import FidStatistics, save_stats
 from util.shape_classifier import ShapeClassifier
 from util.shapes import CLASSES, HELD_OUT_START, ShapesDataset
 
@@ -39,10 +39,8 @@ PIXEL_NOISE = 0.04  # largest deviation of the noise added in training; pixels a
 def save_module(module: nn.Module, path: Path, metadata: dict[str, object]) -> None:
     """Write a module's tensors, and each value of the metadata as JSON, to a safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    save_file(module.state_dict(), part, {key: json.dumps(v) for key, v in metadata.items()})
-    part.chmod(0o644)  # safetensors makes its files private
-    os.replace(part, path)
+    metadata = {key: json.dumps(value) for key, value in metadata.items()}
+    save_safetensors(path, module.state_dict(), metadata)
 
 
 def batches(start: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -178,11 +176,8 @@ def make_stats(folder: Path, num_images: int) -> dict[str, object]:
     classifier = ShapeClassifier.from_file(folder / "classifier.safetensors")
     data = [classifier(images)[0] for images, _ in batches(HELD_OUT_START, num_images)]
     features = torch.cat(data).double().numpy()  # (N, 64)
-    path = folder / "fid_stats.npz"
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "wb") as file:
-        np.savez(file, mu=features.mean(0), sigma=np.cov(features, rowvar=False))
-    os.replace(part, path)
+    statistics = FidStatistics(features.mean(0), np.cov(features, rowvar=False))
+    save_stats(folder / "fid_stats.npz", statistics)
     return {"made_by": f"python -m util.tiny_assets stats --num_images {num_images}"}
 
 

@@ -1,0 +1,61 @@
+"""Cached latents on disk: one npz per image, and a note of the tokenizer they were made with.
+
+CACHED/CLASS/NAME.npz holds `moments` and `moments_flip` (2C, h, w); CACHED/tokenizer.json holds the
+digest of the tokenizer's file, because latents of another tokenizer train a model of noise.
+"""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from util.errors import UserError
+from util.files import atomic_path, sha256_of, write_json
+
+NOTE = "tokenizer.json"
+
+
+def write_moments(path: Path, moments: Tensor, moments_flip: Tensor) -> None:
+    """One cached image, float32 (2C, h, w) each, written atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, moments=moments.numpy(), moments_flip=moments_flip.numpy())
+
+
+def read_moments(path: str | Path, flip: bool) -> Tensor:
+    """Moments (2C, h, w) float32 of one cached image, of the mirrored image if `flip`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return torch.from_numpy(file["moments_flip" if flip else "moments"].astype(np.float32))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no cached latent: write it anew with main_cache.py") from error
+
+
+def _describe(tokenizer_path: str | Path, img_size: int) -> dict[str, object]:
+    return {"sha256": sha256_of(tokenizer_path), "img_size": img_size}
+
+
+def write_note(cached_path: str | Path, tokenizer_path: str | Path, img_size: int) -> None:
+    """Say in `cached_path` which tokenizer its latents are of; UserError if they are of another."""
+    check_note(cached_path, tokenizer_path, img_size)
+    note = Path(cached_path) / NOTE
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_json(note, _describe(tokenizer_path, img_size))
+
+
+def check_note(cached_path: str | Path, tokenizer_path: str | Path, img_size: int) -> None:
+    """UserError if the latents are of another tokenizer or image size.
+
+    A cache without a note (the original writes none), or no tokenizer at hand, passes.
+    """
+    note = Path(cached_path) / NOTE
+    if not note.is_file() or not Path(tokenizer_path).is_file():
+        return
+    if json.loads(note.read_text()) != _describe(tokenizer_path, img_size):
+        raise UserError(
+            f"{cached_path} holds latents of another tokenizer or image size than {tokenizer_path} "
+            f"at {img_size} pixels: write them anew into an empty folder with main_cache.py"
+        )
