@@ -183,6 +183,7 @@ def build_model(args: argparse.Namespace) -> mar.MAR:
             grad_checkpointing=args.grad_checkpointing,
             masked_keep=args.masked_keep,
             pos_init=args.pos_init,
+            aux_weight=args.aux_weight,
         )
     except ValueError as error:
         raise UserError(f"--model {args.model}: {error}") from error

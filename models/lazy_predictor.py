@@ -76,7 +76,8 @@ class LazyPredictor:
             if self.decoder_input is None:
                 self.decoder_input = torch.empty_like(x[: self.rows])
             self.decoder_input.copy_(x[: self.rows])
-        x = self._decode_all(x, step.start, policy.residual_stop, fill)
+        stop = policy.residual_stop if self.use_residual else step.stop
+        x = self._decode_all(x, step.start, stop, fill)
         if policy.fills and self.use_residual:
             conditional, unconditional = x.chunk(2)
             self.residual = unconditional - conditional

@@ -32,10 +32,12 @@ class MAR(nn.Module):
     """Trains with `forward(latents, labels)`, generates with `sample_tokens(...)`.
 
     L = (img_size / vae_stride / patch_size)^2 tokens of vae_embed_dim * patch_size^2 channels.
-    Constructor names and defaults are those of the original. Two are ours, for short trainings:
-    masked_keep, the share of the masked tokens that a training step decodes (1.0 all): few teach
-    nearly as much and cost less (CrossMAE, Fu et al. 2024); pos_init "sincos", position tables that
-    start as 2-D sines (MAE, He et al. 2022) instead of "normal", so that neighbours are near at once.
+    Constructor names and defaults are those of the original. Three are ours, for short trainings of
+    small models; their defaults change nothing:
+    masked_keep: share of the masked tokens that a training step decodes (CrossMAE, Fu et al. 2024).
+    pos_init: "sincos" starts the position tables as 2-D sines (MAE, He et al. 2022).
+    aux_weight: weight of a squared error that asks z for the token itself, read out through the
+        transposed z_proj, so that context is learned before the head makes use of it.
     """
 
     def __init__(
@@ -64,8 +66,13 @@ class MAR(nn.Module):
         grad_checkpointing: bool = False,
         masked_keep: float = 1.0,
         pos_init: str = "normal",
+        aux_weight: float = 0.0,
     ) -> None:
         super().__init__()
+        if aux_weight and encoder_embed_dim != decoder_embed_dim:
+            raise ValueError(
+                f"aux_weight needs equal widths, not {encoder_embed_dim} and {decoder_embed_dim}"
+            )
         if img_size % (vae_stride * patch_size):
             raise ValueError(
                 f"img_size {img_size} is not a multiple of vae_stride {vae_stride} x patch_size "
@@ -81,6 +88,7 @@ class MAR(nn.Module):
         self.label_drop_prob = label_drop_prob
         self.diffusion_batch_mul = diffusion_batch_mul
         self.masked_keep = masked_keep
+        self.aux_weight = aux_weight
         self.grad_checkpointing = grad_checkpointing
         # MAR, section 4.2: mask ratio from a normal of mean 1 and std 0.25, cut to [min, 1]
         self.mask_ratio = truncnorm((mask_ratio_min - 1.0) / 0.25, 0, loc=1.0, scale=0.25)
@@ -129,8 +137,10 @@ class MAR(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         if pos_init == "sincos":
-            for table in (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned):
-                table.data[0, self.buffer_size :] = _sincos(self.grid_size, table.shape[2])
+            # Below the size of what they are added to, so that contents are seen too.
+            encoder, decoder = self.encoder_pos_embed_learned, self.decoder_pos_embed_learned
+            for table, scale in ((encoder, 0.25), (decoder, 0.5)):
+                table.data[0, self.buffer_size :] = scale * _sincos(self.grid_size, table.shape[2])
 
     # ---- tokens -------------------------------------------------------------------------------
 
@@ -274,7 +284,11 @@ class MAR(nn.Module):
         z = self.predict(tokens[:, :known], order, stop, embedding)
         target, z = tokens[:, known:].flatten(0, 1), z.flatten(0, 1)  # (B * masked, .)
         mul = self.diffusion_batch_mul
-        return self.diffloss(target.repeat(mul, 1), z.repeat(mul, 1))
+        loss = self.diffloss(target.repeat(mul, 1), z.repeat(mul, 1))
+        if self.aux_weight:
+            read_out = F.linear(z, self.z_proj.weight.t())  # (B * masked, c)
+            loss = loss + self.aux_weight * F.mse_loss(read_out.float(), target)
+        return loss
 
     # ---- sampling -------------------------------------------------------------------------------
 
@@ -404,7 +418,7 @@ def mar_tiny(**kwargs: Any) -> MAR:
         "diffloss_w": preset.diffloss_w,
         "num_sampling_steps": preset.num_sampling_steps,
     }
-    return MAR(**{**_widths(128, 6, 4), "encoder_depth": 4, **geometry, **kwargs})
+    return MAR(**{**_widths(96, 5, 3), "encoder_depth": 3, **geometry, **kwargs})
 
 
 def _widths(dim: int, depth: int, heads: int) -> dict[str, int]:

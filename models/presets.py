@@ -47,8 +47,8 @@ PRESETS: dict[str, ModelPreset] = {
         vae_embed_dim=8,
         class_num=10,
         buffer_size=8,
-        diffloss_d=6,
-        diffloss_w=192,
+        diffloss_d=4,
+        diffloss_w=160,
         num_sampling_steps="ddim50",  # starts at t=980: a small head is not accurate at t=999
         cfg=3.0,
         tokenizer="linear",

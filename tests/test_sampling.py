@@ -1,5 +1,7 @@
 """Claims about sampling: seeds name images, and LazyMAR differs from MAR exactly where it may."""
 
+from functools import partial
+
 import pytest
 import torch
 from timm.models.vision_transformer import Block as TimmBlock
@@ -102,7 +104,7 @@ def test_head_cache_with_every_denoising_step_full_equals_the_plain_head():
     assert relative_error(sample(model, lazy_mar=config), sample(model)) < CLOSE
 
 
-def test_token_cache_that_keeps_everything_differs_only_by_stale_encodings():
+def test_token_cache_reuses_old_encodings_even_where_it_keeps_every_position():
     model = small_mar()
     keep_all = LazyMARConfig(
         warmup=1, interval=99, keep=((0.0, 1.0),), condition_cache=False, head_cache=False
@@ -111,9 +113,9 @@ def test_token_cache_that_keeps_everything_differs_only_by_stale_encodings():
         warmup=1, interval=99, keep=((0.0, 0.05),), keep_floor=0, condition_cache=False,
         head_cache=False,
     )  # fmt: skip
-    plain = sample(model)
-    errors = [relative_error(sample(model, lazy_mar=c), plain) for c in (keep_all, trimmed)]
-    assert 0 < errors[0] < errors[1]
+    plain, all_kept, few_kept = (sample(model, lazy_mar=c) for c in (None, keep_all, trimmed))
+    assert relative_error(all_kept, plain) > 1e-4
+    assert relative_error(few_kept, all_kept) > 1e-4
 
 
 @pytest.mark.parametrize("lazy_mar", [None, CONFIGS["all"]], ids=["mar", "lazymar"])
@@ -204,8 +206,8 @@ def test_noise_of_another_geometry_is_refused():
 
 @pytest.mark.parametrize(("dim", "heads"), [(32, 4), (48, 3)])
 def test_block_equals_timms_with_the_same_weights(dim, heads):
-    norm = torch.nn.LayerNorm
-    theirs = TimmBlock(dim, heads, qkv_bias=True, norm_layer=lambda d: norm(d, eps=1e-6)).eval()
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    theirs = TimmBlock(dim, heads, qkv_bias=True, norm_layer=norm).eval()
     ours = Block(dim, heads).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -60,6 +60,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--diffloss_w", type=int, help="width of the diffusion head")
     add("--num_sampling_steps", help="denoising steps of the head when sampling")
     add("--masked_keep", type=float, default=1.0, help="share of masked tokens decoded in training")
+    add("--aux_weight", type=float, default=0.0, help="of an auxiliary regression of the tokens")
     add(
         "--pos_init",
         choices=("normal", "sincos"),
