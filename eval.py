@@ -17,7 +17,6 @@ from models.presets import PRESETS
 from util import checkpoint, dist, metrics
 from util.device import pick_device, pick_dtype
 from util.errors import run_main
-from util.files import sha256_of
 from util.flags import make_parser, resolve
 
 
@@ -37,8 +36,7 @@ def main() -> None:
     checkpoint.load_into(model, args.resume, use_ema=not args.no_ema)
     model = model.to(device).eval()
     tokenizer = engine.open_tokenizer(args, device)
-    weights = sha256_of(checkpoint.find_checkpoint(args.resume))[:16]
-    weights += " no_ema" if args.no_ema else ""
+    weights = checkpoint.describe(args.resume, use_ema=not args.no_ema)
 
     dist.start(world, device, args.dist_url)
     try:

@@ -8,6 +8,7 @@ computes the very same numbers as a run that was never stopped (on the same devi
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import engine
+from models import mar
 from models.presets import PRESETS
 from models.tokenizers import latent_scale_of
 from models.vae import DiagonalGaussianDistribution
@@ -116,8 +118,11 @@ def run(args: argparse.Namespace, world: dist.World, device: torch.device) -> No
     if args.evaluate:
         if not args.resume:
             raise UserError("--evaluate needs --resume DIR, the folder of checkpoint-last.pth")
-        checkpoint.load_into(model, args.resume, use_ema=True)
-        engine.evaluate(model, tokenizer, args, world, device, dtype)
+        checkpoint.load_into(model, args.resume, use_ema=not args.no_ema)
+        weights = checkpoint.describe(args.resume, use_ema=not args.no_ema)
+        results = engine.evaluate(model.eval(), tokenizer, args, world, device, dtype, weights)
+        if world.is_main:
+            print(json.dumps(results))
         return
     scale = latent_scale_of(tokenizer, args.latent_scale)
     data = open_data(args)
@@ -174,8 +179,29 @@ def run(args: argparse.Namespace, world: dist.World, device: torch.device) -> No
                 watch.save(done, 0)
             if args.online_eval and (done % args.eval_freq == 0 or done == args.epochs):
                 with state.ema.swapped_into(model):
-                    engine.evaluate(model, tokenizer, args, world, device, dtype)
+                    evaluate_online(model, tokenizer, args, world, device, dtype, done)
     dist.barrier(world)
+
+
+def evaluate_online(
+    model: mar.MAR,
+    tokenizer: nn.Module,
+    args: argparse.Namespace,
+    world: dist.World,
+    device: torch.device,
+    dtype: torch.dtype,
+    epoch: int,
+) -> None:
+    """Score the averaged weights without guidance and, if --cfg asks for it, with it, as MAR does."""
+    for cfg in sorted({1.0, args.cfg}):
+        folder = str(Path(args.output_dir) / f"epoch{epoch:04d}")
+        ours = argparse.Namespace(**{**vars(args), "cfg": cfg, "output_dir": folder})
+        model.eval()
+        results = engine.evaluate(
+            model, tokenizer, ours, world, device, dtype, f"epoch {epoch} of {args.output_dir}"
+        )
+        if world.is_main:
+            print(json.dumps(results), flush=True)
 
 
 def resume(state: engine.TrainState, plan: BatchPlan, path: str) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from util.ema import EMA
 from util.errors import UserError, run_main
-from util.files import atomic_path
+from util.files import atomic_path, sha256_of
 
 LAST = "checkpoint-last.pth"
 
@@ -107,6 +107,12 @@ def load_state_dict_file(path: str | Path, use_ema: bool = True) -> dict[str, Te
                 f"{path} holds no weights by name: '{name}' is a {type(value).__name__}"
             )
     return dict(content)
+
+
+def describe(path: str | Path, use_ema: bool) -> str:
+    """Which weights these are: the file's name, the first digits of its sha256, averaged or not."""
+    file = find_checkpoint(path)
+    return f"{file.name} {sha256_of(file)[:16]} {'model_ema' if use_ema else 'model'}"
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:

@@ -1,0 +1,39 @@
+# make demo   sample the bundled model with MAR and with LazyMAR, compare them
+# make test   the tests that need minutes on a CPU at most
+# make lint   ruff
+# Each creates the virtual environment it needs. PYTHON names the interpreter, 3.10 or newer.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.installed
+DEMO := demo
+IMAGES := 100
+
+.PHONY: demo test test-slow test-gpu lint
+
+$(READY): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.10; say make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: $(READY)
+	$(PY) eval.py --model mar_tiny --num_images $(IMAGES) --eval_bsz 50 --output_dir $(DEMO)
+	$(PY) eval.py --model mar_tiny --num_images $(IMAGES) --eval_bsz 50 --output_dir $(DEMO) --lazy_mar
+	$(PY) -m util.report $(DEMO)/mar_tiny-mar-* $(DEMO)/mar_tiny-lazy_mar-* \
+		--sheet $(DEMO)/sheet.png --table $(DEMO)/table.md
+
+test: $(READY)
+	$(PY) -m pytest -q
+
+test-slow: $(READY)
+	$(PY) -m pytest -q -m slow
+
+test-gpu: $(READY)
+	$(PY) -m pytest -q -m gpu
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
