@@ -29,7 +29,7 @@ from util import dist, metrics
 from util.device import autocast
 from util.ema import EMA
 from util.errors import UserError
-from util.files import write_json
+from util.files import sha256_of, write_json
 from util.flags import lazy_mar_values
 from util.images import PngWriter, contact_sheet, read_image, save_png, to_uint8
 from util.lr import LRSchedule
@@ -87,9 +87,10 @@ def train_step(
     """One step of AdamW and EMA on latents (B, C, h, w), skipped if a gradient is not finite."""
     for group in state.optimizer.param_groups:
         group["lr"] = lr
-    with autocast(config.device, config.dtype), attention_for_training(config.device):
-        loss = state.wrapped(latents, labels)
-    state.scaler.scale(loss).backward()
+    with attention_for_training(config.device):  # backward too: checkpointing recomputes there
+        with autocast(config.device, config.dtype):
+            loss = state.wrapped(latents, labels)
+        state.scaler.scale(loss).backward()
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
     # A bad loss makes bad gradients, and gradients, being averaged, are bad in all processes alike.
@@ -293,6 +294,7 @@ def evaluate(
         "class_num": args.class_num,
         "img_size": args.img_size,
         "num_sampling_steps": args.num_sampling_steps,
+        "tokenizer": f"{args.tokenizer} {sha256_of(args.vae_path)[:16]}",
         "latent_scale": scale,
         "seed": args.seed,
         "device": device.type,
@@ -325,15 +327,19 @@ def evaluate(
     dist.barrier(world)
     if not world.is_main:
         return {}
-    former = run.results()
+    former = run.results() if len(missing) < args.num_images else {}
+    seconds += former.get("seconds", 0.0)
+    generated = len(mine) + former.get("generated", 0)
     results: dict[str, object] = {
         "model": args.model,
         "lazy_mar": sampling.lazy_mar is not None,
         "num_images": args.num_images,
         "num_iter": args.num_iter,
         "cfg": args.cfg,
-        "generated": len(missing),
-        "sec_per_image": seconds / len(mine) if mine else former.get("sec_per_image"),
+        "sec_per_image": seconds / generated if generated else None,
+        "generated": generated,
+        "seconds": seconds,
+        "processes": world.size,
         "eval_bsz": args.eval_bsz,
         "threads": torch.get_num_threads(),
         "images_dir": str(run.images),
@@ -341,6 +347,7 @@ def evaluate(
         "dtype": config["dtype"],
         "torch": torch.__version__,
     }
+    results |= {"fid": None, "is_mean": None, "is_std": None}
     every_label = [image_label(i, args.num_images, args.class_num) for i in range(args.num_images)]
     if not args.no_score:
         results |= metrics.score(

@@ -26,7 +26,7 @@ def main() -> None:
     resolve(args, "eval", PRESETS)
     if args.threads:
         torch.set_num_threads(args.threads)
-    world = dist.world_from_env(args.dist_on_itp)
+    world = dist.world_from_env(args.dist_on_itp, args.world_size)
     device = pick_device(args.device, world.local_rank)
     dtype = pick_dtype(args.dtype, device)
     engine.SamplingConfig.from_args(args)

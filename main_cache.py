@@ -16,7 +16,7 @@ from tqdm import tqdm
 import engine
 from models.presets import PRESETS
 from util import dist
-from util.data import ImageFolder, to_unit_range
+from util.data import ImageFolder, in_one_sentence, to_unit_range
 from util.device import pick_device
 from util.errors import UserError, run_main
 from util.flags import make_parser, resolve
@@ -38,7 +38,8 @@ def cache(args: argparse.Namespace, world: dist.World, device: torch.device) -> 
     tokenizer = engine.open_tokenizer(args, device)
     write_note(args.cached_path, args.vae_path, args.img_size)
     loader = DataLoader(images, batch_sampler=picks, num_workers=args.num_workers)
-    bar = tqdm(zip(groups, loader, strict=True), total=len(groups), unit="batch", disable=None)
+    batches = zip(groups, in_one_sentence(loader), strict=True)
+    bar = tqdm(batches, total=len(groups), unit="batch", disable=None)
     for group, (batch, _) in bar:
         x = to_unit_range(batch.to(device))
         moments = tokenizer.encode(x).parameters.float().cpu()
@@ -54,7 +55,7 @@ def main() -> None:
     resolve(args, "main_cache", PRESETS)
     if args.threads:
         torch.set_num_threads(args.threads)
-    world = dist.world_from_env(args.dist_on_itp)
+    world = dist.world_from_env(args.dist_on_itp, args.world_size)
     device = pick_device(args.device, world.local_rank)
     written = cache(args, world, device)
     print(f"process {world.rank}: {written} files written to {args.cached_path}")

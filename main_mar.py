@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 main_mar.py --model mar_base --diffloss_d 6 --diffloss_w 1024 ...
 
 With `--resume DIR` the same command goes on where it stopped, in the middle of an epoch too, and
-computes the very same numbers as a run that was never stopped (on the same device and precision).
+computes, on a CPU, the very same numbers as a run that was never stopped.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from models import mar
 from models.presets import PRESETS
 from models.tokenizers import latent_scale_of
 from models.vae import DiagonalGaussianDistribution
-from util import checkpoint, dist
+from util import checkpoint, dist, metrics
 from util.data import (
     BatchPlan,
     CachedFolder,
@@ -98,7 +98,7 @@ def main() -> None:
     resolve(args, "main_mar", PRESETS)
     if args.threads:
         torch.set_num_threads(args.threads)
-    world = dist.world_from_env(args.dist_on_itp)
+    world = dist.world_from_env(args.dist_on_itp, args.world_size)
     device = pick_device(args.device, world.local_rank)
     dist.start(world, device, args.dist_url)
     try:
@@ -110,6 +110,9 @@ def main() -> None:
 def run(args: argparse.Namespace, world: dist.World, device: torch.device) -> None:
     """Train or evaluate as the flags say, in this process of `world`."""
     dtype = pick_dtype(args.dtype, device)
+    engine.SamplingConfig.from_args(args)  # before hours of training, not at the first evaluation
+    if args.online_eval and world.is_main:
+        metrics.check_ready(args.features, args.features_path, args.fid_stats)
     torch.manual_seed(args.seed)
     model = engine.build_model(args).to(device)
     tokenizer = None
@@ -195,11 +198,11 @@ def evaluate_online(
     """Score the averaged weights without guidance and, if --cfg asks for it, with it, as MAR does."""
     for cfg in sorted({1.0, args.cfg}):
         folder = str(Path(args.output_dir) / f"epoch{epoch:04d}")
-        ours = argparse.Namespace(**{**vars(args), "cfg": cfg, "output_dir": folder})
+        changes = {"cfg": cfg, "output_dir": folder, "overwrite": True}
+        ours = argparse.Namespace(**{**vars(args), **changes})
         model.eval()
-        results = engine.evaluate(
-            model, tokenizer, ours, world, device, dtype, f"epoch {epoch} of {args.output_dir}"
-        )
+        weights = f"epoch {epoch} {checkpoint.digest_of(model)}"
+        results = engine.evaluate(model, tokenizer, ours, world, device, dtype, weights)
         if world.is_main:
             print(json.dumps(results), flush=True)
 
@@ -289,9 +292,10 @@ class Watch:
         args, state = self.args, self.state
         if self.bar is not None:
             self.bar.update()
-        self.losses.append(result.loss)
-        if state.step % args.log_freq == 0 and self.log:
-            self._write_log(result, done)
+        if self.log:
+            self.losses.append(result.loss)
+            if state.step % args.log_freq == 0:
+                self._write_log(result, done)
         asked = dist.any_rank(self.stop_request.requested, self.world, result.loss.device)
         self.must_stop = asked or (args.max_steps is not None and state.step >= args.max_steps)
         late = args.save_minutes and time.monotonic() - self.saved > 60 * args.save_minutes

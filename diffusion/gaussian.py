@@ -34,8 +34,9 @@ class GaussianDiffusion:
         self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / abar - 1.0)
         posterior_variance = self.betas * (1.0 - abar_prev) / (1.0 - abar)
         # The variance of step 0 is 0; its logarithm is clipped to that of step 1.
+        # (A single step adds no noise, so its variance is never asked for.)
         clipped = np.append(posterior_variance[1:2], posterior_variance[1:])
-        self.posterior_log_variance = np.log(clipped) if len(clipped) else np.log(self.betas)
+        self.posterior_log_variance = np.log(clipped if self.num_timesteps > 1 else self.betas)
         self.log_betas = np.log(self.betas)
         self.posterior_mean_coef_x0 = self.betas * np.sqrt(abar_prev) / (1.0 - abar)
         self.posterior_mean_coef_xt = (1.0 - abar_prev) * np.sqrt(1.0 - self.betas) / (1.0 - abar)

@@ -15,12 +15,6 @@ def cosine_betas(num_steps: int, max_beta: float = 0.999) -> np.ndarray:
     return np.minimum(1.0 - np.array(ratios), max_beta)
 
 
-def linear_betas(num_steps: int) -> np.ndarray:
-    """Linear schedule (Ho et al. 2020), its end points scaled to `num_steps`."""
-    scale = 1000 / num_steps
-    return np.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=np.float64)
-
-
 def space_timesteps(num_steps: int, respacing: str) -> list[int]:
     """Ascending timesteps kept by `respacing` (Nichol & Dhariwal 2021, section 4).
 

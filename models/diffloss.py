@@ -4,7 +4,6 @@ A small MLP with adaLN modulation predicts the noise of a token given the decode
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import create_diffusion
 from models.layers import LAYER_NORM_EPS
-
-# (z (n or 2n, D), noise (n, T+1, C), cfg, temperature) -> tokens (n, C)
-Denoiser = Callable[[Tensor, Tensor, float, float], Tensor]
 
 
 class DiffLoss(nn.Module):
@@ -61,9 +57,7 @@ class DiffLoss(nn.Module):
         z: Tensor,
         temperature: float = 1.0,
         cfg: float = 1.0,
-        *,
         noise: Tensor | None = None,
-        denoiser: Denoiser | None = None,
     ) -> Tensor:
         """Tokens (n, C) for z (n, D); with cfg != 1, z is (2n, D): conditional rows, then unconditional.
 
@@ -73,8 +67,7 @@ class DiffLoss(nn.Module):
         if noise is None:
             shape = (rows, self.num_sampling_steps + 1, self.in_channels)
             noise = torch.randn(shape, device=z.device)
-        denoiser = denoiser or PlainDenoiser(self)
-        return denoiser(z, noise, cfg, temperature)
+        return PlainDenoiser(self)(z, noise, cfg, temperature)
 
 
 class PlainDenoiser:
@@ -163,11 +156,10 @@ class ResBlock(nn.Module):
         shift, scale, gate = self.adaLN_modulation[1](embedding).chunk(3, dim=-1)
         return self.mlp(modulate(self.in_ln(x), shift, scale)), gate
 
-    def gate(self, embedding: Tensor) -> Tensor:
-        """The gate alone (n, w): the last third of the modulation."""
+    def gate_parameters(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Weight (w, w) and bias (w,) of the gate alone: the last third of the modulation."""
         linear = self.adaLN_modulation[1]
-        width = embedding.shape[-1]
-        return F.linear(embedding, linear.weight[2 * width :], linear.bias[2 * width :])
+        return linear.weight.chunk(3)[2].to(dtype), linear.bias.chunk(3)[2].to(dtype)
 
 
 class FinalLayer(nn.Module):

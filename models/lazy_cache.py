@@ -20,20 +20,24 @@ class KVCache:
 
     def refill(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Remember the first `rows` rows of k, v (B, H, n, d); attend to k, v as they are."""
-        if self.k is None:
-            shape = (self.rows, k.shape[1], self.capacity, k.shape[3])
-            self.k, self.v = k.new_empty(shape), v.new_empty(shape)
+        self._allocate(k)
         self.k[:, :, : k.shape[2]] = k[: self.rows]
         self.v[:, :, : v.shape[2]] = v[: self.rows]
         return k, v
 
     def append(self, buffer_size: int, end: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Renew the buffer and append the new tokens so that they end at `end`; attend to all."""
+        self._allocate(k)  # the first of all, where without a buffer nothing was known before
         start = end - (k.shape[2] - buffer_size)
         for cached, new in ((self.k, k), (self.v, v)):
             cached[:, :, :buffer_size] = new[:, :, :buffer_size]
             cached[:, :, start:end] = new[:, :, buffer_size:]
         return self.k[:, :, :end], self.v[:, :, :end]
+
+    def _allocate(self, k: Tensor) -> None:
+        if self.k is None:
+            shape = (self.rows, k.shape[1], self.capacity, k.shape[3])
+            self.k, self.v = k.new_empty(shape), k.new_empty(shape)
 
     def scatter(self, index: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Renew the positions index (rows, n) by k, v (rows, H, n, d); attend to all positions."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.diffloss import Denoiser, DiffLoss, PlainDenoiser, guide, time_table
+from models.diffloss import DiffLoss, guide, time_table
 from models.lazy_mar import LazyMARConfig
 
 
@@ -32,11 +32,9 @@ class LazyDenoiser:
         self.full = [config.is_full(i, steps) for i in range(steps)]
         self.warm = [config.is_warm(i, steps) for i in range(steps)]
         self.segments = _segments(len(head.net.res_blocks), config.head_skip)
-
-    @staticmethod
-    def of(head: DiffLoss, config: LazyMARConfig) -> Denoiser:
-        """The denoiser that the config asks for: with head_cache off, the plain one."""
-        return LazyDenoiser(head, config) if config.head_cache else PlainDenoiser(head)
+        # Cast once: autocast would cast these slices anew at every denoising step.
+        dtype = self.times.dtype
+        self.gates = [block.gate_parameters(dtype) for block in head.net.res_blocks]
 
     @torch.no_grad()
     def __call__(self, z: Tensor, noise: Tensor, cfg: float, temperature: float) -> Tensor:
@@ -66,7 +64,8 @@ class LazyDenoiser:
             if skipped:
                 cache.change[blocks[0]] = hidden[:n] - before[:n]
             else:
-                cache.mlp[blocks[0]] = out[:n]
+                # A view would keep the unconditional half alive.
+                cache.mlp[blocks[0]] = out[:n].clone() if len(out) > n else out
         output = self.net.final_layer(hidden, embedding).float()
         epsilon, fraction, cache.residual = guide(output, cfg)
         return epsilon, fraction
@@ -86,7 +85,7 @@ class LazyDenoiser:
                 cache.mlp[first], gate = block.branch(hidden, embedding)
                 hidden = hidden + gate * cache.mlp[first]
             else:
-                hidden = hidden + block.gate(embedding) * cache.mlp[first]
+                hidden = hidden + F.linear(embedding, *self.gates[first]) * cache.mlp[first]
         epsilon, fraction = self.net.final_layer(hidden, embedding).float().chunk(2, dim=-1)
         if cache.residual is not None:  # eps_u = eps_c - residual
             epsilon = epsilon + (cfg - 1.0) * cache.residual

@@ -4,7 +4,6 @@ Stands in for models.mar.PlainPredictor and drives the same, untouched MAR.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +11,7 @@ from torch import Tensor
 from models.lazy_cache import KVCache, ProbeCache
 from models.lazy_mar import LazyMARConfig, StepPolicy, step_policies
 from models.plan import DecodingPlan, DecodingStep
-
-if TYPE_CHECKING:
-    from models.mar import MAR
+from models.transformer import MaskedTransformer
 
 
 class LazyPredictor:
@@ -26,7 +23,7 @@ class LazyPredictor:
 
     def __init__(
         self,
-        model: "MAR",
+        model: MaskedTransformer,
         order: Tensor,
         embedding: Tensor,
         plan: DecodingPlan,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageNoise:
     """Orders and head noise of B images with L tokens of C channels and T denoising steps.
 
@@ -49,6 +49,10 @@ class ImageNoise:
             orders[i] = stream.permutation(seq_len)
             head[i] = stream.standard_normal(shape)
         return cls(torch.from_numpy(orders).to(device), torch.from_numpy(head).to(device))
+
+    def to(self, device: torch.device | str) -> "ImageNoise":
+        """The same noise on a device."""
+        return ImageNoise(self.orders.to(device), self.head.to(device))
 
     def check(self, batch: int, seq_len: int, num_sampling_steps: int, channels: int) -> None:
         """Raise ValueError unless the shapes are those that the model needs."""

@@ -6,6 +6,7 @@ searches, static shapes per step.
 """
 
 import math
+import operator
 from dataclasses import dataclass
 
 CFG_SCHEDULES = ("linear", "constant")
@@ -38,14 +39,16 @@ class DecodingPlan:
     def create(
         cls, seq_len: int, num_iter: int, cfg: float = 1.0, cfg_schedule: str = "linear"
     ) -> "DecodingPlan":
-        """Cosine masking (MAR, section 3.4; MaskGIT's schedule) with its guidance schedule.
+        """Cosine masking (MaskGIT's schedule, as in MAR's code) with its guidance schedule.
 
         After step s, floor(L cos(pi/2 (s+1)/T)) tokens stay masked: at least 1, at most one fewer
         than before, and 0 after the last. Where T exceeds L some steps predict nothing; they are left out.
         Raises ValueError for num_iter < 1 or an unknown schedule.
         """
-        if not isinstance(num_iter, int) or num_iter < 1:
+        if isinstance(num_iter, bool) or operator.index(num_iter) < 1:
             raise ValueError(f"num_iter is {num_iter!r}; it must be a whole number of at least 1")
+        if not math.isfinite(cfg):
+            raise ValueError(f"cfg is {cfg}; it must be a finite number")
         if cfg_schedule not in CFG_SCHEDULES:
             raise ValueError(f"cfg_schedule is {cfg_schedule!r}; use one of {CFG_SCHEDULES}")
         steps: list[DecodingStep] = []

@@ -26,7 +26,7 @@ class ModelPreset:
     cfg: float = 3.25  # LazyMAR's eval.py
     tokenizer: str = "kl16"  # kl16 (AutoencoderKL) or linear (LinearTokenizer)
     vae_path: str = "pretrained_models/vae/kl16.ckpt"
-    latent_scale: float | None = 0.2325  # MAR, section 4.1: scale of the KL-16 latents
+    latent_scale: float | None = 0.2325  # MAR's code: scale of the KL-16 latents
     resume: str = ""
     features: str = "inception-v3-compat"  # the feature extractor of FID and IS
     features_path: str | None = None  # None: where torch-fidelity keeps its own weights

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from models.diffloss import guide
 from models.lazy_cache import ProbeCache
 from models.lazy_predictor import LazyPredictor
 from models.mar import PlainPredictor
@@ -70,11 +71,9 @@ class TestParts:
         assert relative_error(out, data["head_out"]) < EXACT
         # As the original: both halves see the first half of x; guided epsilon, own variance.
         half = data["head_x"].chunk(2)[0].repeat(2, 1)
-        epsilon, fraction = net(half, data["head_t"], data["head_c"]).chunk(2, dim=1)
-        conditional, unconditional = epsilon.chunk(2)
-        guided = unconditional + 2.5 * (conditional - unconditional)
-        guided = torch.cat([guided.repeat(2, 1), fraction], dim=1)
-        assert relative_error(guided, data["head_out_cfg2p5"]) < EXACT
+        epsilon, fraction, _ = guide(net(half, data["head_t"], data["head_c"]), 2.5)
+        conditional = torch.cat([epsilon, fraction], dim=1)
+        assert relative_error(conditional, data["head_out_cfg2p5"].chunk(2)[0]) < EXACT
 
     def test_loss_and_its_terms(self, file, steps):
         data, head = golden(file), golden_model(steps).diffloss

@@ -6,6 +6,7 @@ temporary name and then renamed. `python -m util.checkpoint convert SRC DST` mak
 """
 
 import argparse
+import hashlib
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -113,6 +114,14 @@ def describe(path: str | Path, use_ema: bool) -> str:
     """Which weights these are: the file's name, the first digits of its sha256, averaged or not."""
     file = find_checkpoint(path)
     return f"{file.name} {sha256_of(file)[:16]} {'model_ema' if use_ema else 'model'}"
+
+
+def digest_of(model: nn.Module) -> str:
+    """First 16 digits of the sha256 of a model's weights."""
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from util.latents import read_moments
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 Pick = tuple[int, bool]  # index of an item, and whether to flip it
+Item = TypeVar("Item")
+_RAISED = "util.errors.UserError: "  # how a traceback begins its last line
 
 
 def center_crop(image: Image.Image, size: int) -> Tensor:
@@ -189,7 +192,16 @@ def batches(
     """Batches (images or moments, labels) in the order of `picks`."""
     if isinstance(data, CachedTensors):
         return _indexed(data.batch, picks)
-    return DataLoader(data, batch_sampler=picks, num_workers=num_workers, pin_memory=pin_memory)
+    loader = DataLoader(data, batch_sampler=picks, num_workers=num_workers, pin_memory=pin_memory)
+    return in_one_sentence(loader)
+
+
+def in_one_sentence(loader: Iterable[Item]) -> Iterator[Item]:
+    """The loader's batches; a UserError of a worker process without the traceback torch adds."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix(_RAISED)) from None
 
 
 def _indexed(

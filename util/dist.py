@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from util.errors import UserError
+
 
 @dataclass(frozen=True)
 class World:
@@ -21,13 +23,21 @@ class World:
         return self.rank == 0
 
 
-def world_from_env(open_mpi: bool = False) -> World:
-    """The place that torchrun (or Open MPI) sets in the environment; one process without it."""
+def world_from_env(open_mpi: bool = False, stated_size: int = 1) -> World:
+    """The place that torchrun (or Open MPI) sets in the environment; one process without it.
+
+    UserError if a launcher was promised by --dist_on_itp or --world_size and there is none.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if open_mpi:
         names = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK"))
     values = [os.environ.get(name) for name in names]
     if None in values[:2]:
+        if open_mpi or stated_size > 1:
+            raise UserError(
+                f"{stated_size} processes are stated (--world_size, --dist_on_itp), but "
+                f"{names[1]} is not set: start them with torchrun --nproc_per_node=N"
+            )
         return World()
     return World(*(int(value or 0) for value in values))
 

@@ -5,9 +5,10 @@ given follows from the name of the model, see `resolve`.
 """
 
 import argparse
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from util.device import DTYPES
 from util.errors import UserError
@@ -34,6 +35,23 @@ FROM_MODEL = (
     "fid_stats",
 )
 TRAINING_CFG = 1.0  # MAR's main_mar.py; eval.py takes the preset's
+
+# The smallest sensible value of every number that could be nonsense.
+LEAST: dict[str, float] = {
+    **dict.fromkeys(("num_images", "num_iter", "eval_bsz", "batch_size", "epochs", "threads"), 1),
+    **dict.fromkeys(("log_freq", "save_last_freq", "eval_freq", "diffusion_batch_mul"), 1),
+    **dict.fromkeys(("diffloss_d", "diffloss_w", "max_steps", "world_size"), 1),
+    **dict.fromkeys(("seed", "num_workers", "start_epoch", "warmup_epochs", "lr", "blr"), 0),
+    **dict.fromkeys(("min_lr", "weight_decay", "grad_clip", "ema_rate", "temperature"), 0),
+    **dict.fromkeys(("label_drop_prob", "attn_dropout", "proj_dropout", "aux_weight"), 0),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A mistake on the command line is a UserError: one sentence, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -137,14 +155,21 @@ def _add_lazy_mar(parser: argparse.ArgumentParser) -> None:
 
 
 def _keep_schedule(text: str) -> tuple[tuple[float, float], ...]:
-    """ "0:1,0.5:0.05" -> ((0.0, 1.0), (0.5, 0.05))."""
-    pairs = [part.split(":") for part in text.split(",")]
-    return tuple((float(progress), float(ratio)) for progress, ratio in pairs)
+    """Pairs of progress and ratio: 0:1,0.5:0.05 is ((0.0, 1.0), (0.5, 0.05))."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((float(progress), float(ratio)) for progress, ratio in pairs)
+    except ValueError as error:
+        example = "0:1,0.3125:0.6,0.625:0.05"
+        raise argparse.ArgumentTypeError(f"{text!r} is no schedule like {example}") from error
 
 
 def _blocks(text: str) -> tuple[int, ...]:
-    """ "1,2,3" -> (1, 2, 3); "" -> ()."""
-    return tuple(int(part) for part in text.split(",") if part.strip())
+    """Numbers of blocks: 1,2,3 is (1, 2, 3), nothing is ()."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of blocks like 1,2,3") from error
 
 
 def _boolean(text: str) -> bool:
@@ -218,8 +243,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda, cuda:1, mps; without it cuda if there is one, else cpu")
     add("--dtype", choices=tuple(DTYPES), help="without it bf16 on cuda, float32 elsewhere")
     add("--threads", type=int, help="CPU threads per process")
-    add("--world_size", type=int, default=1, help="processes; torchrun's environment overrides it")
-    add("--local_rank", type=int, default=-1, help="for old launchers; torchrun sets LOCAL_RANK")
+    add("--world_size", type=int, default=1, help="accepted; torchrun starts the processes")
+    add("--local_rank", type=int, default=-1, help="accepted; torchrun sets LOCAL_RANK")
     add("--dist_on_itp", action="store_true", help="take the ranks from Open MPI's environment")
     add("--dist_url", default="env://", help="where the processes meet")
 
@@ -229,7 +254,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
 
     Every command knows every flag, as in the original; only the defaults differ.
     """
-    parser = argparse.ArgumentParser(f"{program}.py", formatter_class=_HelpFormatter)
+    parser = _Parser(f"{program}.py", formatter_class=_HelpFormatter)
     for add in (
         _add_model,
         _add_tokenizer,
@@ -269,4 +294,8 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
             setattr(args, name, values[name])
     if args.resume is None:
         args.resume = preset.resume
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not (least <= value < math.inf):
+            raise UserError(f"--{name} is {value}; it must be a number of at least {least:g}")
     return preset
