@@ -196,7 +196,20 @@ def open_tokenizer(args: argparse.Namespace, device: torch.device) -> nn.Module:
         tokenizer = load_tokenizer(args.tokenizer, args.vae_path, args.vae_embed_dim)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--vae_path: {error}") from error
+    if tokenizer.stride != args.vae_stride:
+        raise UserError(
+            f"the tokenizer {args.vae_path} has stride {tokenizer.stride}, but --vae_stride is "
+            f"{args.vae_stride}: give the tokenizer that the model was trained with"
+        )
     return tokenizer.to(device)
+
+
+def scale_of(tokenizer: nn.Module | None, args: argparse.Namespace) -> float:
+    """Factor from the tokenizer's latents to the model's. UserError if nothing states it."""
+    try:
+        return latent_scale_of(tokenizer, args.latent_scale)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -286,7 +299,9 @@ def evaluate(
     `weights` says which weights the model holds; images of other weights are not mixed in.
     """
     sampling = SamplingConfig.from_args(args)
-    scale = latent_scale_of(tokenizer, args.latent_scale)
+    scale = scale_of(tokenizer, args)
+    if args.num_images < 2 and not args.no_score:
+        raise UserError("--num_images is 1, but FID needs at least 2 images: add --no_score")
     config = {
         "model": args.model,
         "weights": weights,
@@ -329,7 +344,7 @@ def evaluate(
         return {}
     former = run.results() if len(missing) < args.num_images else {}
     seconds += former.get("seconds", 0.0)
-    generated = len(mine) + former.get("generated", 0)
+    generated = len(missing) + former.get("generated", 0)
     results: dict[str, object] = {
         "model": args.model,
         "lazy_mar": sampling.lazy_mar is not None,

@@ -21,7 +21,6 @@ from tqdm import tqdm
 import engine
 from models import mar
 from models.presets import PRESETS
-from models.tokenizers import latent_scale_of
 from models.vae import DiagonalGaussianDistribution
 from util import checkpoint, dist, metrics
 from util.data import (
@@ -127,7 +126,7 @@ def run(args: argparse.Namespace, world: dist.World, device: torch.device) -> No
         if world.is_main:
             print(json.dumps(results))
         return
-    scale = latent_scale_of(tokenizer, args.latent_scale)
+    scale = engine.scale_of(tokenizer, args)
     data = open_data(args)
     plan = BatchPlan(len(data), args.batch_size, args.seed, world.rank, world.size)
     peak = scaled_lr(args.lr, args.blr, plan.images_per_step)

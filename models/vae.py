@@ -254,6 +254,7 @@ class AutoencoderKL(nn.Module):
                 )
         z_channels = embed_dim if z_channels is None else z_channels
         self.embed_dim = embed_dim
+        self.stride = 2 ** (len(ch_mult) - 1)
         self.use_variational = use_variational
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)

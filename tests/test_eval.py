@@ -217,8 +217,8 @@ def test_the_same_command_again_generates_nothing_and_gives_the_same_score(
     monkeypatch.setattr(sys, "argv", ["eval.py", *scored[0]])
     eval_script.main()
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert again["generated"] == 0
     assert written_at(again) == before
+    assert again["generated"] == result["generated"] == NUM_IMAGES
     for name in ("fid", "is_mean", "is_std"):
         assert again[name] == pytest.approx(result[name], rel=1e-6)
     assert again["sec_per_image"] == result["sec_per_image"]
@@ -277,7 +277,7 @@ def test_a_missing_and_a_truncated_image_are_made_again_and_no_other(run):
     missing.unlink()
     truncated.write_bytes(images[2][: len(images[2]) // 2])
     second = run("--no_score", "--num_images", 4)
-    assert second["generated"] == 2
+    assert second["generated"] - first["generated"] == 2
     assert images_of(second) == images
     kept = ("00000.png", "00003.png")
     assert [written_at(second)[name] for name in kept] == [times[name] for name in kept]
@@ -322,8 +322,8 @@ def test_generation_alone_needs_neither_statistics_nor_a_feature_extractor(run, 
     none = tmp_path / "none"
     result = run("--no_score", "--fid_stats", none, "--features_path", none)
     assert len(images_of(result)) == 2
-    assert result.get("fid") is None
-    assert result.keys() >= PROMISED - {"fid", "is_mean", "is_std"}
+    assert result.keys() >= PROMISED
+    assert result["fid"] is result["is_mean"] is result["is_std"] is None
 
 
 def test_bf16_is_said_and_stays_near_float32(run, tmp_path):

@@ -51,7 +51,7 @@ def test_a_refresh_fills_its_caches_only_if_a_lazy_step_follows():
     plan = DecodingPlan.create(256, 64)
     policies = step_policies(LazyMARConfig(), plan, buffer_size=64)
     filling = [s for s, policy in policies.items() if policy.refresh and policy.fills]
-    assert filling == [5, 14, 23, 32, 41, 50, 59]
+    assert sorted(filling) == [5, 14, 23, 32, 41, 50, 59]
     starts = {step.index: step.start for step in plan.steps}
     assert policies[14].residual_stop == starts[23]
 

@@ -22,6 +22,8 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
         raise UserError(
             f"--device {name} is not a device name; use cpu, cuda, cuda:1 or mps"
         ) from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} cannot be used; use cpu, cuda, cuda:1 or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: PyTorch sees no CUDA device here; use --device cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():

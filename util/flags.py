@@ -43,6 +43,7 @@ LEAST: dict[str, float] = {
     **dict.fromkeys(("diffloss_d", "diffloss_w", "max_steps", "world_size"), 1),
     **dict.fromkeys(("seed", "num_workers", "start_epoch", "warmup_epochs", "lr", "blr"), 0),
     **dict.fromkeys(("min_lr", "weight_decay", "grad_clip", "ema_rate", "temperature"), 0),
+    "latent_scale": 1e-6,
     **dict.fromkeys(("label_drop_prob", "attn_dropout", "proj_dropout", "aux_weight"), 0),
 }
 
