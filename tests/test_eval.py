@@ -1,6 +1,5 @@
 """eval.py as its users call it: images, score, repair, refusals. The model is random and small."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -15,100 +14,9 @@ from PIL import Image
 import engine
 import eval as eval_script
 import main_mar
-from models import mar
 from models.tokenizers import latent_scale_of, load_tokenizer
-from util.checkpoint import save_safetensors
-from util.errors import run_main
+from tests.conftest import NUM_IMAGES, PROMISED, ROOT, flags_for, random_mar
 from util.images import to_uint8
-
-ROOT = Path(__file__).parent.parent
-HEAD = {"diffloss_d": 1, "diffloss_w": 16, "num_sampling_steps": "ddim5"}
-NUM_IMAGES = 20
-PROMISED = {
-    "model", "lazy_mar", "num_images", "num_iter", "cfg", "fid", "is_mean", "is_std",
-    "sec_per_image", "images_dir", "device", "dtype",
-}  # fmt: skip
-
-
-def random_mar(seed: int) -> mar.MAR:
-    """mar_tiny with a smaller head, and weights that make class, context and head matter."""
-    torch.manual_seed(seed)
-    model = mar.mar_tiny(**HEAD).eval()
-    for parameter in model.parameters():  # adaLN and output layers start at zero
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    """Folder with one model in every format: official/, ema.pth, ema.safetensors, plain.pth."""
-    folder = tmp_path_factory.mktemp("weights")
-    plain, ema = (random_mar(seed).state_dict() for seed in (0, 1))
-    (folder / "official").mkdir()
-    content = {
-        "model": plain,
-        "model_ema": ema,
-        "optimizer": {},
-        "epoch": 1,
-        "scaler": {},
-        "args": argparse.Namespace(model="mar_tiny", lr=None, output_dir="./output_dir"),
-    }
-    torch.save(content, folder / "official" / "checkpoint-last.pth")
-    torch.save(ema, folder / "ema.pth")
-    torch.save(plain, folder / "plain.pth")
-    save_safetensors(folder / "ema.safetensors", ema)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """From the repository's root, where the bundled files are, and in one thread."""
-    monkeypatch.chdir(ROOT)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-def flags_for(resume: Path, output_dir: Path, *flags: object) -> list[str]:
-    """A short evaluation on the CPU; later flags win over earlier ones."""
-    short = ["--model", "mar_tiny", "--num_iter", 2, "--num_images", 2, "--eval_bsz", 1]
-    short += ["--cfg", 2.0, "--device", "cpu", "--threads", 1]
-    for name, value in HEAD.items():
-        short += [f"--{name}", value]
-    return [str(word) for word in [*short, "--resume", resume, "--output_dir", output_dir, *flags]]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, weights, tmp_path):
-    """Calls eval.py in this process, by default without scoring; returns its last line, parsed."""
-
-    def call(*flags: object, resume: object = None, out: Path = tmp_path / "out") -> dict:
-        argv = flags_for(resume or weights / "official", out, *flags)
-        monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
-        capsys.readouterr()
-        run_main(eval_script.main)
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return call
-
-
-@pytest.fixture
-def refused(run, capsys, tmp_path):
-    """Calls eval.py with something wrong; returns the one sentence after `error: `."""
-
-    def call(*flags: object, resume: object = None, out: Path = tmp_path / "refused") -> str:
-        before = sorted(out.rglob("*.png"))
-        with pytest.raises(SystemExit) as exit_info:
-            run(*flags, resume=resume, out=out)
-        assert exit_info.value.code == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith("error: ")
-        assert captured.err.count("\n") == 1
-        assert sorted(out.rglob("*.png")) == before
-        return captured.err.removeprefix("error: ").rstrip("\n")
-
-    return call
 
 
 def images_of(result: dict) -> list[bytes]:
@@ -191,7 +99,9 @@ def test_every_class_gets_the_same_number_of_images_in_class_order(result):
 def directly_sampled(labels: list[int]) -> np.ndarray:
     """Images of these labels and of the seeds that eval.py gives them: (N, H, W, 3) int16."""
     model = random_mar(1)  # the averaged weights
-    tokenizer = load_tokenizer("linear", "pretrained_models/mar_tiny/tokenizer.safetensors", 8)
+    tokenizer = load_tokenizer(
+        "linear", ROOT / "pretrained_models/mar_tiny/tokenizer.safetensors", 8
+    )
     seeds = [engine.image_seed(1, i) for i in range(len(labels))]
     noise = model.image_noise(seeds)
     latents = model.sample_tokens(len(labels), 2, 2.0, labels=labels, noise=noise)
@@ -372,123 +282,3 @@ def test_lazymar_that_caches_nothing_is_mar(run, tmp_path):
     lazy = run("--no_score", "--num_iter", 6, *flags, out=tmp_path / "lazy")
     assert (plain["lazy_mar"], lazy["lazy_mar"]) == (False, True)
     assert np.abs(pixels_of(plain) - pixels_of(lazy)).max() <= 1
-
-
-# ---- refusals ----------------------------------------------------------------------------------------
-
-
-def test_a_damaged_or_foreign_checkpoint_is_never_replaced_by_random_weights(
-    refused, weights, tmp_path
-):
-    whole = (weights / "official" / "checkpoint-last.pth").read_bytes()
-    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "page.pth").write_text("<!DOCTYPE html><p>Sign in</p>")
-    (tmp_path / "empty.pth").write_bytes(b"")
-    whole = (weights / "ema.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    cases = {
-        "none": "no checkpoint at",
-        "cut.pth": "truncated",
-        "cut.safetensors": "truncated",
-        "page.pth": "HTML page",
-        "empty.pth": "is empty",
-        "other.pth": "of another model",
-    }
-    for name, words in cases.items():
-        assert words in refused("--no_score", resume=tmp_path / name), name
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--diffloss_w", 32], "check the model's flags"),
-        (["--diffloss_d", 2], "of another model"),
-        (["--class_num", 1000], "check the model's flags"),
-        (["--img_size", 128], "check the model's flags"),
-        (["--img_size", 0], "img_size is 0"),
-        (["--img_size", 30], "img_size 30"),
-        (["--img_size", -64], "img_size"),
-        (["--patch_size", 0], "patch_size"),
-        (["--vae_stride", 0], "vae_stride"),
-        (["--vae_embed_dim", -1], "vae_embed_dim"),
-        (["--class_num", -1], "class_num"),
-        (["--diffloss_w", 0], "diffloss_w"),
-        (["--model", "mar_medium"], "mar_medium is unknown"),
-        (["--num_iter", 0], "num_iter is 0"),
-        (["--num_sampling_steps", "many"], "num_sampling_steps is 'many'"),
-        (["--num_sampling_steps", 2000], "cannot take 2000 timesteps"),
-        (["--num_images", 0], "num_images"),
-        (["--num_images", -3], "num_images"),
-        (["--eval_bsz", 0], "eval_bsz"),
-        (["--eval_bsz", -1], "eval_bsz"),
-        (["--threads", -1], "threads"),
-        (["--seed", -1], "seed"),
-        (["--cfg", "nan"], "cfg is nan"),
-        (["--latent_scale", 0], "contain NaN or infinity"),
-        (["--device", "gpu"], "--device gpu is not a device name"),
-        (["--vae_path", "none.safetensors"], "none.safetensors"),
-        (["--tokenizer", "kl16", "--vae_path", "none.ckpt"], "none.ckpt"),
-        (["--vae_path", "pyproject.toml"], "pyproject.toml is damaged"),
-    ],
-    ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "",
-)
-def test_flags_that_make_no_sense_are_refused_before_anything_is_generated(refused, flags, words):
-    assert words in refused("--no_score", *flags)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--interval", 3], "--interval belongs to LazyMAR"),
-        (["--no_token_cache"], "--token_cache belongs to LazyMAR"),
-        (["--lazy_mar", "--interval", 0], "interval is 0"),
-        (["--lazy_mar", "--keep", "0.5:0.1"], "keep has progress"),
-        (["--lazy_mar", "--head_warm", 2], "head_warm is 2"),
-    ],
-    ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "",
-)
-def test_constants_of_lazymar_that_have_no_effect_or_sense_are_refused(refused, flags, words):
-    assert words in refused("--no_score", *flags)
-
-
-def test_cuda_where_there_is_none_is_refused(refused, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "PyTorch sees no CUDA device here" in refused("--no_score", "--device", "cuda")
-
-
-def test_missing_statistics_are_reported_before_anything_is_generated(refused, tmp_path):
-    message = refused("--fid_stats", tmp_path / "none.npz")
-    assert "none.npz are missing" in message
-    assert "python -m util.download fid_stats" in message
-
-
-def test_missing_weights_of_inception_are_reported_before_anything_is_generated(refused, tmp_path):
-    stats = tmp_path / "stats.npz"
-    np.savez(stats, mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32))
-    flags = ["--features", "inception-v3-compat", "--features_path", tmp_path / "none.pth"]
-    message = refused(*flags, "--fid_stats", stats)
-    assert "none.pth are missing" in message
-    assert "python -m util.download inception" in message
-
-
-def test_a_damaged_file_for_scoring_is_reported_before_anything_is_generated(refused, tmp_path):
-    (tmp_path / "page").write_text("<!DOCTYPE html><p>Sign in</p>")
-    assert "page is not a shape classifier's file" in refused("--features_path", tmp_path / "page")
-    assert "page is no file of FID statistics" in refused("--fid_stats", tmp_path / "page")
-    assert "none is missing" in refused("--features_path", tmp_path / "none")
-    assert "unknown feature extractor" in refused("--features", "resnet")
-
-
-def test_statistics_of_another_extractor_are_refused(refused, tmp_path):
-    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
-    assert "holds 3-d statistics" in refused("--fid_stats", tmp_path / "stats.npz")
-
-
-def test_too_few_images_for_a_score_are_reported_before_they_are_generated(refused):
-    assert "at least 2 images" in refused("--num_images", 1)
-
-
-def test_an_output_folder_that_cannot_be_made_is_refused(refused, tmp_path):
-    (tmp_path / "file").write_text("")
-    assert "file" in refused("--no_score", out=tmp_path / "file")

@@ -1,0 +1,103 @@
+"""A small random model in every format, and eval.py called in this process."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as eval_script
+from models import mar
+from util.checkpoint import save_safetensors
+from util.errors import run_main
+
+ROOT = Path(__file__).parent.parent
+HEAD = {"diffloss_d": 1, "diffloss_w": 16, "num_sampling_steps": "ddim5"}
+NUM_IMAGES = 20
+PROMISED = {
+    "model", "lazy_mar", "num_images", "num_iter", "cfg", "fid", "is_mean", "is_std",
+    "sec_per_image", "images_dir", "device", "dtype",
+}  # fmt: skip
+
+
+def random_mar(seed: int) -> mar.MAR:
+    """mar_tiny with a smaller head, and weights that make class, context and head matter."""
+    torch.manual_seed(seed)
+    model = mar.mar_tiny(**HEAD).eval()
+    for parameter in model.parameters():  # adaLN and output layers start at zero
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """Folder with one model in every format: official/, ema.pth, ema.safetensors, plain.pth."""
+    folder = tmp_path_factory.mktemp("weights")
+    plain, ema = (random_mar(seed).state_dict() for seed in (0, 1))
+    (folder / "official").mkdir()
+    content = {
+        "model": plain,
+        "model_ema": ema,
+        "optimizer": {},
+        "epoch": 1,
+        "scaler": {},
+        "args": argparse.Namespace(model="mar_tiny", lr=None, output_dir="./output_dir"),
+    }
+    torch.save(content, folder / "official" / "checkpoint-last.pth")
+    torch.save(ema, folder / "ema.pth")
+    torch.save(plain, folder / "plain.pth")
+    save_safetensors(folder / "ema.safetensors", ema)
+    return folder
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """From the repository's root, where the bundled files are, and in one thread."""
+    monkeypatch.chdir(ROOT)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def flags_for(resume: Path, output_dir: Path, *flags: object) -> list[str]:
+    """A short evaluation on the CPU; later flags win over earlier ones."""
+    short = ["--model", "mar_tiny", "--num_iter", 2, "--num_images", 2, "--eval_bsz", 1]
+    short += ["--cfg", 2.0, "--device", "cpu", "--threads", 1]
+    for name, value in HEAD.items():
+        short += [f"--{name}", value]
+    return [str(word) for word in [*short, "--resume", resume, "--output_dir", output_dir, *flags]]
+
+
+@pytest.fixture
+def run(one_thread, monkeypatch, capsys, weights, tmp_path):
+    """Calls eval.py in this process, by default without scoring; returns its last line, parsed."""
+
+    def call(*flags: object, resume: object = None, out: Path = tmp_path / "out") -> dict:
+        argv = flags_for(resume or weights / "official", out, *flags)
+        monkeypatch.setattr(sys, "argv", ["eval.py", *argv])
+        capsys.readouterr()
+        run_main(eval_script.main)
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call
+
+
+@pytest.fixture
+def refused(run, capsys, tmp_path):
+    """Calls eval.py with something wrong; returns the one sentence after `error: `."""
+
+    def call(*flags: object, resume: object = None, out: Path = tmp_path / "refused") -> str:
+        before = sorted(out.rglob("*.png"))
+        with pytest.raises(SystemExit) as exit_info:
+            run(*flags, resume=resume, out=out)
+        assert exit_info.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1
+        assert sorted(out.rglob("*.png")) == before
+        return captured.err.removeprefix("error: ").rstrip("\n")
+
+    return call
