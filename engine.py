@@ -33,7 +33,7 @@ from util.files import sha256_of, write_json
 from util.flags import lazy_mar_values
 from util.images import PngWriter, contact_sheet, read_image, save_png, to_uint8
 from util.lr import LRSchedule
-from util.run_dir import RunDir
+from util.run_dir import RunDir, provenance
 
 MAX_SKIPPED_IN_A_ROW = 20  # a few bad batches heal themselves; this many do not
 
@@ -360,7 +360,7 @@ def evaluate(
         "images_dir": str(run.images),
         "device": str(device),
         "dtype": config["dtype"],
-        "torch": torch.__version__,
+        **provenance(),
     }
     results |= {"fid": None, "is_mean": None, "is_std": None}
     every_label = [image_label(i, args.num_images, args.class_num) for i in range(args.num_images)]

@@ -8,8 +8,13 @@ same command resumes and a different one cannot mix its images in.
 
 import json
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from util.errors import UserError
 from util.files import write_json
@@ -70,3 +75,13 @@ class RunDir:
     def missing(self, num_images: int) -> list[int]:
         """Indices below num_images that have no complete PNG yet."""
         return [i for i in range(num_images) if not is_complete_png(self.image(i))]
+
+
+def provenance() -> dict[str, object]:
+    """What a number travels with: command line, commit (with + if files changed since), torch."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--match="]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # an unpacked archive, or no git here
+    return {"command": shlex.join(sys.argv), "commit": commit, "torch": torch.__version__}
