@@ -22,7 +22,7 @@ $(READY): requirements.txt requirements-dev.txt
 demo: $(READY)
 	$(PY) eval.py --model mar_tiny --num_images $(IMAGES) --eval_bsz 50 --output_dir $(DEMO)
 	$(PY) eval.py --model mar_tiny --num_images $(IMAGES) --eval_bsz 50 --output_dir $(DEMO) --lazy_mar
-	$(PY) -m util.report $(DEMO)/mar_tiny-mar-* $(DEMO)/mar_tiny-lazy_mar-* \
+	$(PY) -m util.report $(DEMO)/mar_tiny-mar-* $(DEMO)/mar_tiny-lazy_mar_* \
 		--sheet $(DEMO)/sheet.png --table $(DEMO)/table.md
 
 test: $(READY)

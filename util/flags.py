@@ -150,7 +150,11 @@ def _add_lazy_mar(parser: argparse.ArgumentParser) -> None:
             f"--{name}", nargs="?", type=_boolean, const=True, metavar="BOOL", help=f"{what} (true)"
         )
         add(f"--no_{name}", f"--no-{name}", dest=name, action="store_false", default=None)
-    add("--head_interval", type=int, help="denoising steps from one full one to the next (7)")
+    add(
+        "--head_interval",
+        type=int,
+        help="denoising steps from one full one to the next (7) [model]",
+    )
     add("--head_skip", type=_blocks, metavar="I,...", help="head blocks skipped between (1,2,3,4)")
     add("--head_warm", type=float, help="share of steps above which other blocks are renewed (0.9)")
 
@@ -295,6 +299,8 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
             setattr(args, name, values[name])
     if args.resume is None:
         args.resume = preset.resume
+    if args.lazy_mar and args.head_interval is None:
+        args.head_interval = preset.head_interval
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not (least <= value < math.inf):

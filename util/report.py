@@ -1,6 +1,6 @@
 """Compare runs of eval.py: a Markdown table, and a sheet of the same seeds side by side.
 
-    python -m util.report demo/mar_tiny-mar-* demo/mar_tiny-lazy_mar-* --sheet demo/sheet.png
+    python -m util.report demo/mar_tiny-mar-* demo/mar_tiny-lazy_mar_* --sheet demo/sheet.png
 
 The first run is what the others are compared with: speed-up, and PSNR between images of the same seeds.
 """
