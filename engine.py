@@ -31,7 +31,7 @@ from util.ema import EMA
 from util.errors import UserError
 from util.files import sha256_of, write_json
 from util.flags import lazy_mar_values
-from util.images import PngWriter, contact_sheet, read_image, save_png, to_uint8
+from util.images import PngWriter, to_uint8
 from util.lr import LRSchedule
 from util.run_dir import RunDir, provenance
 
@@ -348,6 +348,7 @@ def evaluate(
     results: dict[str, object] = {
         "model": args.model,
         "lazy_mar": sampling.lazy_mar is not None,
+        "method": method_name(sampling.lazy_mar),
         "num_images": args.num_images,
         "num_iter": args.num_iter,
         "cfg": args.cfg,
@@ -374,9 +375,18 @@ def evaluate(
             device,
             labels=every_label,
         )
-    save_png(run.path / "sheet.png", _sheet(run, args.num_images))
+    run.write_sheet(args.num_images)
     write_json(run.path / "results.json", results)
     return results
+
+
+def method_name(config: LazyMARConfig | None) -> str:
+    """MAR, LazyMAR, or LazyMAR with the constants that are not the published ones."""
+    if config is None:
+        return "MAR"
+    published = asdict(LazyMARConfig())
+    changed = {k: v for k, v in asdict(config).items() if v != published[k]}
+    return ", ".join(["LazyMAR", *(f"{name} {value}" for name, value in changed.items())])
 
 
 def run_name(model: str, num_images: int, sampling: SamplingConfig) -> str:
@@ -391,10 +401,3 @@ def run_name(model: str, num_images: int, sampling: SamplingConfig) -> str:
     if sampling.temperature != 1.0:
         parts.append(f"temp{sampling.temperature:g}")
     return "-".join([*parts, str(num_images)])
-
-
-def _sheet(run: RunDir, num_images: int, rows: int = 8, columns: int = 10) -> np.ndarray:
-    """Contact sheet of images spread evenly over the run, and so over its classes."""
-    count = min(num_images, rows * columns)
-    chosen = [i * num_images // count for i in range(count)]
-    return contact_sheet(np.stack([read_image(run.image(i)) for i in chosen]), columns)

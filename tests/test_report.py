@@ -16,7 +16,8 @@ def make_run(path, lazy_mar, seconds, pixels, **changes):
     results = {
         "model": "mar_tiny", "lazy_mar": lazy_mar, "num_images": 3, "num_iter": 4, "cfg": 3.0,
         "sec_per_image": seconds, "fid": 1.25, "is_mean": 9.0, "is_std": 0.5, "accuracy": 0.99,
-        "eval_bsz": 3, "threads": 1, "device": "cpu", "dtype": "float32", "torch": "2",
+        "eval_bsz": 3, "threads": 1, "processes": 1, "commit": "abc", "command": "eval.py",
+        "method": "LazyMAR" if lazy_mar else "MAR", "device": "cpu", "dtype": "float32", "torch": "2",
     }  # fmt: skip
     (path / "images").mkdir(parents=True)
     (path / "config.json").write_text(json.dumps({**config, **changes}))

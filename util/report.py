@@ -28,7 +28,6 @@ def load_run(path: Path) -> dict[str, object]:
             run |= json.loads((path / name).read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is no finished run of eval.py: {name}: {error}") from error
-    run["name"] = "LazyMAR" if run["lazy_mar"] else "MAR"
     return run
 
 
@@ -62,7 +61,7 @@ def table(runs: list[dict[str, object]]) -> str:
         if "is_mean" in run:
             inception = f"{run['is_mean']:.2f} ± {run['is_std']:.2f}"
         cells = [
-            str(run["name"]),
+            str(run["method"]),
             _number(run.get("fid"), ".3f"),
             inception,
             _number(run.get("accuracy"), ".1%"),
@@ -74,7 +73,9 @@ def table(runs: list[dict[str, object]]) -> str:
     about = (
         f"{first['model']}, {first['num_images']} images, {first['num_iter']} steps, "
         f"guidance {first['cfg']:g}, {first['dtype']} on {first['device']}, "
-        f"batch {first['eval_bsz']}, {first['threads']} CPU threads, torch {first['torch']}"
+        f"{first['processes']} process(es) of {first['threads']} CPU thread(s), batch {first['eval_bsz']}, "
+        f"torch {first['torch']}, commit {first['commit']}\n\n"
+        + "\n".join(f"    {run['command']}" for run in runs)
     )
     return "\n".join([*rows, "", about])
 
@@ -91,7 +92,7 @@ def sheet(runs: list[dict[str, object]]) -> np.ndarray:
     rows = {}
     for run in runs:
         folder = Path(run["path"]) / "images"
-        label = str(run["name"])
+        label = str(run["method"])
         if seconds := run.get("sec_per_image"):
             label += f", {seconds:.2f} s per image"
         rows[label] = np.stack([read_image(folder / png_name(i)) for i in chosen])

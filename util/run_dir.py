@@ -14,11 +14,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from util.errors import UserError
 from util.files import write_json
-from util.images import is_complete_png, png_name
+from util.images import contact_sheet, is_complete_png, png_name, read_image, save_png
 
 Json = Mapping[str, object]
 
@@ -75,6 +76,13 @@ class RunDir:
     def missing(self, num_images: int) -> list[int]:
         """Indices below num_images that have no complete PNG yet."""
         return [i for i in range(num_images) if not is_complete_png(self.image(i))]
+
+    def write_sheet(self, num_images: int, rows: int = 8, columns: int = 10) -> None:
+        """Contact sheet of images spread evenly over the run, and so over its classes."""
+        count = min(num_images, rows * columns)
+        chosen = [self.image(i * num_images // count) for i in range(count)]
+        sheet = contact_sheet(np.stack([read_image(path) for path in chosen]), columns)
+        save_png(self.path / "sheet.png", sheet)
 
 
 def provenance() -> dict[str, object]:
