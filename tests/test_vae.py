@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from golden_recipe import GOLDEN, load_shapes, recipe_state_dict
 from torch import distributions
 
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
+from tests.golden_recipe import GOLDEN, load_shapes, recipe_state_dict
 
 SMALL = {"embed_dim": 4, "ch_mult": (1, 2), "ch": 32, "num_res_blocks": 1}
 
