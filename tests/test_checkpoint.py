@@ -178,7 +178,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(saved, monkeypatch, mode
 
     before = (saved / "checkpoint-last.pth").read_bytes()
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         save_checkpoint(
             saved / "checkpoint-last.pth",
             model=model,
