@@ -280,7 +280,7 @@ def test_the_notebook_samples_and_decodes(tmp_path):
         buffer_size=2, diffloss_d=1, diffloss_w=16, num_sampling_steps="5", img_size=32
     )
     torch.save({"model_ema": model.state_dict()}, tmp_path / "checkpoint-last.pth")
-    state_dict = torch.load(tmp_path / "checkpoint-last.pth")["model_ema"]
+    state_dict = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)["model_ema"]
     model.load_state_dict(state_dict)
     model.eval()
     class_labels = (7, 1)
