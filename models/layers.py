@@ -15,6 +15,16 @@ LAYER_NORM_EPS = 1e-6  # MAR, models/mar.py: norm_layer=partial(nn.LayerNorm, ep
 KVUpdate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+class Linear(nn.Linear):
+    """nn.Linear that can also compute a few of its outputs alone."""
+
+    def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
+        """x (..., in) -> (..., out), or (..., len(outputs))."""
+        if outputs is None:
+            return super().forward(x)
+        return F.linear(x, self.weight[outputs], self.bias[outputs])
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; keys of the state_dict: qkv, proj."""
 
@@ -24,9 +34,10 @@ class Attention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"width {dim} is not a multiple of {num_heads} heads")
+        self.dim = dim
         self.num_heads = num_heads
         self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -45,13 +56,11 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor) -> Tensor:
         """x (B, n, D) -> (B, H, n, D/H)."""
-        dim = x.shape[-1]
-        return self._heads(F.linear(x, self.qkv.weight[:dim], self.qkv.bias[:dim]), 1)[0]
+        return self._heads(self.qkv(x, slice(0, self.dim)), 1)[0]
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, n, D) -> keys and values, each (B, H, n, D/H)."""
-        dim = x.shape[-1]
-        k, v = self._heads(F.linear(x, self.qkv.weight[dim:], self.qkv.bias[dim:]), 2)
+        k, v = self._heads(self.qkv(x, slice(self.dim, 3 * self.dim)), 2)
         return k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.diffloss import guide
+from models.denoiser import guide
 from models.lazy_cache import ProbeCache
 from models.lazy_predictor import LazyPredictor
-from models.mar import PlainPredictor
+from models.predictor import PlainPredictor
 from tests.golden_data import golden, golden_model, golden_noise, load_npz, relative_error
 
 EXACT, SAMPLED = 1e-5, 1e-4
@@ -71,7 +71,7 @@ class TestParts:
         assert relative_error(out, data["head_out"]) < EXACT
         # As the original: both halves see the first half of x; guided epsilon, own variance.
         half = data["head_x"].chunk(2)[0].repeat(2, 1)
-        epsilon, fraction, _ = guide(net(half, data["head_t"], data["head_c"]), 2.5)
+        epsilon, fraction, _ = guide(net(half, data["head_t"], data["head_c"]), len(half) // 2, 2.5)
         conditional = torch.cat([epsilon, fraction], dim=1)
         assert relative_error(conditional, data["head_out_cfg2p5"].chunk(2)[0]) < EXACT
 
