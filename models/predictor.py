@@ -7,16 +7,16 @@ from models.transformer import MaskedTransformer
 
 
 class PlainPredictor:
-    """Born with one batch."""
+    """Rows are conditional first, then with guidance unconditional."""
 
     def __init__(self, model: MaskedTransformer, order: Tensor, embedding: Tensor) -> None:
-        """order (B, L) decoding order; embedding (B, D), or (2B, D) with guidance."""
+        """order (R, L) decoding order; embedding (R, D)."""
         self.model = model
-        self.branches = embedding.shape[0] // order.shape[0]
-        self.order = order.repeat(self.branches, 1)
+        self.order = order
         self.embedding = embedding
 
     def __call__(self, step: DecodingStep, tokens: Tensor) -> Tensor:
-        """Tokens (B, L, c), known up to step.start -> z (branches * B, stop - start, D)."""
-        known = tokens[:, : step.start].repeat(self.branches, 1, 1)
+        """Tokens (B, L, c), known up to step.start -> z (R, stop - start, D)."""
+        branches = len(self.order) // len(tokens)
+        known = tokens[:, : step.start].repeat(branches, 1, 1)
         return self.model.predict(known, self.order, step.stop, self.embedding)
