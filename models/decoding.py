@@ -34,9 +34,13 @@ class Decoding:
         plan: DecodingPlan,
         config: LazyMARConfig | None,
         temperature: float,
+        compile: bool = False,
         graphs: bool = False,
     ) -> None:
-        """model: a sampling copy of a MAR; graphs: record CUDA graphs from the second batch on."""
+        """model: a sampling copy of a MAR; compile: its head with torch.compile.
+
+        graphs: record CUDA graphs from the second batch on.
+        """
         self.model, self.bsz, self.plan, self.temperature = model, bsz, plan, temperature
         self.branches = 2 if plan.guided else 1
         rows, most = self.branches * bsz, max(step.stop - step.start for step in plan.steps)
@@ -57,9 +61,9 @@ class Decoding:
         if config is not None:
             self.predictor = LazyPredictor(model, self.order, self.embedding, plan, config)
             self.first_fills = self.predictor.policies[plan.steps[0].index].fills
-        self.denoiser = PlainDenoiser(net, diffusion)
+        self.denoiser = PlainDenoiser(net, diffusion, compile)
         if config is not None and config.head_cache:
-            self.denoiser = LazyDenoiser(net, diffusion, config)
+            self.denoiser = LazyDenoiser(net, diffusion, config, compile)
         self.first_z: dict[int | None, Tensor] = {}  # label -> z (L, D) of step 0, raster order
         # Heads come again and again, so they must not share memory with the steps.
         self.run_step = CudaGraphs() if graphs else call_now
@@ -70,6 +74,13 @@ class Decoding:
         self, labels: Sequence[int] | None, noise: ImageNoise, progress: bool = False
     ) -> Tensor:
         """labels of the images, noise on the model's device -> tokens (B, L, c), raster order."""
+        self._prepare(labels, noise)
+        self._decode(noise, progress)
+        order = self.order[: self.bsz, :, None].expand_as(self.tokens)
+        return torch.empty_like(self.tokens).scatter_(1, order, self.tokens)
+
+    def _prepare(self, labels: Sequence[int] | None, noise: ImageNoise) -> None:
+        """What has to wait for the device: upload the batch, and z of the first step."""
         self.order.copy_(noise.orders.flip(1).repeat(self.branches, 1))  # their front comes last
         classes = [None] * self.bsz if labels is None else list(labels)
         classes += [None] * (self.bsz * (self.branches - 1))
@@ -77,11 +88,13 @@ class Decoding:
         if self.branches == 2:
             embeddings.append(self.model.class_embedding(None, self.bsz))
         torch.cat(embeddings, out=self.embedding)
+        if not self.first_fills:
+            self._write_z(self._first_conditions(classes))
 
+    def _decode(self, noise: ImageNoise, progress: bool) -> None:
+        """All steps; nothing here waits for the device."""
         for i, step in enumerate(tqdm(self.plan.steps, disable=not progress, leave=False)):
-            if step.start == 0 and not self.first_fills:
-                self._write_z(self._first_conditions(step, classes))
-            else:
+            if step.start > 0 or self.first_fills:
                 self.run_step(i, lambda step=step: self._write_z(self.predictor(step, self.tokens)))
             n = self.bsz * (step.stop - step.start)
             self._write_noise(step, noise.head)
@@ -89,8 +102,6 @@ class Decoding:
             rows = n if step.cfg == 1.0 else self.branches * n
             self.run_head((n, rows), lambda n=n, rows=rows: self._denoise(n, rows))
             self.tokens[:, step.start : step.stop] = self.sampled[:n].unflatten(0, (self.bsz, -1))
-        order = self.order[: self.bsz, :, None].expand_as(self.tokens)
-        return torch.empty_like(self.tokens).scatter_(1, order, self.tokens)
 
     def _write_z(self, z: Tensor) -> None:
         """z (rows, n, D)."""
@@ -107,7 +118,7 @@ class Decoding:
         """z (rows, D) and noise (n, T+1, c) -> sampled (n, c)."""
         self.sampled[:n] = self.denoiser(self.z[:rows], self.noise[:n], self.cfg, self.temperature)
 
-    def _first_conditions(self, step: DecodingStep, classes: Sequence[int | None]) -> Tensor:
+    def _first_conditions(self, classes: Sequence[int | None]) -> Tensor:
         """z (rows, n, D) of the first step, which depends on the class alone: computed once for each.
 
         One class at a time, so that the images of a batch do not change each other's rounding.
@@ -123,4 +134,4 @@ class Decoding:
                 self.first_z[name] = z[0]
         table = torch.stack([self.first_z[name] for name in names])  # (classes, L, D)
         rows = torch.tensor([names.index(label) for label in classes], device=self.order.device)
-        return table[rows[:, None], self.order[:, : step.stop]]
+        return table[rows[:, None], self.order[:, : self.plan.steps[0].stop]]

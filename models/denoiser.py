@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffusion.gaussian import GaussianDiffusion
 from models.adaln_mlp import SimpleMLPAdaLN
-from models.sampling_copy import SamplingLinear
+from models.sampling_copy import sampling_linear
 
 # Rows per product of a modulation table: enough for the full rate, few enough to stay in cache.
 ROWS_AHEAD = {"cpu": 64, "cuda": 512, "mps": 512}
@@ -26,7 +26,7 @@ class ModulationTable:
     """
 
     def __init__(self, net: SimpleMLPAdaLN, times: Tensor, columns: Sequence[Column]) -> None:
-        """times (T, w): embedded timesteps. Whoever reads few columns puts them first."""
+        """times (T, w): embedded timesteps, for width and dtype. Columns read alone come first."""
         self.times = times
         self.column = {column: place for place, column in enumerate(columns)}
         weights, biases = [], []
@@ -37,7 +37,7 @@ class ModulationTable:
             rows = slice(third * times.shape[1], (third + 1) * times.shape[1])
             weights.append(linear.weight[rows])
             biases.append(linear.bias[rows] + (name == "scale"))  # 1 + scale
-        self.linear = SamplingLinear(torch.cat(weights), torch.cat(biases), times.dtype)
+        self.linear = sampling_linear(torch.cat(weights), torch.cat(biases), times.dtype)
 
     def ahead(self, condition: Tensor, times: Tensor, count: int) -> Iterator[Tensor]:
         """The first `count` columns (r, count, w) at each of the steps times (S, w), one by one.
@@ -55,13 +55,17 @@ class ModulationTable:
 class PlainDenoiser:
     """Every denoising step in full; holds what all runs of one sampling share."""
 
-    def __init__(self, net: SimpleMLPAdaLN, diffusion: GaussianDiffusion) -> None:
+    def __init__(
+        self, net: SimpleMLPAdaLN, diffusion: GaussianDiffusion, compile: bool = False
+    ) -> None:
+        """net: that of a sampling copy, or any other; compile: the network with torch.compile."""
         self.net = net
         self.diffusion = diffusion
         times = time_table(net, diffusion)
         self.times = times.flip(0)  # in the order of a run
         columns = [(b, name) for b in range(len(net.res_blocks)) for name in ADALN_OUTPUTS]
         self.modulations = ModulationTable(net, times, columns + FINAL_COLUMNS)
+        self._network = torch.compile(self._step, dynamic=True) if compile else self._step
 
     @torch.no_grad()
     def __call__(self, z: Tensor, noise: Tensor, cfg: float | Tensor, temperature: float) -> Tensor:
@@ -70,7 +74,7 @@ class PlainDenoiser:
         ahead = self.modulations.ahead(condition, self.times, len(self.modulations.column))
 
         def model(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            return guide(self._step(x, next(ahead)).float(), len(x), cfg)[:2]
+            return guide(self._network(x, next(ahead)).float(), len(x), cfg)[:2]
 
         return self.diffusion.sample(model, noise, temperature)
 

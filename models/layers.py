@@ -120,5 +120,9 @@ class Block(nn.Module):
     ) -> Tensor:
         """x (B, n, D) -> (B, n, D), or (B, len(rows), D)."""
         attended = self.attn(self.norm1(x), update, rows)
-        x = (x if rows is None else x[:, rows]) + attended
+        return self.finish(x if rows is None else x[:, rows], attended)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Both residual sums: x and the attention's output (B, n, D) -> (B, n, D)."""
+        x = x + attended
         return x + self.mlp(self.norm2(x))

@@ -30,8 +30,13 @@ class LazyDenoiser:
     """Each call is one denoising run with its own HeadCache."""
 
     def __init__(
-        self, net: SimpleMLPAdaLN, diffusion: GaussianDiffusion, config: LazyMARConfig
+        self,
+        net: SimpleMLPAdaLN,
+        diffusion: GaussianDiffusion,
+        config: LazyMARConfig,
+        compile: bool = False,
     ) -> None:
+        """As PlainDenoiser; config says which steps and blocks are read from the cache."""
         self.net = net
         self.diffusion = diffusion
         self.segments = _segments(len(net.res_blocks), config.head_skip)
@@ -52,6 +57,10 @@ class LazyDenoiser:
             self.kinds.append("full" if config.is_full(i, steps) else lazy)
         self.columns = {"full": len(full), "warm": len(warm), "cold": len(gates)}
         self.times = {kind: _times_of(kind, self.kinds, times) for kind in self.columns}
+        self._full_step, self._lazy_step = self._full, self._lazy
+        if compile:
+            self._full_step = torch.compile(self._full, dynamic=True)
+            self._lazy_step = torch.compile(self._lazy, dynamic=True)
 
     @torch.no_grad()
     def __call__(self, z: Tensor, noise: Tensor, cfg: float | Tensor, temperature: float) -> Tensor:
@@ -69,10 +78,10 @@ class LazyDenoiser:
             kind = self.kinds[i]
             modulation = next(ahead[kind])
             if kind == "full":
-                output, cache.parts = self._full(x, modulation)
+                output, cache.parts = self._full_step(x, modulation)
                 epsilon, fraction, cache.residual = guide(output.float(), n, cfg)
                 return epsilon, fraction
-            output, cache.parts = self._lazy(x, modulation, cache.parts, kind == "warm")
+            output, cache.parts = self._lazy_step(x, modulation, cache.parts, kind == "warm")
             epsilon, fraction = output.float().chunk(2, dim=-1)
             if cache.residual is not None:  # eps_u = eps_c - residual
                 epsilon = epsilon + (cfg - 1.0) * cache.residual

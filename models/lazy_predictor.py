@@ -137,8 +137,7 @@ class LazyPredictor:
         always = slice(buffer + step.previous, buffer + step.stop)
         index = self.probe.select(v, always, kept)  # (rows, kept)
         x, h = _take(x, index), _take(h, index)
-        x = x + block.attn.attend(block.attn.queries(h), k, v)
-        x = x + block.mlp(block.norm2(x))
+        x = block.finish(x, block.attn.attend(block.attn.queries(h), k, v))
         now = slice(step.start - step.previous, step.stop - step.previous)  # among the kept
         for i, cache in self.decoder_caches.items():
             rows = now if i == len(blocks) - 1 else None

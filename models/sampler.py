@@ -18,14 +18,25 @@ class Sampler:
     The weights are those of the moment it was made.
     """
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, graphs: bool = False) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        dtype: torch.dtype,
+        *,
+        compile: bool = False,
+        graphs: bool = False,
+    ) -> None:
         """model: a MAR; dtype: that of its matrix products (sums and norms keep the model's).
 
-        graphs: on CUDA, record batches of one kind as CUDA graphs.
+        compile: blocks and head with torch.compile. graphs (CUDA alone): from the second batch of a
+        kind on, replay CUDA graphs; batches of another kind make their own.
         """
-        self.model = sampling_copy(model, dtype, whole=model.diffloss)
+        self.model = sampling_copy(model, dtype, whole=model.diffloss, pack=not compile)
         self.device = model.fake_latent.device
-        self.graphs = graphs
+        self.compile, self.graphs = compile, graphs
+        if compile:
+            for block in (*self.model.encoder_blocks, *self.model.decoder_blocks):
+                block.finish = torch.compile(block.finish, dynamic=True)
         self._last: tuple[tuple, Decoding] | None = None  # (what it decodes, its Decoding)
 
     @torch.no_grad()
@@ -57,6 +68,6 @@ class Sampler:
         with torch.autocast(self.device.type, enabled=False):
             if self._last is None or self._last[0] != what:
                 self._last = None  # free its memory first
-                self._last = what, Decoding(model, *what, graphs=self.graphs)
+                self._last = what, Decoding(model, *what, self.compile, self.graphs)
             tokens = self._last[1](labels, noise.to(self.device), progress)
         return model.unpatchify(tokens)
