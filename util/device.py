@@ -1,5 +1,6 @@
 """Device and precision of a run: stated or chosen once, at the start, and then passed on."""
 
+import platform
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -35,6 +36,13 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The hardware's own name, such as "NVIDIA H200" or "x86_64"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.machine()
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
