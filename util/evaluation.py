@@ -23,8 +23,9 @@ from util.errors import UserError
 from util.files import atomic_path, write_json
 from util.generation import FeatureSink, PngSink, Production, Sampler, produce
 from util.image_source import open_source
-from util.metrics import Scorer, ScoreRequest
+from util.metrics import Scorer
 from util.run_dir import MAY_DIFFER, RunDir, provenance
+from util.score_request import ScoreRequest
 
 
 @dataclass(frozen=True)

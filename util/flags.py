@@ -14,6 +14,7 @@ from util.batch_grid import SEED_MODES
 from util.device import DTYPES
 from util.dist import PATIENCE
 from util.errors import UserError
+from util.score_request import METRICS
 
 Preset = TypeVar("Preset")  # a dataclass with at least the fields FROM_MODEL and `resume`
 
@@ -36,7 +37,6 @@ FROM_MODEL = (
     "features_path",
     "fid_stats",
 )
-METRICS = ("fid", "isc", "sfid", "kid", "pr")
 # What --score_only takes from the run that it scores, unless given.
 SCORED_AS = ("model", "num_images", "class_num", "features", "features_path", "fid_stats")
 

@@ -40,6 +40,7 @@ from util.feature_weights import inception_weights, shapes_weights
 from util.fid_stats import FidStatistics, load_images, load_stats, save_stats
 from util.image_source import ImageFiles, ImageSource, Pictures, image_batches, open_source
 from util.images import list_images
+from util.score_request import ScoreRequest
 from util.shape_classifier import IMAGE_SIZE, ShapeClassifier
 
 KID_SUBSET = 1000  # images per subset, torch-fidelity's default; fewer where there are fewer
@@ -127,21 +128,6 @@ def feature_spec(features: str) -> FeatureSpec:
         known = ", ".join(_FEATURES)
         raise UserError(f"unknown feature extractor {features!r}; choose one of: {known}")
     return _FEATURES[features]
-
-
-@dataclass(frozen=True)
-class ScoreRequest:
-    """Which metrics, by which extractor, against which reference."""
-
-    features: str
-    features_path: str | None
-    stats_path: str | os.PathLike
-    metrics: tuple[str, ...] = ("fid", "isc")
-
-    @property
-    def needs_features(self) -> bool:
-        """Whether sums do not suffice."""
-        return not {"kid", "pr"}.isdisjoint(self.metrics)
 
 
 class Extractor:

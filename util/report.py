@@ -122,7 +122,7 @@ def table(runs: list[dict[str, object]]) -> str:
     if lpips:
         headings.append("LPIPS to the first")
     headings += [heading for _, heading, _ in extra]
-    rows = ["| " + " | ".join(headings).lstrip() + " |", "|" + "---|" * len(headings)]
+    rows = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     for run in runs:
         seconds, base = run.get("sec_per_image"), first.get("sec_per_image")
         is_pair = any(run is pair for pair in pairs)
