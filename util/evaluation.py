@@ -117,7 +117,9 @@ def evaluate(
     with bar:
         made = produce(sampler, run.task, jobs, sink, device, bar.update)
     meeting.say("made", asdict(made))
-    all_made = [Production(**word) for word in meeting.wait("made")]
+    call = _sum_up([Production(**word) for word in meeting.wait("made")])
+    if world.is_main and run.save:
+        folder.amend_call({"made": call})
 
     began = time.perf_counter()
     if run.save and run.request:
@@ -138,7 +140,7 @@ def evaluate(
         folder.write_npz(run.all_labels())
     results = {
         **run.about,
-        **_timings(all_made, folder.results() if run.save else {}, run.num_images),
+        **_timings([c["made"] for c in folder.calls() if "made" in c] if run.save else [call]),
         "seconds_scoring": scoring if scorer else None,
         "processes": world.size,
         "eval_bsz": run.arguments["eval_bsz"],
@@ -252,27 +254,34 @@ def _merge(scorer: Scorer, folder: Path, meeting: dist.Meeting) -> None:
         file_of(rank).unlink()
 
 
-def _timings(made: list[Production], former: Mapping, num_images: int) -> dict[str, object]:
-    """Seconds and rates; sec_per_image counts the calls before, whose results `former` holds."""
-    computed = sum(each.computed for each in made)
-    seconds = max(each.seconds for each in made)
-    wall = max(each.wall_seconds for each in made)
-    generated = sum(each.images for each in made)
-    whole = {"generated": generated, "computed": computed, "seconds": seconds}
-    if generated < num_images:  # something was there before
-        whole = {name: value + former.get(name, 0) for name, value in whole.items()}
+def _sum_up(made: list[Production]) -> dict[str, float]:
+    """What all processes of a call have made, and how long the slowest took."""
     return {
-        "sec_per_image": whole["seconds"] / whole["computed"] if whole["computed"] else None,
+        "generated": sum(each.images for each in made),
+        "computed": sum(each.computed for each in made),
+        "seconds": max(each.seconds for each in made),
+        "wall_seconds": max(each.wall_seconds for each in made),
+    }
+
+
+def _timings(calls: list[Mapping[str, float]]) -> dict[str, object]:
+    """Seconds per image over all calls that came to their end, rates of the last that made any."""
+    calls = [call for call in calls if call["computed"]]
+    whole = {key: sum(call[key] for call in calls) for key in ("generated", "computed", "seconds")}
+    if not calls:
+        rates = ("sec_per_image", "images_per_s", "images_per_s_without_saving")
+        return {**dict.fromkeys(rates), **whole}
+    last = calls[-1]
+    return {
+        "sec_per_image": whole["seconds"] / whole["computed"],
         **whole,
-        "images_per_s": computed / wall if computed else former.get("images_per_s"),
-        "images_per_s_without_saving": (
-            computed / seconds if computed else former.get("images_per_s_without_saving")
-        ),
+        "images_per_s": last["computed"] / last["wall_seconds"],
+        "images_per_s_without_saving": last["computed"] / last["seconds"],
     }
 
 
 def _mixed(folder: RunDir) -> dict[str, list[object]]:
     """What was not the same in all calls that worked on the folder."""
-    calls = folder.manifest()["calls"]
+    calls = folder.calls()
     values = {name: list(dict.fromkeys(call.get(name) for call in calls)) for name in MAY_DIFFER}
     return {name: found for name, found in values.items() if len(found) > 1}

@@ -99,7 +99,7 @@ class RunDir:
         try:
             if self.check(config, num_images, overwrite):
                 self._discard()
-            calls = self.manifest().get("calls", [])
+            calls = self.calls()
             self.images.mkdir(parents=True, exist_ok=True)
             write_json(self.path / MANIFEST, {"config": config, "calls": [*calls, call]})
         except OSError as error:
@@ -108,6 +108,16 @@ class RunDir:
             return []
         last = calls[-1]
         return [f"{k} {last.get(k)} -> {call[k]}" for k in MAY_DIFFER if last.get(k) != call[k]]
+
+    def calls(self) -> list[Json]:
+        """The calls that have worked on the folder, the last one last."""
+        return self.manifest().get("calls", [])
+
+    def amend_call(self, more: Json) -> None:
+        """Add to what the manifest says of the last call."""
+        manifest = self.manifest()
+        manifest["calls"][-1] |= more
+        write_json(self.path / MANIFEST, manifest)
 
     def _discard(self) -> None:
         """Delete what this project put there, and nothing else."""
