@@ -285,8 +285,8 @@ def _load_stats_for(request: ScoreRequest) -> FidStatistics:
         )
     if request.needs_features and stats.activations is None and not stats.has_images:
         raise UserError(
-            f"{path} has neither features nor images (arr_0), which kid and pr need: take ADM's "
-            "reference batch, or make_stats --keep_features"
+            f"{path} has neither features nor images (arr_0), which kid and pr need: take that of "
+            "`python -m util.download adm_batch`, or make_stats --keep_features"
         )
     return stats
 
