@@ -1,100 +1,145 @@
 """LazyDenoiser: denoising runs of the diffusion head with LazyMAR's cache inside the head.
 
 The published code has this cache, its README does not name it; without it the published speed is not
-reached. Stands in for models.diffloss.PlainDenoiser and drives the same, untouched network.
+reached. Stands in for models.denoiser.PlainDenoiser and drives the same, untouched network.
 """
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from models.diffloss import DiffLoss, guide, time_table
+from diffusion.gaussian import GaussianDiffusion
+from models.adaln_mlp import SimpleMLPAdaLN
+from models.denoiser import ADALN_OUTPUTS, FINAL_COLUMNS, ModulationTable, guide, time_table
 from models.lazy_mar import LazyMARConfig
+
+Segment = tuple[bool, list[int]]  # (skipped, blocks)
 
 
 class HeadCache:
-    """Memory of one denoising run, conditional rows: by segment, its change or its MLP output."""
+    """Memory of one denoising run, conditional rows."""
 
     def __init__(self) -> None:
-        self.change: dict[int, Tensor] = {}  # first block of a skipped run -> output - input (n, w)
-        self.mlp: dict[int, Tensor] = {}  # block -> output of its MLP (n, w)
+        # By segment (n, w): output - input of those skipped, output of the MLP of the others.
+        self.parts: list[Tensor] = []
         self.residual: Tensor | None = None  # eps_c - eps_u (n, C)
 
 
 class LazyDenoiser:
-    """Born with one call of sample_tokens; each call is one denoising run with its own HeadCache."""
+    """Each call is one denoising run with its own HeadCache."""
 
-    def __init__(self, head: DiffLoss, config: LazyMARConfig) -> None:
-        self.net = head.net
-        self.diffusion = head.gen_diffusion
-        self.times = time_table(head)
-        steps = head.num_sampling_steps
-        self.full = [config.is_full(i, steps) for i in range(steps)]
-        self.warm = [config.is_warm(i, steps) for i in range(steps)]
-        self.segments = _segments(len(head.net.res_blocks), config.head_skip)
-        # Cast once: autocast would cast these slices anew at every denoising step.
-        dtype = self.times.dtype
-        self.gates = [block.gate_parameters(dtype) for block in head.net.res_blocks]
+    def __init__(
+        self,
+        net: SimpleMLPAdaLN,
+        diffusion: GaussianDiffusion,
+        config: LazyMARConfig,
+        compile: bool = False,
+    ) -> None:
+        """As PlainDenoiser; config says which steps and blocks are read from the cache."""
+        self.net = net
+        self.diffusion = diffusion
+        self.segments = _segments(len(net.res_blocks), config.head_skip)
+
+        # A lazy step reads a prefix of the columns: gates, and while warm shifts and scales too.
+        kept = [blocks[0] for skipped, blocks in self.segments if not skipped]
+        rest = [b for b in range(len(net.res_blocks)) if b not in kept]
+        gates = FINAL_COLUMNS + [(b, "gate") for b in kept]
+        warm = gates + [(b, name) for b in kept for name in ("shift", "scale")]
+        full = warm + [(b, name) for b in rest for name in ADALN_OUTPUTS]
+        times = time_table(net, diffusion)
+        self.modulations = ModulationTable(net, times, full)
+
+        steps = diffusion.num_timesteps
+        self.kinds: list[str] = []  # of step i
+        for i in range(steps):
+            lazy = "warm" if config.is_warm(i, steps) else "cold"
+            self.kinds.append("full" if config.is_full(i, steps) else lazy)
+        self.columns = {"full": len(full), "warm": len(warm), "cold": len(gates)}
+        self.times = {kind: _times_of(kind, self.kinds, times) for kind in self.columns}
+        self._full_step, self._lazy_step = self._full, self._lazy
+        if compile:
+            self._full_step = torch.compile(self._full, dynamic=True)
+            self._lazy_step = torch.compile(self._lazy, dynamic=True)
 
     @torch.no_grad()
-    def __call__(self, z: Tensor, noise: Tensor, cfg: float, temperature: float) -> Tensor:
-        """z (n, D), or (2n, D) if cfg != 1; noise (n, T+1, C) -> tokens (n, C)."""
+    def __call__(self, z: Tensor, noise: Tensor, cfg: float | Tensor, temperature: float) -> Tensor:
+        """z (n, D), or with guidance (2n, D); noise (n, T+1, C) -> tokens (n, C)."""
+        n = len(noise)
         condition = self.net.cond_embed(z)
+        rows = {"full": condition, "warm": condition[:n], "cold": condition[:n]}
+        ahead = {
+            kind: self.modulations.ahead(rows[kind], self.times[kind], count)
+            for kind, count in self.columns.items()
+        }
         cache = HeadCache()
 
         def model(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            if self.full[i]:
-                return self._full(i, x, condition, cfg, cache)
-            return self._lazy(i, x, condition[: x.shape[0]], cfg, cache)
+            kind = self.kinds[i]
+            modulation = next(ahead[kind])
+            if kind == "full":
+                output, cache.parts = self._full_step(x, modulation)
+                epsilon, fraction, cache.residual = guide(output.float(), n, cfg)
+                return epsilon, fraction
+            output, cache.parts = self._lazy_step(x, modulation, cache.parts, kind == "warm")
+            epsilon, fraction = output.float().chunk(2, dim=-1)
+            if cache.residual is not None:  # eps_u = eps_c - residual
+                epsilon = epsilon + (cfg - 1.0) * cache.residual
+            return epsilon, fraction
 
         return self.diffusion.sample(model, noise, temperature)
 
-    def _full(
-        self, i: int, x: Tensor, condition: Tensor, cfg: float, cache: HeadCache
-    ) -> tuple[Tensor, Tensor]:
-        """Both branches through all blocks; fills the cache."""
-        n = x.shape[0]
-        embedding = F.silu(self.times[i] + condition)
-        hidden = self.net.embed_tokens(x, rows=condition.shape[0])
+    def _full(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x (n, C), all columns (r, columns, w), both branches -> (r, 2C) and what to remember."""
+        n, column = len(x), self.modulations.column
+        hidden = self.net.embed_tokens(x, rows=len(modulation))
+        parts = []
         for skipped, blocks in self.segments:
             before = hidden
             for b in blocks:
-                out, gate = self.net.res_blocks[b].branch(hidden, embedding)
-                hidden = hidden + gate * out
-            if skipped:
-                cache.change[blocks[0]] = hidden[:n] - before[:n]
-            else:
-                # A view would keep the unconditional half alive.
-                cache.mlp[blocks[0]] = out[:n].clone() if len(out) > n else out
-        output = self.net.final_layer(hidden, embedding).float()
-        epsilon, fraction, cache.residual = guide(output, cfg)
-        return epsilon, fraction
+                shift, scale, gate = (modulation[:, column[b, name]] for name in ADALN_OUTPUTS)
+                out = self.net.res_blocks[b].branch(hidden, shift, scale)
+                hidden = torch.addcmul(hidden, gate, out)
+            # A view of `out` would keep the unconditional half alive.
+            parts.append(hidden[:n] - before[:n] if skipped else out[:n].clone())
+        return self._final(hidden, modulation), parts
 
     def _lazy(
-        self, i: int, x: Tensor, condition: Tensor, cfg: float, cache: HeadCache
-    ) -> tuple[Tensor, Tensor]:
-        """The conditional branch, its blocks from the cache."""
-        embedding = F.silu(self.times[i] + condition)
-        hidden = self.net.embed_tokens(x, rows=x.shape[0])
-        for skipped, blocks in self.segments:
-            first = blocks[0]
-            block = self.net.res_blocks[first]
+        self, x: Tensor, modulation: Tensor, parts: Sequence[Tensor], warm: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """x (n, C), columns (n, columns, w) of a lazy step -> (n, 2C) and what to remember."""
+        column = self.modulations.column
+        hidden = self.net.embed_tokens(x, rows=len(x))
+        renewed = []
+        for (skipped, blocks), part in zip(self.segments, parts, strict=True):
             if skipped:
-                hidden = hidden + cache.change[first]
-            elif self.warm[i]:
-                cache.mlp[first], gate = block.branch(hidden, embedding)
-                hidden = hidden + gate * cache.mlp[first]
+                hidden = hidden + part
             else:
-                hidden = hidden + F.linear(embedding, *self.gates[first]) * cache.mlp[first]
-        epsilon, fraction = self.net.final_layer(hidden, embedding).float().chunk(2, dim=-1)
-        if cache.residual is not None:  # eps_u = eps_c - residual
-            epsilon = epsilon + (cfg - 1.0) * cache.residual
-        return epsilon, fraction
+                b = blocks[0]
+                if warm:
+                    shift, scale = (
+                        modulation[:, column[b, "shift"]],
+                        modulation[:, column[b, "scale"]],
+                    )
+                    part = self.net.res_blocks[b].branch(hidden, shift, scale)
+                hidden = torch.addcmul(hidden, modulation[:, column[b, "gate"]], part)
+            renewed.append(part)
+        return self._final(hidden, modulation), renewed
+
+    def _final(self, hidden: Tensor, modulation: Tensor) -> Tensor:
+        """(r, w) -> (r, 2C); the final layer's columns come first."""
+        return self.net.final_layer.output(hidden, modulation[:, 0], modulation[:, 1])
 
 
-def _segments(depth: int, skip: tuple[int, ...]) -> list[tuple[bool, list[int]]]:
-    """Blocks 0..depth-1 as [(skipped, blocks)]: neighbours that are skipped together, others alone."""
-    segments: list[tuple[bool, list[int]]] = []
+def _times_of(kind: str, kinds: Sequence[str], times: Tensor) -> Tensor:
+    """Rows of times (T, w) of the steps of this kind, in the order of a run."""
+    steps = [i for i in reversed(range(len(kinds))) if kinds[i] == kind]
+    return times[torch.tensor(steps, dtype=torch.long, device=times.device)]
+
+
+def _segments(depth: int, skip: tuple[int, ...]) -> list[Segment]:
+    """Blocks 0..depth-1 in their order: neighbours that are skipped together, others alone."""
+    segments: list[Segment] = []
     for b in range(depth):
         if b in skip and segments and segments[-1][0]:
             segments[-1][1].append(b)

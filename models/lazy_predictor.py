@@ -15,7 +15,7 @@ from models.transformer import MaskedTransformer
 
 
 class LazyPredictor:
-    """Born with one call of sample_tokens; holds everything that outlives a decoding step.
+    """Holds everything that outlives a decoding step; a refresh renews all that later steps read.
 
     Rows are conditional first, then unconditional. With the condition cache, caches and lazy steps
     know the conditional rows only.
@@ -29,14 +29,14 @@ class LazyPredictor:
         plan: DecodingPlan,
         config: LazyMARConfig,
     ) -> None:
-        """order (B, L) decoding order; embedding (B, D), or (2B, D) with guidance."""
+        """order (R, L) decoding order; embedding (R, D)."""
         self.model = model
-        self.branches = embedding.shape[0] // order.shape[0]
-        self.order = order.repeat(self.branches, 1)
+        self.branches = 2 if plan.guided else 1
+        self.order = order
         self.embedding = embedding
         self.policies = step_policies(config, plan, model.buffer_size)
         self.use_residual = config.condition_cache and self.branches == 2
-        self.rows = order.shape[0] if self.use_residual else embedding.shape[0]
+        self.rows = len(order) // self.branches if self.use_residual else len(order)
         self.residual: Tensor | None = None  # uncond - cond of ranks from residual_start on
         self.residual_start = 0
 
@@ -137,8 +137,7 @@ class LazyPredictor:
         always = slice(buffer + step.previous, buffer + step.stop)
         index = self.probe.select(v, always, kept)  # (rows, kept)
         x, h = _take(x, index), _take(h, index)
-        x = x + block.attn.attend(block.attn.queries(h), k, v)
-        x = x + block.mlp(block.norm2(x))
+        x = block.finish(x, block.attn.attend(block.attn.queries(h), k, v))
         now = slice(step.start - step.previous, step.stop - step.previous)  # among the kept
         for i, cache in self.decoder_caches.items():
             rows = now if i == len(blocks) - 1 else None

@@ -12,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import truncnorm
 from torch import Tensor
-from tqdm import tqdm
 
-from models.diffloss import DiffLoss, PlainDenoiser
-from models.lazy_head import LazyDenoiser
+from models.diffloss import DiffLoss
 from models.lazy_mar import LazyMARConfig
-from models.lazy_predictor import LazyPredictor
 from models.noise import ImageNoise
-from models.plan import DecodingPlan, DecodingStep
 from models.presets import PRESETS
+from models.sampler import Sampler
+from models.sampling_copy import sampling_dtype
 from models.transformer import MaskedTransformer
 
 
@@ -165,55 +163,10 @@ class MAR(MaskedTransformer):
         LazyMARConfig. noise: the images' own randomness (None: seeds from torch's generator).
         Raises ValueError for arguments that do not fit.
         """
-        if bsz < 1:
-            raise ValueError(f"bsz is {bsz}; at least one image can be sampled")
-        plan = DecodingPlan.create(self.seq_len, num_iter, cfg, cfg_schedule)
-        self.check_labels(labels)
-        if noise is None:
-            noise = self.image_noise(torch.randint(0, 2**32, (bsz,)).tolist())
-        noise.check(bsz, self.seq_len, self.diffloss.num_sampling_steps, self.token_dim)
-        noise = noise.to(self.fake_latent.device)
-
-        order = noise.orders.flip(1)  # decoding order: the front of `orders` comes last
-        embedding = self.class_embedding(labels, bsz)
-        if cfg != 1.0:  # conditional rows, then unconditional ones
-            embedding = torch.cat([embedding, self.class_embedding(None, bsz)])
-        config = LazyMARConfig.of(lazy_mar)
-        predictor = PlainPredictor(self, order, embedding)
-        denoiser = PlainDenoiser(self.diffloss)
-        if config is not None:
-            predictor = LazyPredictor(self, order, embedding, plan, config)
-        if config is not None and config.head_cache:
-            denoiser = LazyDenoiser(self.diffloss, config)
-
-        tokens = torch.zeros(bsz, self.seq_len, self.token_dim, device=order.device)
-        for step in tqdm(plan.steps, disable=not progress, leave=False):
-            z = predictor(step, tokens)  # (branches * B, n, D)
-            now = order[:, step.start : step.stop, None, None].expand(-1, -1, *noise.head.shape[2:])
-            step_noise = noise.head.gather(1, now).flatten(0, 1)  # (B * n, T+1, c)
-            if step.cfg == 1.0:
-                z = z[:bsz]
-            sampled = denoiser(z.flatten(0, 1), step_noise, step.cfg, temperature)
-            tokens[:, step.start : step.stop] = sampled.unflatten(0, (bsz, -1))
-        in_raster = torch.empty_like(tokens)
-        in_raster.scatter_(1, order[:, :, None].expand_as(tokens), tokens)
-        return self.unpatchify(in_raster)
-
-
-class PlainPredictor:
-    """z of each decoding step, computed in full; born with one call of sample_tokens."""
-
-    def __init__(self, model: MaskedTransformer, order: Tensor, embedding: Tensor) -> None:
-        """order (B, L) decoding order; embedding (B, D), or (2B, D) with guidance."""
-        self.model = model
-        self.branches = embedding.shape[0] // order.shape[0]
-        self.order = order.repeat(self.branches, 1)
-        self.embedding = embedding
-
-    def __call__(self, step: DecodingStep, tokens: Tensor) -> Tensor:
-        """Tokens (B, L, c), known up to step.start -> z (branches * B, stop - start, D)."""
-        known = tokens[:, : step.start].repeat(self.branches, 1, 1)
-        return self.model.predict(known, self.order, step.stop, self.embedding)
+        return Sampler(self, sampling_dtype(self)).sample_tokens(
+            bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress,
+            lazy_mar=lazy_mar, noise=noise,
+        )  # fmt: skip
 
 
 def mar_base(**kwargs: Any) -> MAR:

@@ -29,10 +29,14 @@ class DecodingStep:
 
 @dataclass(frozen=True)
 class DecodingPlan:
-    """The steps of one run over `seq_len` tokens; `num_iter` is T, `steps` those that predict."""
+    """The steps of one run over `seq_len` tokens; `num_iter` is T, `steps` those that predict.
+
+    guided: whether there is an unconditional branch.
+    """
 
     seq_len: int
     num_iter: int
+    guided: bool
     steps: tuple[DecodingStep, ...]
 
     @classmethod
@@ -66,4 +70,4 @@ class DecodingPlan:
                 previous = steps[-1].start if steps else 0
                 steps.append(DecodingStep(s, previous, start, seq_len - left, step_cfg))
             masked = left
-        return cls(seq_len, num_iter, tuple(steps))
+        return cls(seq_len, num_iter, cfg != 1.0, tuple(steps))

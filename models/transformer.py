@@ -207,8 +207,6 @@ class MaskedTransformer(nn.Module):
         x = self.decode(x, rows=slice(self.buffer_size + n, self.buffer_size + stop))
         return self.to_condition(x, order[:, n:stop])
 
-    # ---- the original's calls, in raster order ----------------------------------------------------
-
     # ---- the original's calls, in raster order -------------------------------------------------
 
     def forward_mae_encoder(self, x: Tensor, mask: Tensor, class_embedding: Tensor) -> Tensor:

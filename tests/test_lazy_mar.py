@@ -62,7 +62,7 @@ def test_caches_are_as_large_as_what_they_hold():
     config = LazyMARConfig(warmup=2, interval=4)
     noise = noise_of(model, [1, 2])
     embedding = torch.cat([model.class_emb(torch.tensor([0, 1])), model.class_embedding(None, 2)])
-    predictor = LazyPredictor(model, noise.orders.flip(1), embedding, plan, config)
+    predictor = LazyPredictor(model, noise.orders.flip(1).repeat(2, 1), embedding, plan, config)
     tokens = torch.zeros(2, model.seq_len, model.token_dim)
     with torch.no_grad():
         for step in plan.steps:

@@ -1,0 +1,137 @@
+"""Decoding: MAR's decoding loop for one batch size and one plan, plain or with LazyMAR.
+
+The loop knows a predictor, which writes z for the tokens of a step, and a denoiser, which samples
+those tokens given z. Every count comes from the plan, and nothing in the loop waits for the device.
+What passes between the calls lies in tensors made once, so that the calls can be CUDA graphs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models.denoiser import PlainDenoiser
+from models.graphs import CudaGraphs, call_now
+from models.lazy_head import LazyDenoiser
+from models.lazy_mar import LazyMARConfig
+from models.lazy_predictor import LazyPredictor
+from models.noise import ImageNoise
+from models.plan import DecodingPlan, DecodingStep
+from models.predictor import PlainPredictor
+
+
+class Decoding:
+    """Decodes batches of `bsz` images, one after another.
+
+    Rows are those of all images, conditional, then with guidance of all images, unconditional.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        bsz: int,
+        plan: DecodingPlan,
+        config: LazyMARConfig | None,
+        temperature: float,
+        compile: bool = False,
+        graphs: bool = False,
+    ) -> None:
+        """model: a sampling copy of a MAR; compile: its head with torch.compile.
+
+        graphs: record CUDA graphs from the second batch on.
+        """
+        self.model, self.bsz, self.plan, self.temperature = model, bsz, plan, temperature
+        self.branches = 2 if plan.guided else 1
+        rows, most = self.branches * bsz, max(step.stop - step.start for step in plan.steps)
+        net, diffusion = model.diffloss.net, model.diffloss.gen_diffusion
+        like = model.fake_latent  # for device and dtype
+        device, channels = like.device, model.token_dim
+        self.order = torch.empty(rows, model.seq_len, dtype=torch.long, device=device)
+        self.embedding = like.new_empty(rows, model.fake_latent.shape[1])
+        self.tokens = torch.zeros(bsz, model.seq_len, channels, device=device)
+        self.z = like.new_empty(rows * most, model.decoder_norm.normalized_shape[0])
+        self.noise = torch.empty(bsz * most, diffusion.num_timesteps + 1, channels, device=device)
+        self.sampled = torch.empty(bsz * most, channels, device=device)
+        self.cfg = torch.empty((), device=device)
+        self.cfg_of = torch.tensor([step.cfg for step in plan.steps], device=device)
+
+        self.first_fills = False
+        self.predictor = PlainPredictor(model, self.order, self.embedding)
+        if config is not None:
+            self.predictor = LazyPredictor(model, self.order, self.embedding, plan, config)
+            self.first_fills = self.predictor.policies[plan.steps[0].index].fills
+        self.denoiser = PlainDenoiser(net, diffusion, compile)
+        if config is not None and config.head_cache:
+            self.denoiser = LazyDenoiser(net, diffusion, config, compile)
+        self.first_z: dict[int | None, Tensor] = {}  # label -> z (L, D) of step 0, raster order
+        # Heads come again and again, so they must not share memory with the steps.
+        self.run_step = CudaGraphs() if graphs else call_now
+        self.run_head = CudaGraphs() if graphs else call_now
+
+    @torch.no_grad()
+    def __call__(
+        self, labels: Sequence[int] | None, noise: ImageNoise, progress: bool = False
+    ) -> Tensor:
+        """labels of the images, noise on the model's device -> tokens (B, L, c), raster order."""
+        self._prepare(labels, noise)
+        self._decode(noise, progress)
+        order = self.order[: self.bsz, :, None].expand_as(self.tokens)
+        return torch.empty_like(self.tokens).scatter_(1, order, self.tokens)
+
+    def _prepare(self, labels: Sequence[int] | None, noise: ImageNoise) -> None:
+        """What has to wait for the device: upload the batch, and z of the first step."""
+        self.order.copy_(noise.orders.flip(1).repeat(self.branches, 1))  # their front comes last
+        classes = [None] * self.bsz if labels is None else list(labels)
+        classes += [None] * (self.bsz * (self.branches - 1))
+        embeddings = [self.model.class_embedding(labels, self.bsz)]
+        if self.branches == 2:
+            embeddings.append(self.model.class_embedding(None, self.bsz))
+        torch.cat(embeddings, out=self.embedding)
+        if not self.first_fills:
+            self._write_z(self._first_conditions(classes))
+
+    def _decode(self, noise: ImageNoise, progress: bool) -> None:
+        """All steps; nothing here waits for the device."""
+        for i, step in enumerate(tqdm(self.plan.steps, disable=not progress, leave=False)):
+            if step.start > 0 or self.first_fills:
+                self.run_step(i, lambda step=step: self._write_z(self.predictor(step, self.tokens)))
+            n = self.bsz * (step.stop - step.start)
+            self._write_noise(step, noise.head)
+            self.cfg.copy_(self.cfg_of[i])
+            rows = n if step.cfg == 1.0 else self.branches * n
+            self.run_head((n, rows), lambda n=n, rows=rows: self._denoise(n, rows))
+            self.tokens[:, step.start : step.stop] = self.sampled[:n].unflatten(0, (self.bsz, -1))
+
+    def _write_z(self, z: Tensor) -> None:
+        """z (rows, n, D)."""
+        self.z[: z.shape[0] * z.shape[1]] = z.flatten(0, 1)
+
+    def _write_noise(self, step: DecodingStep, noise: Tensor) -> None:
+        """noise (B, L, T+1, c) of the tokens of this step."""
+        n = step.stop - step.start
+        now = self.order[: self.bsz, step.start : step.stop, None, None]
+        now = now.expand(-1, -1, *noise.shape[2:])
+        self.noise[: self.bsz * n] = noise.gather(1, now).flatten(0, 1)
+
+    def _denoise(self, n: int, rows: int) -> None:
+        """z (rows, D) and noise (n, T+1, c) -> sampled (n, c)."""
+        self.sampled[:n] = self.denoiser(self.z[:rows], self.noise[:n], self.cfg, self.temperature)
+
+    def _first_conditions(self, classes: Sequence[int | None]) -> Tensor:
+        """z (rows, n, D) of the first step, which depends on the class alone: computed once for each.
+
+        One class at a time, so that the images of a batch do not change each other's rounding.
+        """
+        names = sorted(set(classes), key=lambda label: -1 if label is None else label)
+        self.first_z = {name: self.first_z.get(name) for name in names}  # forget other classes
+        for name in names:
+            if self.first_z[name] is None:
+                embedding = self.model.class_embedding(None if name is None else [name], 1)
+                nothing = self.tokens[:1, :0]
+                raster = torch.arange(self.model.seq_len, device=self.order.device)[None]
+                z = self.model.predict(nothing, raster, self.model.seq_len, embedding)
+                self.first_z[name] = z[0]
+        table = torch.stack([self.first_z[name] for name in names])  # (classes, L, D)
+        rows = torch.tensor([names.index(label) for label in classes], device=self.order.device)
+        return table[rows[:, None], self.order[:, : self.plan.steps[0].stop]]

@@ -1,0 +1,39 @@
+"""CUDA graphs of the calls of a decoding loop, which always come in the same order."""
+
+from collections.abc import Callable, Hashable
+
+import torch
+
+
+class CudaGraphs:
+    """Runs a call as it is the first time, records it the second time, and replays it from then on.
+
+    A call takes nothing and returns nothing: it reads and writes tensors that keep their addresses.
+    Graphs of one instance share their memory, so what a call leaves behind for later calls is safe
+    only if all calls are replayed in the order in which they were recorded; calls that come in
+    another order need an instance of their own, and may leave nothing behind.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._warm: set[Hashable] = set()
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+
+    def __call__(self, key: Hashable, call: Callable[[], None]) -> None:
+        """Do `call`, which is the same for the same key."""
+        if key not in self._warm:
+            self._warm.add(key)
+            call()
+            return
+        if key not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                call()
+            self._graphs[key] = graph
+        self._graphs[key].replay()
+
+
+def call_now(key: Hashable, call: Callable[[], None]) -> None:
+    """Stands in for CudaGraphs where there are none."""
+    del key
+    call()

@@ -1,0 +1,22 @@
+"""PlainPredictor: z of each decoding step, computed in full."""
+
+from torch import Tensor
+
+from models.plan import DecodingStep
+from models.transformer import MaskedTransformer
+
+
+class PlainPredictor:
+    """Rows are conditional first, then with guidance unconditional."""
+
+    def __init__(self, model: MaskedTransformer, order: Tensor, embedding: Tensor) -> None:
+        """order (R, L) decoding order; embedding (R, D)."""
+        self.model = model
+        self.order = order
+        self.embedding = embedding
+
+    def __call__(self, step: DecodingStep, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, c), known up to step.start -> z (R, stop - start, D)."""
+        branches = len(self.order) // len(tokens)
+        known = tokens[:, : step.start].repeat(branches, 1, 1)
+        return self.model.predict(known, self.order, step.stop, self.embedding)
