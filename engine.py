@@ -16,9 +16,10 @@ from models import mar
 from models.lazy_mar import LazyMARConfig
 from models.noise import ImageNoise
 from models.plan import DecodingPlan
+from models.sampler import Sampler
 from models.tokenizers import latent_scale_of, load_tokenizer
 from util import dist, evaluation
-from util.device import DTYPES, autocast
+from util.device import DTYPES, autocast, to_device
 from util.dry_run import dry_run
 from util.errors import UserError
 from util.files import sha256_of
@@ -97,8 +98,8 @@ class SamplingConfig:
         return cls(args.num_iter, args.cfg, args.cfg_schedule, args.temperature, lazy_mar)
 
 
-class MarSampler:
-    """MAR or LazyMAR and a tokenizer as a util.generation.Sampler."""
+class MarGenerator:
+    """MAR or LazyMAR and a tokenizer as a util.generation.ImageGenerator."""
 
     def __init__(
         self,
@@ -112,41 +113,34 @@ class MarSampler:
         vae_dtype: torch.dtype | None = None,
     ) -> None:
         """vae_bsz: images decoded at once, all without it; vae_dtype: `dtype` without it."""
-        self.model, self.tokenizer, self.latent_scale = model, tokenizer, latent_scale
-        self.sampling, self.device, self.dtype = sampling, device, dtype
+        self.sampler = Sampler(model, dtype, graphs=device.type == "cuda")
+        self.tokenizer, self.latent_scale = tokenizer, latent_scale
+        self.sampling, self.device = sampling, device
         self.vae_bsz, self.vae_dtype = vae_bsz, vae_dtype or dtype
+        self.noise_shape = (model.seq_len, model.diffloss.num_sampling_steps, model.token_dim)
         if device.type == "cuda" and self.vae_dtype != torch.float32:
             tokenizer.to(memory_format=torch.channels_last)  # the tensor cores' own layout
 
     def prepare(self, labels: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, ImageNoise]:
-        """Labels (B,) and the images' noise, in memory that the device can fetch by itself."""
-        steps = self.model.diffloss.num_sampling_steps
-        noise = ImageNoise.from_seeds(seeds, self.model.seq_len, steps, self.model.token_dim)
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):  # a thread's own device is the first one
-                noise = ImageNoise(noise.orders.pin_memory(), noise.head.pin_memory())
-        return torch.tensor(labels), noise
+        """Labels (B,) and the images' noise, on the CPU."""
+        return torch.tensor(labels), ImageNoise.from_seeds(seeds, *self.noise_shape)
 
     @torch.no_grad()
     def generate(self, prepared: tuple[Tensor, ImageNoise]) -> Tensor:
         """Images (B, 3, H, W) float32 in [-1, 1]."""
         labels, noise = prepared
-        noise = ImageNoise(
-            noise.orders.to(self.device, non_blocking=True),
-            noise.head.to(self.device, non_blocking=True),
-        )
+        noise = ImageNoise(to_device(noise.orders, self.device), to_device(noise.head, self.device))
         sampling = self.sampling
-        with autocast(self.device, self.dtype):
-            latents = self.model.sample_tokens(
-                len(labels),
-                sampling.num_iter,
-                sampling.cfg,
-                sampling.cfg_schedule,
-                labels,
-                sampling.temperature,
-                lazy_mar=sampling.lazy_mar,
-                noise=noise,
-            )
+        latents = self.sampler.sample_tokens(
+            len(labels),
+            sampling.num_iter,
+            sampling.cfg,
+            sampling.cfg_schedule,
+            labels,
+            sampling.temperature,
+            lazy_mar=sampling.lazy_mar,
+            noise=noise,
+        )
         parts = (latents.float() / self.latent_scale).split(self.vae_bsz or len(latents))
         with autocast(self.device, self.vae_dtype):
             return torch.cat([self.tokenizer.decode(part).float() for part in parts])
@@ -169,7 +163,9 @@ def evaluate(
     sampling = SamplingConfig.from_args(args)
     scale = scale_of(tokenizer, args)
     vae_dtype = DTYPES[args.vae_dtype] if args.vae_dtype else dtype
-    sampler = MarSampler(model, tokenizer, scale, sampling, device, dtype, args.vae_bsz, vae_dtype)
+    generator = MarGenerator(
+        model, tokenizer, scale, sampling, device, dtype, args.vae_bsz, vae_dtype
+    )
     config = {
         "model": args.model,
         "weights": weights,
@@ -196,8 +192,8 @@ def evaluate(
     name = run_name(args.model, args.num_images, sampling)
     run = evaluation.Run.from_args(args, name, config, about, meeting.world.size)
     if args.dry_run:
-        return dry_run(run, sampler, meeting.world, device, flops_per_image(model, sampling))
-    return evaluation.evaluate(run, sampler, meeting, device)
+        return dry_run(run, generator, meeting.world, device, flops_per_image(model, sampling))
+    return evaluation.evaluate(run, generator, meeting, device)
 
 
 def flops_per_image(model: mar.MAR, sampling: SamplingConfig) -> float:

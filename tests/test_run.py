@@ -45,13 +45,13 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 # ---- the same bits -----------------------------------------------------------------------------------
 
 
-def sampler_of(lazy_mar, dtype):
+def generator_of(lazy_mar, dtype):
     tokenizer = load_tokenizer(
         "linear", ROOT / "pretrained_models/mar_tiny/tokenizer.safetensors", 8
     )
     sampling = engine.SamplingConfig(6, 2.0, "linear", 1.0, lazy_mar)
     scale = latent_scale_of(tokenizer, None)
-    return engine.MarSampler(random_mar(1), tokenizer, scale, sampling, CPU, dtype)
+    return engine.MarGenerator(random_mar(1), tokenizer, scale, sampling, CPU, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -59,9 +59,9 @@ def sampler_of(lazy_mar, dtype):
     "lazy_mar", [None, LazyMARConfig(warmup=1, interval=3)], ids=["mar", "lazy"]
 )
 def test_the_pixels_of_a_row_do_not_depend_on_what_is_in_the_other_rows(lazy_mar, dtype):
-    sampler = sampler_of(lazy_mar, dtype)
+    generator = generator_of(lazy_mar, dtype)
     batches = (([3, 1, 4], [30, 10, 40]), ([5, 1, 9], [50, 10, 90]))
-    first, second = (sampler.generate(sampler.prepare(*batch)) for batch in batches)
+    first, second = (generator.generate(generator.prepare(*batch)) for batch in batches)
     assert torch.equal(first[1], second[1])
     assert not torch.equal(first[0], second[0])
 

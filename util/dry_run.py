@@ -5,13 +5,17 @@ import torch
 from util import dist
 from util.batch_grid import jobs_of
 from util.evaluation import Run
-from util.generation import Sampler, Stopwatch
+from util.generation import ImageGenerator, Stopwatch
 from util.run_dir import RunDir
 
 
 @torch.no_grad()
 def dry_run(
-    run: Run, sampler: Sampler, world: dist.World, device: torch.device, flops_per_image: float
+    run: Run,
+    generator: ImageGenerator,
+    world: dist.World,
+    device: torch.device,
+    flops_per_image: float,
 ) -> dict[str, object]:
     """Print the plan and return it (process 0; others {}). UserError where the run would refuse."""
     if not world.is_main:
@@ -35,10 +39,10 @@ def dry_run(
     seconds = 0.0
     if sum(to_make):
         batch = next(jobs[0].batch for jobs in shares if jobs)
-        prepared = sampler.prepare(run.task.labels(grid.padded(batch)), run.task.seeds(batch))
+        prepared = generator.prepare(run.task.labels(grid.padded(batch)), run.task.seeds(batch))
         watch = Stopwatch(device)
         with watch:
-            sampler.generate(prepared)
+            generator.generate(prepared)
         seconds = watch.seconds()
         rate = flops_per_image * grid.rows / seconds / 1e12
         print(f"one batch: {seconds:.3g} s, the first one, which warms up; {rate:.3g} TFLOP/s")

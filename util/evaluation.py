@@ -21,7 +21,7 @@ from util.batch_grid import BatchGrid, Task, jobs_of
 from util.device import device_name
 from util.errors import UserError
 from util.files import atomic_path, write_json
-from util.generation import FeatureSink, PngSink, Production, Sampler, produce
+from util.generation import FeatureSink, ImageGenerator, PngSink, Production, produce
 from util.image_source import open_source
 from util.metrics import Scorer
 from util.run_dir import MAY_DIFFER, RunDir, provenance
@@ -93,7 +93,7 @@ def request_of(args: argparse.Namespace) -> ScoreRequest:
 
 
 def evaluate(
-    run: Run, sampler: Sampler, meeting: dist.Meeting, device: torch.device
+    run: Run, generator: ImageGenerator, meeting: dist.Meeting, device: torch.device
 ) -> dict[str, object]:
     """Make what is missing of a run, score it, write and return its results (process 0; others {})."""
     world, grid, folder = meeting.world, run.task.grid, RunDir(run.path)
@@ -115,7 +115,7 @@ def evaluate(
         disable=not (world.is_main and sys.stderr.isatty()),
     )
     with bar:
-        made = produce(sampler, run.task, jobs, sink, device, bar.update)
+        made = produce(generator, run.task, jobs, sink, device, bar.update)
     meeting.say("made", asdict(made))
     call = _sum_up([Production(**word) for word in meeting.wait("made")])
     if world.is_main and run.save:

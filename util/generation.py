@@ -1,15 +1,15 @@
 """Batches of images, made without a pause: host work is done ahead, results are taken away behind.
 
 While the device works on one batch, a thread prepares the next (noise is drawn by numpy on the CPU) and
-other threads copy the last one and write its PNGs. On CUDA everything is launched asynchronously; the
-main thread waits only when three batches are on their way. Nothing here knows a model: it is a
-Sampler with two methods.
+others write the PNGs of the last. On CUDA everything is launched asynchronously, by the main thread
+alone: a call from another one could fall into the recording of a CUDA graph. Nothing here knows a model:
+it is an ImageGenerator with two methods.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,15 @@ import torch
 from torch import Tensor
 
 from util.batch_grid import Job, Task
+from util.device import to_host
 from util.images import PngWriter, find_broken, refuse_broken, to_bytes
 
-UNDER_WAY = 2  # batches whose images may wait on the device for being taken away
 
-
-class Sampler(Protocol):
+class ImageGenerator(Protocol):
     """A model that makes images."""
 
     def prepare(self, labels: list[int], seeds: list[int]) -> Any:
-        """Work of the host for one batch; called in a thread while the last batch is computed."""
+        """Work of the host alone for one batch, in a thread while the last batch is computed."""
 
     def generate(self, prepared: Any) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] on the device, which may still be computing them.
@@ -92,7 +91,7 @@ class Stopwatch:
 
 @torch.no_grad()
 def produce(
-    sampler: Sampler,
+    generator: ImageGenerator,
     task: Task,
     jobs: Sequence[Job],
     sink: Sink,
@@ -103,7 +102,7 @@ def produce(
     grid, watch, began = task.grid, Stopwatch(device), time.perf_counter()
 
     def prepare(job: Job) -> Any:
-        return sampler.prepare(task.labels(grid.padded(job.batch)), task.seeds(job.batch))
+        return generator.prepare(task.labels(grid.padded(job.batch)), task.seeds(job.batch))
 
     with ThreadPoolExecutor(1) as thread, sink:
         ahead = [thread.submit(prepare, job) for job in jobs[:1]]
@@ -111,7 +110,7 @@ def produce(
             prepared = ahead.pop().result()
             ahead += [thread.submit(prepare, following) for following in jobs[number + 1 :][:1]]
             with watch:
-                images = sampler.generate(prepared)
+                images = generator.generate(prepared)
             sink.take(job, grid.padded(job.batch).start, images)
             after_batch(len(job.wanted))
     return Production(
@@ -123,38 +122,28 @@ def produce(
 
 
 class PngSink:
-    """Writes the wanted images as PNGs, by threads that neither the device nor the sampler waits for."""
+    """Writes the wanted images as PNGs, in threads that neither the device nor the model waits for."""
 
     def __init__(self, path_of: Callable[[int], Path], rows: int) -> None:
-        """`rows` is the size of a batch: so many images may wait for being written, or 256."""
+        """`rows` is the size of a batch: two of them may wait for being written, or 256 images."""
         self._path_of = path_of
-        self._writer = PngWriter(capacity=max(256, rows))
-        self._thread = ThreadPoolExecutor(1)
-        self._under_way: deque[Future] = deque()
+        self._writer = PngWriter(capacity=max(256, 2 * rows))
+        self._under_way: deque[Callable[[], None]] = deque()
 
     def __enter__(self) -> "PngSink":
         self._writer.__enter__()
         return self
 
     def take(self, job: Job, first: int, images: Tensor) -> None:
-        pixels, broken, ready = _copy_to_host([to_bytes(images), find_broken(images)])
-        self._under_way.append(
-            self._thread.submit(self._deliver, job.wanted, first, pixels, broken, ready)
-        )
-        while len(self._under_way) > UNDER_WAY or (self._under_way and self._under_way[0].done()):
-            self._under_way.popleft().result()
+        """See Sink. On CUDA the batch before is handed on, while the device works on this one."""
+        fetched = to_host([to_bytes(images), find_broken(images)])
+        self._under_way.append(lambda: self._write(job.wanted, first, *fetched()))
+        while len(self._under_way) > (images.device.type == "cuda"):
+            self._under_way.popleft()()
 
-    def _deliver(
-        self,
-        wanted: Iterable[int],
-        first: int,
-        pixels: Tensor,
-        broken: Tensor,
-        ready: Callable[[], None],
-    ) -> None:
-        ready()
+    def _write(self, wanted: Sequence[int], first: int, pixels: Tensor, broken: Tensor) -> None:
         refuse_broken(broken)
-        array = pixels.permute(0, 2, 3, 1).numpy()  # (B, H, W, 3)
+        array = pixels.permute(0, 2, 3, 1).contiguous().numpy()  # (B, H, W, 3)
         for index in wanted:
             self._writer.write(self._path_of(index), array[index - first])
 
@@ -164,12 +153,13 @@ class PngSink:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._thread.shutdown()
-        failures = [f.exception() for f in self._under_way if f.exception() is not None]
-        first = error or next(iter(failures), None)
-        self._writer.__exit__(type(first) if first else None, first, traceback)
-        if error is None and first is not None:
-            raise first
+        try:
+            while error is None and self._under_way:
+                self._under_way.popleft()()
+        except BaseException as failure:
+            self._writer.__exit__(type(failure), failure, failure.__traceback__)
+            raise
+        self._writer.__exit__(kind, error, traceback)
 
 
 class FeatureSink:
@@ -199,15 +189,3 @@ class FeatureSink:
     ) -> None:
         if error is None and self._broken is not None:
             refuse_broken(self._broken)
-
-
-def _copy_to_host(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Callable[[], None]]:
-    """The tensors in the host's memory, and what to call before they are read."""
-    if tensors[0].device.type != "cuda":
-        return *(tensor.cpu() for tensor in tensors), lambda: None
-    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
-    for copy, tensor in zip(copies, tensors, strict=True):
-        copy.copy_(tensor, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    return *copies, done.synchronize
