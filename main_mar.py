@@ -112,6 +112,8 @@ def main() -> None:
 def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -> None:
     """Train or evaluate as the flags say, in this process of the run."""
     world, dtype = meeting.world, pick_dtype(args.dtype, device)
+    if args.score_only:
+        raise UserError("--score_only belongs to eval.py: python eval.py --score_only DIR")
     engine.SamplingConfig.from_args(args)  # before hours of training, not at the first evaluation
     if args.online_eval or (args.evaluate and not args.no_score):
         metrics.check_ready(request_of(args))

@@ -14,9 +14,10 @@ from PIL import Image
 
 import engine
 import eval as eval_script
+import main_mar
 from models.lazy_mar import LazyMARConfig
 from models.tokenizers import latent_scale_of, load_tokenizer
-from tests.conftest import ROOT, random_mar
+from tests.conftest import ROOT, flags_for, random_mar
 from tests.test_eval import images_of, pixels_of, written_at
 from util import files, images
 from util.errors import UserError, run_main
@@ -248,8 +249,6 @@ SCORES = ("fid", "is_mean", "is_std", "accuracy")
 @pytest.fixture(scope="module")
 def scored_run(weights, tmp_path_factory):
     """Folder of a finished and scored run; the flags are SCORED."""
-    from tests.conftest import flags_for
-
     out = tmp_path_factory.mktemp("scored_run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
@@ -364,6 +363,28 @@ def test_the_sample_batch_of_adm_holds_the_images_and_their_labels(run):
         assert batch["arr_0"].dtype == np.uint8
         assert np.array_equal(batch["arr_0"], pixels_of(result))
         assert batch["arr_1"].tolist() == [0, 2, 4, 6, 8]
+
+
+# ---- during training ---------------------------------------------------------------------------------
+
+
+def test_training_evaluates_its_averaged_weights_with_and_without_guidance(
+    one_thread, monkeypatch, capsys, tmp_path
+):
+    latents = tmp_path / "latents" / "a"
+    latents.mkdir(parents=True)
+    for i in range(4):
+        moments = np.random.default_rng(i).normal(size=(16, 16, 16)).astype(np.float32)
+        np.savez(latents / f"{i}.npz", moments=moments, moments_flip=moments)
+    flags = ["--use_cached", "--cached_path", tmp_path / "latents", "--batch_size", 2]
+    flags += ["--epochs", 2, "--online_eval", "--eval_freq", 1, "--no_score", "--num_workers", 0]
+    argv = [word for word in flags_for("", tmp_path / "out", *flags) if word != "--resume" and word]
+    monkeypatch.setattr(sys, "argv", ["main_mar.py", *argv])
+    main_mar.main()
+    documents = [json.loads(x) for x in capsys.readouterr().out.splitlines() if x[0] == "{"]
+    assert [(d["cfg"], d["generated"]) for d in documents] == [(1.0, 2), (2.0, 2)] * 2
+    epochs = [document["config"]["weights"].split()[1] for document in documents]
+    assert epochs == ["1", "1", "2", "2"]
 
 
 # ---- speed and plan ----------------------------------------------------------------------------------
