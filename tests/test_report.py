@@ -73,6 +73,12 @@ def test_metrics_on_request_are_columns_of_those_that_have_them(tmp_path):
     assert (rows[2][-9:], rows[3][-17:]) == ("| - | - |", "| 0.500 | 0.250 |")
 
 
+def test_scores_against_different_references_are_said_not_to_compare(tmp_path):
+    runs = [make_run(tmp_path / name, False, 1.0, 100, reference=f"toy {name}") for name in "ab"]
+    assert "do not compare: toy a and toy b." in report.table([report.load_run(r) for r in runs])
+    assert "compare" not in report.table([report.load_run(runs[0])] * 2)
+
+
 def test_a_folder_that_is_no_finished_run_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         report.load_run(tmp_path)

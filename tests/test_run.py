@@ -303,6 +303,20 @@ def test_a_folder_is_scored_again_and_only_its_results_are_renewed(
     assert {name for name in after if after[name] != before.get(name)} <= {"results.json"}
 
 
+def test_scores_against_another_reference_do_not_stay_beside_the_new_ones(
+    scored_run, score_only, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(scored_run, folder)
+    assert score_only(folder, "--metrics", "fid")["is_mean"] > 1  # the same reference
+    with np.load(ROOT / "pretrained_models/mar_tiny/fid_stats.npz") as file:
+        np.savez(tmp_path / "other.npz", mu=file["mu"] + 1, sigma=file["sigma"])
+    flags = ["--metrics", "fid", "--fid_stats", tmp_path / "other.npz"]
+    result = score_only(folder, *flags)
+    assert "is_mean" not in result
+    assert result["reference"].startswith("shapes other.npz ")
+
+
 def test_a_folder_of_pictures_alone_is_scored_and_stays_as_it_is(scored_run, score_only, tmp_path):
     folder = tmp_path / "pictures"
     shutil.copytree(scored_run / "images", folder)

@@ -25,7 +25,7 @@ from util.generation import FeatureSink, ImageGenerator, PngSink, Production, pr
 from util.image_source import open_source
 from util.metrics import Scorer
 from util.run_dir import MAY_DIFFER, RunDir, provenance
-from util.score_request import ScoreRequest
+from util.score_request import SCORES, ScoreRequest
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,10 @@ def score_only(
     scores = {"num_images": num_images, "images_dir": str(images), **scorer.result()}
     if not is_run:
         return {**scores, **provenance()}
-    results = {**folder.results(), **scores}
+    former = folder.results()
+    if former.get("reference") != scores["reference"]:  # numbers that do not compare
+        former = {name: value for name, value in former.items() if name not in SCORES}
+    results = {**former, **scores}
     write_json(path / "results.json", results)
     return results
 

@@ -151,9 +151,9 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
     add(
         "--metrics",
         type=_metrics,
-        default=("fid", "isc"),
+        default="fid,isc",
         metavar="NAME,...",
-        help=f"any of {', '.join(METRICS)} (fid,isc)",
+        help=f"any of {', '.join(METRICS)}",
     )
     add("--fid_stats", metavar="FILE", help="npz with mu and sigma of the reference images")
     add("--features", metavar="NAME", help="feature extractor of FID and IS")

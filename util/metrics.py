@@ -204,8 +204,8 @@ class Scorer:
                 self.update(indices, images)
                 bar.update(len(indices))
 
-    def result(self) -> dict[str, float | int]:
-        """The metrics by name: fid, is_mean, is_std, is_splits, accuracy, sfid, kid_mean, ...
+    def result(self) -> dict[str, object]:
+        """Those of util.score_request.SCORES that were asked for, and the reference.
 
         Fewer images than IS_SPLITS would leave empty splits: IS is then taken over all images at once
         (is_splits 1, is_std 0). UserError unless all images are in.
@@ -218,7 +218,7 @@ class Scorer:
         if sums.num_images < 2:
             raise UserError(f"FID needs at least 2 images, got {sums.num_images}; generate more")
         reference = _load_stats_for(request)
-        result: dict[str, float | int] = {}
+        result: dict[str, object] = {"reference": request.reference}
         if "fid" in request.metrics:
             result["fid"] = _frechet(sums.gaussian(), Gaussian(reference.mu, reference.sigma))
         if "isc" in request.metrics:
@@ -304,7 +304,7 @@ def score(
     device: str | torch.device,
     batch_size: int = 64,
     labels: Sequence[int] | None = None,
-) -> dict[str, float | int]:
+) -> dict[str, object]:
     """Count, extract and score `num_images` generated images, see Scorer.result.
 
     `source` is a folder of numbered PNGs, image i in the i-th place, or a Dataset. With `labels`

@@ -141,6 +141,9 @@ def table(runs: list[dict[str, object]]) -> str:
         f"torch {first['torch']}, commit {first['commit']}\n\n"
         + "\n".join(f"    {run['command']}" for run in runs)
     )
+    references = {run["reference"] for run in runs if run.get("reference")}
+    if len(references) > 1:
+        about = f"The scores do not compare: {' and '.join(sorted(references))}.\n\n{about}"
     return "\n".join([*rows, "", about])
 
 

@@ -147,7 +147,7 @@ class RunDir:
 
     def sweep(self) -> None:
         """Delete the temporary files that a killed process has left. Only when nobody writes."""
-        for file in self.images.glob(".*.part"):
+        for file in (*self.path.glob(".*.part"), *self.images.glob(".*.part")):
             file.unlink(missing_ok=True)
 
     def write_sheet(self, num_images: int, rows: int = 8, columns: int = 10) -> None:

@@ -2,8 +2,15 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
+
+from util.files import sha256_of
 
 METRICS = ("fid", "isc", "sfid", "kid", "pr")  # pr: precision and recall
+SCORES = (
+    *("fid", "is_mean", "is_std", "is_splits", "accuracy", "sfid"),
+    *("kid_mean", "kid_std", "kid_subset", "precision", "recall", "reference"),
+)  # the names of their results
 
 
 @dataclass(frozen=True)
@@ -19,3 +26,9 @@ class ScoreRequest:
     def needs_features(self) -> bool:
         """Whether sums do not suffice."""
         return not {"kid", "pr"}.isdisjoint(self.metrics)
+
+    @property
+    def reference(self) -> str:
+        """What the scores are relative to: extractor, file and first digits of its sha256."""
+        path = Path(self.stats_path)
+        return f"{self.features} {path.name} {sha256_of(path)[:16]}"
