@@ -12,8 +12,8 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export RENDEZVOUS="$HEAD:${PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
+MACHINES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export RENDEZVOUS="${MACHINES%%$'\n'*}:${PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 export PROCESSES=${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}
 export PATH="$PWD/.venv/bin:$PATH"
 

@@ -317,6 +317,13 @@ def test_scores_against_another_reference_do_not_stay_beside_the_new_ones(
     assert result["reference"].startswith("shapes other.npz ")
 
 
+def test_generating_again_without_scoring_keeps_the_scores(run, tmp_path):
+    scored = run(*SCORED)
+    assert scores(run(*SCORED, "--no_score")) == scores(scored)
+    replaced = run(*SCORED, "--no_score", "--seed", 2, "--overwrite")
+    assert replaced["fid"] is None
+
+
 def test_a_folder_of_pictures_alone_is_scored_and_stays_as_it_is(scored_run, score_only, tmp_path):
     folder = tmp_path / "pictures"
     shutil.copytree(scored_run / "images", folder)

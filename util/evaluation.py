@@ -96,7 +96,7 @@ def evaluate(
     run: Run, generator: ImageGenerator, meeting: dist.Meeting, device: torch.device
 ) -> dict[str, object]:
     """Make what is missing of a run, score it, write and return its results (process 0; others {})."""
-    world, grid, folder = meeting.world, run.task.grid, RunDir(run.path)
+    world, folder = meeting.world, RunDir(run.path)
     meeting.next_round()
     if world.is_main:
         _open(run, folder, world, device)
@@ -104,19 +104,10 @@ def evaluate(
     meeting.wait("opened", ranks=[0])
     _check_shared(folder, world)
 
-    jobs = jobs_of(grid, world.rank, world.size, folder.missing if run.save else list)
     scorer = None
     if not run.save:
         scorer = Scorer(run.request, run.num_images, device, run.all_labels())
-    sink = PngSink(folder.image, grid.rows) if run.save else FeatureSink(scorer.update)
-    bar = tqdm(
-        total=sum(len(job.wanted) for job in jobs),
-        unit="image",
-        disable=not (world.is_main and sys.stderr.isatty()),
-    )
-    with bar:
-        made = produce(generator, run.task, jobs, sink, device, bar.update)
-    meeting.say("made", asdict(made))
+    meeting.say("made", asdict(_make(run, folder, generator, scorer, world, device)))
     call = _sum_up([Production(**word) for word in meeting.wait("made")])
     if world.is_main and run.save:
         folder.amend_call({"made": call})
@@ -131,17 +122,18 @@ def evaluate(
     if not world.is_main:
         return {}
     scores = scorer.result() if scorer else {}
-    scoring = time.perf_counter() - began
+    scoring = time.perf_counter() - began if scorer else None
 
     folder.sweep()
     if run.save:
         folder.write_sheet(run.num_images)
     if run.save_npz:
         folder.write_npz(run.all_labels())
+    calls = [each["made"] for each in folder.calls() if "made" in each] if run.save else [call]
     results = {
         **run.about,
-        **_timings([c["made"] for c in folder.calls() if "made" in c] if run.save else [call]),
-        "seconds_scoring": scoring if scorer else None,
+        **_timings(calls),
+        "seconds_scoring": scoring,
         "processes": world.size,
         "eval_bsz": run.arguments["eval_bsz"],
         "threads": torch.get_num_threads(),
@@ -153,11 +145,30 @@ def evaluate(
         **provenance(),
         "mixed": _mixed(folder),
         "config": dict(run.config),
-        **{"fid": None, "is_mean": None, "is_std": None},
+        **dict.fromkeys(("fid", "is_mean", "is_std")),
+        **_comparable(folder.results(), scores),
         **scores,
     }
     write_json(folder.path / "results.json", results)
     return results
+
+
+def _make(
+    run: Run,
+    folder: RunDir,
+    generator: ImageGenerator,
+    scorer: Scorer | None,
+    world: dist.World,
+    device: torch.device,
+) -> Production:
+    """This process's part of the images: those that are missing, or all of them for the scorer."""
+    grid = run.task.grid
+    jobs = jobs_of(grid, world.rank, world.size, list if scorer else folder.missing)
+    sink = FeatureSink(scorer.update) if scorer else PngSink(folder.image, grid.rows)
+    show = world.is_main and sys.stderr.isatty()
+    wanted = sum(len(job.wanted) for job in jobs)
+    with tqdm(total=wanted, unit="image", disable=not show) as bar:
+        return produce(generator, run.task, jobs, sink, device, bar.update)
 
 
 def score_only(
@@ -187,9 +198,8 @@ def score_only(
     if not is_run:
         return {**scores, **provenance()}
     former = folder.results()
-    if former.get("reference") != scores["reference"]:  # numbers that do not compare
-        former = {name: value for name, value in former.items() if name not in SCORES}
-    results = {**former, **scores}
+    others = {name: value for name, value in former.items() if name not in SCORES}
+    results = {**others, **_comparable(former, scores), **scores}
     write_json(path / "results.json", results)
     return results
 
@@ -228,6 +238,13 @@ def _check_shared(folder: RunDir, world: dist.World) -> None:
     raise UserError(
         f"process {world.rank} does not see {folder.path}: give an --output_dir that all machines share"
     )
+
+
+def _comparable(former: Mapping, scores: Mapping) -> dict[str, object]:
+    """Earlier scores of the same images, unless they were relative to something else."""
+    if scores and former.get("reference") != scores["reference"]:
+        return {}
+    return {name: former[name] for name in SCORES if name in former}
 
 
 def _part(num_images: int, world: dist.World) -> range:
