@@ -1,166 +1,30 @@
-"""What is done with a model: an epoch of training; batches of images by seed; an evaluation.
+"""What is done with a model: it is built, it makes images, and its images are scored.
 
-Every training step is seeded by (seed, step, rank), so a run that was stopped anywhere goes on with
-the very same numbers, and no state of a random generator has to be kept. Generated images carry
-their own seeds, so what is missing can be made in any order, batch and process.
+Everything about MAR that an evaluation needs is here: how images are sampled, which settings decide
+them, what a run is called. The run itself knows no model, see util/evaluation.py.
 """
 
 import argparse
 import hashlib
-import random
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from models import mar
 from models.lazy_mar import LazyMARConfig
+from models.noise import ImageNoise
 from models.plan import DecodingPlan
+from models.sampler import Sampler
 from models.tokenizers import latent_scale_of, load_tokenizer
-from util import dist, metrics
-from util.device import autocast
-from util.ema import EMA
+from util import dist, evaluation
+from util.device import DTYPES, autocast, to_device
+from util.dry_run import dry_run
 from util.errors import UserError
-from util.files import sha256_of, write_json
+from util.files import sha256_of
 from util.flags import lazy_mar_values
-from util.images import PngWriter, to_uint8
-from util.lr import LRSchedule
-from util.run_dir import RunDir, provenance
-
-MAX_SKIPPED_IN_A_ROW = 20  # a few bad batches heal themselves; this many do not
-
-
-@dataclass
-class TrainState:
-    """A run at one moment; `wrapped` is what training calls: the model, or a DDP around it."""
-
-    model: nn.Module
-    wrapped: nn.Module
-    ema: EMA
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0  # steps since the beginning of the run
-    skipped: int = 0  # steps without a finite gradient, in all
-    skipped_in_a_row: int = 0
-
-
-@dataclass(frozen=True)
-class StepConfig:
-    """What a training step is made of besides the model and the batch."""
-
-    schedule: LRSchedule
-    grad_clip: float
-    seed: int
-    rank: int
-    device: torch.device
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Loss and gradient norm are scalars on the device: reading them may wait for it."""
-
-    loss: Tensor
-    grad_norm: Tensor
-    lr: float
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch, numpy and python for one step of one process."""
-    word = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint32)[0])
-    torch.manual_seed(word)
-    np.random.seed(word)
-    random.seed(word)
-
-
-def train_step(
-    state: TrainState, latents: Tensor, labels: Tensor, lr: float, config: StepConfig
-) -> StepResult:
-    """One step of AdamW and EMA on latents (B, C, h, w), skipped if a gradient is not finite."""
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    with attention_for_training(config.device):  # backward too: checkpointing recomputes there
-        with autocast(config.device, config.dtype):
-            loss = state.wrapped(latents, labels)
-        state.scaler.scale(loss).backward()
-    state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
-    # A bad loss makes bad gradients, and gradients, being averaged, are bad in all processes alike.
-    if torch.isfinite(norm):
-        state.scaler.step(state.optimizer)
-        state.ema.update(state.model)
-        state.skipped_in_a_row = 0
-    else:
-        state.skipped += 1
-        state.skipped_in_a_row += 1
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-        raise UserError(
-            f"{MAX_SKIPPED_IN_A_ROW} steps in a row without a finite loss, up to {state.step}: "
-            "resume from the last checkpoint with a lower --blr or with --dtype bf16 or float32"
-        )
-    return StepResult(loss.detach(), norm.detach(), lr)
-
-
-@contextmanager
-def attention_for_training(device: torch.device) -> Iterator[None]:
-    """On CPUs, let scaled_dot_product_attention be plain matrix products in the inputs' precision.
-
-    Forward and backward of 140 tokens in bf16 took a third of the fused kernel's time.
-    """
-    if device.type != "cpu":
-        yield
-        return
-    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
-
-
-def train_one_epoch(
-    state: TrainState,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    epoch: int,
-    first_step: int,
-    steps_per_epoch: int,
-    to_latents: Callable[[Tensor], Tensor],
-    config: StepConfig,
-    after_step: Callable[[StepResult, int], bool],
-) -> bool:
-    """Train from `first_step` to the end of an epoch.
-
-    Args:
-        state: changed in place.
-        batches: (images or moments, labels) of the steps from `first_step` on, on any device.
-        to_latents: turns a batch on the device into scaled latents (B, C, h, w).
-        after_step: called with the result and the number of steps done in this epoch; True stops.
-
-    Returns:
-        True if the epoch was stopped before its end.
-    """
-    state.wrapped.train()
-    for done, (data, labels) in enumerate(batches, start=first_step):
-        seed_step(config.seed, state.step, config.rank)
-        latents = to_latents(data.to(config.device, non_blocking=True))
-        lr = config.schedule.at(epoch + done / steps_per_epoch)
-        labels = labels.to(config.device, non_blocking=True)
-        result = train_step(state, latents, labels, lr, config)
-        if after_step(result, done + 1):
-            return done + 1 < steps_per_epoch
-    return False
+from util.flops import MARGeometry, mar_flops
 
 
 def build_model(args: argparse.Namespace) -> mar.MAR:
@@ -234,74 +98,74 @@ class SamplingConfig:
         return cls(args.num_iter, args.cfg, args.cfg_schedule, args.temperature, lazy_mar)
 
 
-@dataclass(frozen=True)
-class ImageBatch:
-    """Images of one batch: their indices, uint8 pixels (B, H, W, 3), and the seconds they took."""
+class MarGenerator:
+    """MAR or LazyMAR and a tokenizer as a util.generation.ImageGenerator."""
 
-    indices: list[int]
-    images: np.ndarray
-    seconds: float
+    def __init__(
+        self,
+        model: mar.MAR,
+        tokenizer: nn.Module,
+        latent_scale: float,
+        sampling: SamplingConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        vae_bsz: int | None = None,
+        vae_dtype: torch.dtype | None = None,
+    ) -> None:
+        """vae_bsz: images decoded at once, all without it; vae_dtype: `dtype` without it."""
+        self.sampler = Sampler(model, dtype, graphs=device.type == "cuda")
+        self.tokenizer, self.latent_scale = tokenizer, latent_scale
+        self.sampling, self.device = sampling, device
+        self.vae_bsz, self.vae_dtype = vae_bsz, vae_dtype or dtype
+        self.noise_shape = (model.seq_len, model.diffloss.num_sampling_steps, model.token_dim)
+        if device.type == "cuda" and self.vae_dtype != torch.float32:
+            tokenizer.to(memory_format=torch.channels_last)  # the tensor cores' own layout
 
+    def prepare(self, labels: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, ImageNoise]:
+        """Labels (B,) and the images' noise, on the CPU."""
+        return torch.tensor(labels), ImageNoise.from_seeds(seeds, *self.noise_shape)
 
-def image_seed(seed: int, index: int) -> int:
-    """The seed of image `index` of the run with --seed `seed`: no two of them share one."""
-    return (seed << 32) + index
-
-
-def image_label(index: int, num_images: int, class_num: int) -> int:
-    """Classes in order, as many images of each; image i has label i // (num_images / class_num)."""
-    return index * class_num // num_images
-
-
-@torch.no_grad()
-def generate_images(
-    model: mar.MAR,
-    tokenizer: nn.Module,
-    latent_scale: float,
-    indices: Sequence[int],
-    labels: Sequence[int],
-    seeds: Sequence[int],
-    sampling: SamplingConfig,
-    batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Iterator[ImageBatch]:
-    """Generate the images `indices`, each from its own label and seed, batch by batch."""
-    for start in range(0, len(indices), batch_size):
-        part = slice(start, start + batch_size)
-        began = time.perf_counter()
-        with autocast(device, dtype):
-            latents = model.sample_tokens(
-                len(indices[part]),
-                sampling.num_iter,
-                sampling.cfg,
-                sampling.cfg_schedule,
-                torch.tensor(labels[part]),
-                sampling.temperature,
-                lazy_mar=sampling.lazy_mar,
-                noise=model.image_noise(seeds[part]),
-            )
-            images = to_uint8(tokenizer.decode(latents / latent_scale).float())
-        yield ImageBatch(list(indices[part]), images, time.perf_counter() - began)
+    @torch.no_grad()
+    def generate(self, prepared: tuple[Tensor, ImageNoise]) -> Tensor:
+        """Images (B, 3, H, W) float32 in [-1, 1]."""
+        labels, noise = prepared
+        noise = ImageNoise(to_device(noise.orders, self.device), to_device(noise.head, self.device))
+        sampling = self.sampling
+        latents = self.sampler.sample_tokens(
+            len(labels),
+            sampling.num_iter,
+            sampling.cfg,
+            sampling.cfg_schedule,
+            labels,
+            sampling.temperature,
+            lazy_mar=sampling.lazy_mar,
+            noise=noise,
+        )
+        parts = (latents.float() / self.latent_scale).split(self.vae_bsz or len(latents))
+        with autocast(self.device, self.vae_dtype):
+            return torch.cat([self.tokenizer.decode(part).float() for part in parts])
 
 
 def evaluate(
     model: mar.MAR,
     tokenizer: nn.Module,
     args: argparse.Namespace,
-    world: dist.World,
+    meeting: dist.Meeting,
     device: torch.device,
     dtype: torch.dtype,
     weights: str,
 ) -> dict[str, object]:
-    """Generate what is missing of a run, score it, and return its results (rank 0; others {}).
+    """Generate what is missing of a run, score it, and return its results (process 0; others {}).
 
-    `weights` says which weights the model holds; images of other weights are not mixed in.
+    `weights` says which weights the model holds; images of other weights are not mixed in. With
+    --dry_run say what would be done, and do nothing but one batch.
     """
     sampling = SamplingConfig.from_args(args)
     scale = scale_of(tokenizer, args)
-    if args.num_images < 2 and not args.no_score:
-        raise UserError("--num_images is 1, but FID needs at least 2 images: add --no_score")
+    vae_dtype = DTYPES[args.vae_dtype] if args.vae_dtype else dtype
+    generator = MarGenerator(
+        model, tokenizer, scale, sampling, device, dtype, args.vae_bsz, vae_dtype
+    )
     config = {
         "model": args.model,
         "weights": weights,
@@ -314,70 +178,46 @@ def evaluate(
         "seed": args.seed,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
+        "vae_dtype": str(vae_dtype).removeprefix("torch."),
         **asdict(sampling),
     }
-    run = RunDir(Path(args.output_dir) / run_name(args.model, args.num_images, sampling))
-    if world.is_main:
-        if not args.no_score:
-            metrics.check_ready(args.features, args.features_path, args.fid_stats)
-        run.open(config, args.overwrite)
-    dist.barrier(world)
-    missing = run.missing(args.num_images)
-    dist.barrier(world)  # all have looked before anyone writes
-
-    mine = missing[world.rank :: world.size]
-    labels = [image_label(i, args.num_images, args.class_num) for i in mine]
-    seeds = [image_seed(args.seed, i) for i in mine]
-    batches = generate_images(
-        model, tokenizer, scale, mine, labels, seeds, sampling, args.eval_bsz, device, dtype
-    )
-    seconds = 0.0
-    show = world.is_main and sys.stderr.isatty()
-    with PngWriter() as writer, tqdm(total=len(mine), unit="image", disable=not show) as bar:
-        for batch in batches:
-            for index, image in zip(batch.indices, batch.images, strict=True):
-                writer.write(run.image(index), image)
-            seconds += batch.seconds
-            bar.update(len(batch.indices))
-    dist.barrier(world)
-    if not world.is_main:
-        return {}
-    former = run.results() if len(missing) < args.num_images else {}
-    seconds += former.get("seconds", 0.0)
-    generated = len(missing) + former.get("generated", 0)
-    results: dict[str, object] = {
+    about = {
         "model": args.model,
         "lazy_mar": sampling.lazy_mar is not None,
         "method": method_name(sampling.lazy_mar),
         "num_images": args.num_images,
         "num_iter": args.num_iter,
         "cfg": args.cfg,
-        "sec_per_image": seconds / generated if generated else None,
-        "generated": generated,
-        "seconds": seconds,
-        "processes": world.size,
-        "eval_bsz": args.eval_bsz,
-        "threads": torch.get_num_threads(),
-        "images_dir": str(run.images),
-        "device": str(device),
-        "dtype": config["dtype"],
-        **provenance(),
     }
-    results |= {"fid": None, "is_mean": None, "is_std": None}
-    every_label = [image_label(i, args.num_images, args.class_num) for i in range(args.num_images)]
-    if not args.no_score:
-        results |= metrics.score(
-            str(run.images),
-            args.num_images,
-            args.features,
-            args.features_path,
-            args.fid_stats,
-            device,
-            labels=every_label,
-        )
-    run.write_sheet(args.num_images)
-    write_json(run.path / "results.json", results)
-    return results
+    name = run_name(args.model, args.num_images, sampling)
+    run = evaluation.Run.from_args(args, name, config, about, meeting.world.size)
+    if args.dry_run:
+        return dry_run(run, generator, meeting.world, device, flops_per_image(model, sampling))
+    return evaluation.evaluate(run, generator, meeting, device)
+
+
+def flops_per_image(model: mar.MAR, sampling: SamplingConfig) -> float:
+    """Operations for one image without caches, which LazyMAR saves part of; tokenizer not counted."""
+    head = model.diffloss
+    geometry = MARGeometry(
+        seq_len=model.seq_len,
+        buffer=model.buffer_size,
+        token_dim=model.token_dim,
+        encoder_width=model.z_proj.out_features,
+        encoder_depth=len(model.encoder_blocks),
+        decoder_width=model.decoder_embed.out_features,
+        decoder_depth=len(model.decoder_blocks),
+        mlp_ratio=model.decoder_blocks[0].mlp.fc1.out_features / model.decoder_embed.out_features,
+        head_width=head.net.input_proj.out_features,
+        head_depth=len(head.net.res_blocks),
+        head_steps=head.num_sampling_steps,
+    )
+    plan = DecodingPlan.create(
+        model.seq_len, sampling.num_iter, sampling.cfg, sampling.cfg_schedule
+    )
+    branches = 1 if sampling.cfg == 1.0 else 2
+    steps = [(step.start, step.stop, branches if step.cfg != 1.0 else 1) for step in plan.steps]
+    return mar_flops(geometry, steps)
 
 
 def method_name(config: LazyMARConfig | None) -> str:

@@ -22,7 +22,7 @@ import engine
 from models import mar
 from models.presets import PRESETS
 from models.vae import DiagonalGaussianDistribution
-from util import checkpoint, dist, metrics
+from util import checkpoint, dist, metrics, training
 from util.data import (
     BatchPlan,
     CachedFolder,
@@ -34,6 +34,7 @@ from util.data import (
 from util.device import pick_device, pick_dtype
 from util.ema import EMA
 from util.errors import UserError, run_main
+from util.evaluation import request_of
 from util.flags import make_parser, resolve
 from util.latents import check_note
 from util.lr import LRSchedule, make_optimizer, scaled_lr
@@ -99,19 +100,23 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     world = dist.world_from_env(args.dist_on_itp, args.world_size)
     device = pick_device(args.device, world.local_rank)
-    dist.start(world, device, args.dist_url)
-    try:
-        run(args, world, device)
-    finally:
-        dist.stop(world)
+    with dist.Meeting(world, args.dist_url, args.patience) as meeting:
+        if not args.evaluate:
+            dist.start(meeting, device)
+        try:
+            run(args, meeting, device)
+        finally:
+            dist.stop()
 
 
-def run(args: argparse.Namespace, world: dist.World, device: torch.device) -> None:
-    """Train or evaluate as the flags say, in this process of `world`."""
-    dtype = pick_dtype(args.dtype, device)
+def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -> None:
+    """Train or evaluate as the flags say, in this process of the run."""
+    world, dtype = meeting.world, pick_dtype(args.dtype, device)
+    if args.score_only:
+        raise UserError("--score_only belongs to eval.py: python eval.py --score_only DIR")
     engine.SamplingConfig.from_args(args)  # before hours of training, not at the first evaluation
-    if args.online_eval and world.is_main:
-        metrics.check_ready(args.features, args.features_path, args.fid_stats)
+    if args.online_eval or (args.evaluate and not args.no_score):
+        metrics.check_ready(request_of(args))
     torch.manual_seed(args.seed)
     model = engine.build_model(args).to(device)
     tokenizer = None
@@ -122,7 +127,7 @@ def run(args: argparse.Namespace, world: dist.World, device: torch.device) -> No
             raise UserError("--evaluate needs --resume DIR, the folder of checkpoint-last.pth")
         checkpoint.load_into(model, args.resume, use_ema=not args.no_ema)
         weights = checkpoint.describe(args.resume, use_ema=not args.no_ema)
-        results = engine.evaluate(model.eval(), tokenizer, args, world, device, dtype, weights)
+        results = engine.evaluate(model.eval(), tokenizer, args, meeting, device, dtype, weights)
         if world.is_main:
             print(json.dumps(results))
         return
@@ -133,7 +138,7 @@ def run(args: argparse.Namespace, world: dist.World, device: torch.device) -> No
     schedule = LRSchedule(
         peak, args.min_lr, args.warmup_epochs, args.epochs, shape=args.lr_schedule
     )
-    state = engine.TrainState(
+    state = training.TrainState(
         model=model,
         wrapped=model,
         ema=EMA(model, args.ema_rate),
@@ -147,7 +152,7 @@ def run(args: argparse.Namespace, world: dist.World, device: torch.device) -> No
     if world.size > 1:
         ids = [device.index] if device.type == "cuda" else None
         state.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    config = engine.StepConfig(schedule, args.grad_clip, args.seed, world.rank, device, dtype)
+    config = training.StepConfig(schedule, args.grad_clip, args.seed, world.rank, device, dtype)
     if world.is_main:
         count = sum(p.numel() for p in model.parameters())
         print(
@@ -163,7 +168,7 @@ def run(args: argparse.Namespace, world: dist.World, device: torch.device) -> No
         for epoch in range(first_epoch, args.epochs):
             picks = plan.epoch(epoch, first_step)
             watch.begin(epoch, first_step)
-            stopped = engine.train_one_epoch(
+            stopped = training.train_one_epoch(
                 state,
                 batches(data, picks, args.num_workers, args.pin_mem and device.type == "cuda"),
                 epoch,
@@ -181,7 +186,7 @@ def run(args: argparse.Namespace, world: dist.World, device: torch.device) -> No
                 watch.save(done, 0)
             if args.online_eval and (done % args.eval_freq == 0 or done == args.epochs):
                 with state.ema.swapped_into(model):
-                    evaluate_online(model, tokenizer, args, world, device, dtype, done)
+                    evaluate_online(model, tokenizer, args, meeting, device, dtype, done)
     dist.barrier(world)
 
 
@@ -189,7 +194,7 @@ def evaluate_online(
     model: mar.MAR,
     tokenizer: nn.Module,
     args: argparse.Namespace,
-    world: dist.World,
+    meeting: dist.Meeting,
     device: torch.device,
     dtype: torch.dtype,
     epoch: int,
@@ -197,16 +202,16 @@ def evaluate_online(
     """Score the averaged weights without guidance and, if --cfg asks for it, with it, as MAR does."""
     for cfg in sorted({1.0, args.cfg}):
         folder = str(Path(args.output_dir) / f"epoch{epoch:04d}")
-        changes = {"cfg": cfg, "output_dir": folder, "overwrite": True}
+        changes = {"cfg": cfg, "output_dir": folder, "overwrite": True, "dry_run": False}
         ours = argparse.Namespace(**{**vars(args), **changes})
         model.eval()
         weights = f"epoch {epoch} {checkpoint.digest_of(model)}"
-        results = engine.evaluate(model, tokenizer, ours, world, device, dtype, weights)
-        if world.is_main:
+        results = engine.evaluate(model, tokenizer, ours, meeting, device, dtype, weights)
+        if meeting.world.is_main:
             print(json.dumps(results), flush=True)
 
 
-def resume(state: engine.TrainState, plan: BatchPlan, path: str) -> tuple[int, int]:
+def resume(state: training.TrainState, plan: BatchPlan, path: str) -> tuple[int, int]:
     """Restore a run; returns (epoch, step inside it) to go on with."""
     epoch, progress = checkpoint.restore_checkpoint(
         path,
@@ -232,7 +237,7 @@ class Watch:
     def __init__(
         self,
         args: argparse.Namespace,
-        state: engine.TrainState,
+        state: training.TrainState,
         plan: BatchPlan,
         world: dist.World,
         stop_request: StopRequest,
@@ -286,8 +291,8 @@ class Watch:
             },
         )
 
-    def after_step(self, result: engine.StepResult, done: int) -> bool:
-        """Called by the engine; True ends the run. `done` steps of this epoch are behind us."""
+    def after_step(self, result: training.StepResult, done: int) -> bool:
+        """Called by train_one_epoch; True ends the run. `done` steps of this epoch are behind us."""
         args, state = self.args, self.state
         if self.bar is not None:
             self.bar.update()
@@ -308,7 +313,7 @@ class Watch:
             )
         return self.must_stop
 
-    def _write_log(self, result: engine.StepResult, done: int) -> None:
+    def _write_log(self, result: training.StepResult, done: int) -> None:
         now = time.monotonic()
         self.log.write(
             self.state.step,

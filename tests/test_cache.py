@@ -107,7 +107,7 @@ def test_training_from_pictures_equals_training_from_their_latents(root, monkeyp
         out = root / f"out{len(flags)}"
         flags += ["--output_dir", str(out), "--max_steps", "4", "--lr", "0.01"]
         flags += ["--warmup_epochs", "0", "--log_freq", "1"]
-        main_mar.run(parse(root, "main_mar", *flags), dist.World(), CPU)
+        main_mar.run(parse(root, "main_mar", *flags), dist.Meeting(), CPU)
         weights.append(torch.load(out / "checkpoint-last.pth", weights_only=False)["model"])
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], atol=1e-4, rtol=1e-3)

@@ -320,6 +320,7 @@ def test_the_manifest_puts_every_file_where_the_presets_look_for_it(monkeypatch,
         assert targets[name] == Path(PRESETS[name].resume) / "checkpoint-last.pth"
         assert targets["vae"] == Path(PRESETS[name].vae_path)
         assert targets["fid_stats"] == Path(PRESETS[name].fid_stats)
+        assert targets["adm_batch"].parent == targets["fid_stats"].parent
     hub = tmp_path / "hub" / "checkpoints"
     assert targets["inception"] == hub / "weights-inception-2015-12-05-6726825d.pth"
 
@@ -355,5 +356,5 @@ def test_an_unknown_name_ends_the_command_with_one_sentence(monkeypatch, capsys)
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
         "error: There is no download named 'mar_small': choose from "
-        "vae, mar_base, mar_large, mar_huge, fid_stats, inception.\n"
+        f"{', '.join(download.read_manifest())}.\n"
     )

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-import engine
 import eval as eval_script
 import main_mar
 from models.tokenizers import latent_scale_of, load_tokenizer
 from tests.conftest import NUM_IMAGES, PROMISED, ROOT, flags_for, random_mar
+from util.batch_grid import image_label, image_seed
 from util.images import to_uint8
 
 
@@ -102,7 +102,7 @@ def directly_sampled(labels: list[int]) -> np.ndarray:
     tokenizer = load_tokenizer(
         "linear", ROOT / "pretrained_models/mar_tiny/tokenizer.safetensors", 8
     )
-    seeds = [engine.image_seed(1, i) for i in range(len(labels))]
+    seeds = [image_seed(1, i) for i in range(len(labels))]
     noise = model.image_noise(seeds)
     latents = model.sample_tokens(len(labels), 2, 2.0, labels=labels, noise=noise)
     with torch.no_grad():
@@ -111,12 +111,12 @@ def directly_sampled(labels: list[int]) -> np.ndarray:
 
 
 def test_labels_of_fifty_thousand_images_are_those_of_the_original():
-    labels = [engine.image_label(i, 50000, 1000) for i in range(50000)]
+    labels = [image_label(i, 50000, 1000) for i in range(50000)]
     assert labels == [i // 50 for i in range(50000)]
 
 
 def test_where_classes_cannot_share_the_images_equally_they_differ_by_one():
-    counts = Counter(engine.image_label(i, 25, 10) for i in range(25))
+    counts = Counter(image_label(i, 25, 10) for i in range(25))
     assert (set(counts), set(counts.values())) == (set(range(10)), {2, 3})
 
 

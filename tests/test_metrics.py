@@ -1,6 +1,7 @@
-"""FID and IS equal torch-fidelity's own, and what would spoil them is refused in one sentence.
+"""Scores equal torch-fidelity's own, and what would spoil them is refused in one sentence.
 
-A toy extractor stands in for Inception: eight fixed projections of a 4x4 thumbnail.
+A toy extractor stands in for Inception: eight fixed projections of a 4x4 thumbnail, and nine channels of
+that thumbnail as spatial features.
 """
 
 import os
@@ -21,7 +22,9 @@ from torch_fidelity.utils import create_feature_extractor
 from util import metrics
 from util.errors import UserError
 from util.fid_stats import FidStatistics, load_stats, save_stats
+from util.image_source import image_batches, open_source
 from util.images import png_name, save_png
+from util.score_request import METRICS, ScoreRequest
 from util.shape_classifier import ShapeClassifier
 from util.shapes import ShapesDataset
 
@@ -34,6 +37,8 @@ class ToyExtractor(FeatureExtractorBase):
         draws = torch.Generator().manual_seed(0)
         self.register_buffer("projection", torch.randn(48, 8, generator=draws))
         self.register_buffer("classes", torch.randn(8, 4, generator=draws))
+        self.spatial = torch.nn.utils.skip_init(torch.nn.Conv2d, 3, 9, 1, bias=False)
+        torch.nn.init.normal_(self.spatial.weight, generator=draws)
 
     @staticmethod
     def get_provided_features_list():
@@ -41,7 +46,7 @@ class ToyExtractor(FeatureExtractorBase):
 
     @staticmethod
     def get_default_feature_layer_for_metric(metric):
-        return {"fid": "8", "isc": "logits"}[metric]
+        return {"fid": "8", "isc": "logits", "kid": "8", "prc": "8"}[metric]
 
     @staticmethod
     def can_be_compiled():
@@ -49,13 +54,14 @@ class ToyExtractor(FeatureExtractorBase):
 
     def forward(self, input):
         thumbnail = torch.nn.functional.adaptive_avg_pool2d(input.float() / 255, 4)
+        self.spatial(thumbnail)
         features = thumbnail.flatten(1) @ self.projection
         layers = {"8": features, "logits": features @ self.classes}
         return tuple(layers[name] for name in self.features_list)
 
 
 metrics.register_features(
-    "toy", metrics.FeatureSpec("8", 8, "logits", True, lambda path: path), ToyExtractor
+    "toy", metrics.FeatureSpec("8", 8, "logits", True, lambda path: path, "spatial"), ToyExtractor
 )
 
 
@@ -90,24 +96,39 @@ def toy_stats(path, images):
 
 
 def toy_score(source, num_images, stats, **options):
-    return metrics.score(source, num_images, "toy", None, stats, "cpu", **options)
+    return metrics.score(source, num_images, request(stats), "cpu", **options)
+
+
+def request(stats, *names, features="toy", path=None):
+    return ScoreRequest(features, path, stats, names or ("fid", "isc"))
+
+
+def features_of(source, batch_size=64, name="toy", path=None):
+    """{layer: (N, d)} of a folder or a Dataset."""
+    extract = metrics.Extractor(name, path, "cpu")
+    parts = [extract(images) for _, images in image_batches(open_source(source), batch_size)]
+    return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
 
 
 def is_one_sentence(error):
     return "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-def test_fid_and_is_of_two_folders_equal_torch_fidelitys_own_bitwise(tmp_path):
+def test_scores_of_two_folders_equal_torch_fidelitys_own(tmp_path):
     ours = folder_of(tmp_path / "ours", pictures(37, seed=1))
     reference = folder_of(tmp_path / "reference", pictures(50, seed=2))
     stats = tmp_path / "stats.npz"
-    metrics.make_stats(reference, "toy", None, stats, "cpu", batch_size=16)
-    result = toy_score(ours, 37, stats, batch_size=16)
+    metrics.make_stats(reference, "toy", None, stats, "cpu", batch_size=16, keep_features=True)
+    asked = request(stats, "fid", "isc", "kid", "pr")
+    result = metrics.score(ours, 37, asked, "cpu", batch_size=16)
     expected = calculate_metrics(
         input1=str(ours),
         input2=str(reference),
         fid=True,
         isc=True,
+        kid=True,
+        kid_subset_size=37,
+        prc=True,
         feature_extractor="toy",
         batch_size=16,
         cuda=False,
@@ -115,13 +136,60 @@ def test_fid_and_is_of_two_folders_equal_torch_fidelitys_own_bitwise(tmp_path):
         save_cpu_ram=True,
         verbose=False,
     )
+    # torch-fidelity's mean is summed in float32, ours in float64
+    assert result.pop("reference").startswith("toy stats.npz ")
     assert result == {
-        "fid": expected["frechet_inception_distance"],
-        "is_mean": expected["inception_score_mean"],
-        "is_std": expected["inception_score_std"],
+        "fid": pytest.approx(expected["frechet_inception_distance"], rel=1e-5),
+        "is_mean": pytest.approx(expected["inception_score_mean"], rel=1e-12),
+        "is_std": pytest.approx(expected["inception_score_std"], rel=1e-9),
         "is_splits": 10,
+        "kid_mean": expected["kernel_inception_distance_mean"],
+        "kid_std": expected["kernel_inception_distance_std"],
+        "kid_subset": 37,
+        "precision": expected["precision"],
+        "recall": expected["recall"],
     }
     assert result["fid"] > 0.01 and result["is_mean"] > 1.01 and result["is_std"] > 0
+    assert 0 < result["precision"] < 1 and 0 < result["recall"] < 1 and result["kid_std"] > 0
+
+
+def test_sfid_is_the_distance_of_seven_channels_in_the_order_of_adm(tmp_path):
+    ours, reference = pictures(60, seed=1), pictures(80, seed=2)
+    stats = toy_stats(tmp_path / "stats.npz", reference)
+    network = ToyExtractor("toy", ["8"])
+    (_, images), *_ = image_batches(Pictures(reference), 80)
+    thumbnail = torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 4)
+    maps = network.spatial(thumbnail).detach()  # (80, 9, 4, 4)
+    flat = maps[:, :7].permute(0, 2, 3, 1).reshape(80, -1).double().numpy()
+    found = load_stats(stats)
+    assert np.allclose(found.mu_s, flat.mean(0)) and np.allclose(found.sigma_s, np.cov(flat.T))
+    assert abs(metrics.score(Pictures(reference), 80, request(stats, "sfid"), "cpu")["sfid"]) < 1e-4
+    assert metrics.score(Pictures(ours), 60, request(stats, "sfid"), "cpu")["sfid"] > 1e-3
+
+
+def test_a_reference_batch_of_adm_serves_for_all_metrics(tmp_path):
+    reference, ours = pictures(50, seed=2), Pictures(pictures(37, seed=1))
+    kept = tmp_path / "kept.npz"
+    metrics.make_stats(Pictures(reference), "toy", None, kept, "cpu", keep_features=True)
+    names = ("mu", "sigma", "mu_s", "sigma_s")
+    virtual = {name: getattr(load_stats(kept), name) for name in names}
+    np.savez(tmp_path / "virtual.npz", arr_0=reference, arr_1=np.arange(50), **virtual)
+    expected = metrics.score(ours, 37, request(kept, *METRICS), "cpu")
+    result = metrics.score(ours, 37, request(tmp_path / "virtual.npz", *METRICS), "cpu")
+    assert result.pop("reference") != expected.pop("reference")
+    assert result == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "missing"), [("kid", "images"), ("pr", "images"), ("sfid", "mu_s")]
+)
+def test_statistics_that_are_too_little_for_a_metric_are_refused_before_anything_is_generated(
+    tmp_path, wanted, missing
+):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(8), sigma=np.eye(8))
+    with pytest.raises(UserError, match=missing) as error:
+        metrics.check_ready(request(tmp_path / "stats.npz", "fid", wanted))
+    assert is_one_sentence(error)
 
 
 def test_statistics_in_float64_as_adm_publishes_them_give_the_same_fid(tmp_path):
@@ -129,7 +197,7 @@ def test_statistics_in_float64_as_adm_publishes_them_give_the_same_fid(tmp_path)
     np.savez(tmp_path / "adm.npz", mu=stats.mu.astype(np.float64), sigma=stats.sigma)
     images = Pictures(pictures(20))
     ours, adm = (toy_score(images, 20, tmp_path / f"{name}.npz") for name in ("ours", "adm"))
-    assert ours == adm
+    assert ours["fid"] == adm["fid"]
 
 
 def test_the_fid_of_the_reference_images_themselves_is_zero(tmp_path):
@@ -146,7 +214,7 @@ def test_a_folder_a_dataset_and_a_dataset_with_labels_give_equal_features(tmp_pa
         Pictures(images),
         Pictures(images, labels=list(range(11))),
     ]
-    first, *others = (metrics.extract_features(s, "toy", None, "cpu", 4) for s in sources)
+    first, *others = (features_of(s, 4) for s in sources)
     assert {layer: tuple(values.shape) for layer, values in first.items()} == {
         "8": (11, 8),
         "logits": (11, 4),
@@ -155,17 +223,23 @@ def test_a_folder_a_dataset_and_a_dataset_with_labels_give_equal_features(tmp_pa
         assert all(torch.equal(first[layer], other[layer]) for layer in first)
 
 
-def test_features_extracted_in_shards_score_as_the_whole(tmp_path):
-    images = pictures(24)
-    stats = toy_stats(tmp_path / "stats.npz", pictures(30, seed=2))
-    shards = [
-        metrics.extract_features(Pictures(images[part]), "toy", None, "cpu", 4)
-        for part in (slice(0, 8), slice(8, 24))
-    ]
-    gathered = {layer: torch.cat([shard[layer] for shard in shards]) for layer in shards[0]}
-    assert metrics.score_features(gathered, "toy", stats) == toy_score(
-        Pictures(images), 24, stats, batch_size=4
-    )
+def test_sums_of_shards_in_any_order_score_as_the_whole(tmp_path):
+    images, stats = pictures(24), tmp_path / "stats.npz"
+    metrics.make_stats(Pictures(pictures(30, seed=2)), "toy", None, stats, "cpu", 64, None, True)
+    asked, labels = request(stats, *METRICS), list(range(4)) * 6
+    first, second, third = (metrics.Scorer(asked, 24, "cpu", labels) for _ in range(3))
+    first.add(Pictures(images), range(5, 24))
+    second.add(Pictures(images), range(2))
+    third.update([4, 2, 3], torch.from_numpy(images[[4, 2, 3]]).permute(0, 3, 1, 2))
+    second.sums.merge(first.sums.sums)
+    second.sums.merge(third.sums.sums)
+    second.sums.merge({})  # of a process that had nothing to do
+    whole = metrics.score(Pictures(images), 24, asked, "cpu", labels=labels)
+    merged = second.result()
+    assert merged.pop("reference") == whole.pop("reference")
+    assert merged == pytest.approx(whole, rel=1e-6)
+    with pytest.raises(UserError, match="19 of 24 images are scored"):
+        first.result()
 
 
 def test_scoring_draws_nothing_from_torchs_random_generator(tmp_path):
@@ -181,7 +255,7 @@ def test_fewer_images_than_splits_are_scored_in_one_split_and_the_result_says_so
     stats = toy_stats(tmp_path / "stats.npz", pictures(30, seed=2))
     images = Pictures(pictures(9))
     result = toy_score(images, 9, stats)
-    logits = metrics.extract_features(images, "toy", None, "cpu")["logits"]
+    logits = features_of(images)["logits"]
     assert result["is_splits"] == 1 and result["is_std"] == 0
     assert result["is_mean"] == isc_features_to_metric(logits, 1)["inception_score_mean"]
     assert toy_score(Pictures(pictures(10)), 10, stats)["is_splits"] == 10
@@ -194,15 +268,12 @@ def test_one_image_has_no_fid(tmp_path):
 
 
 def test_accuracy_is_the_share_of_images_that_show_their_label(tmp_path):
-    logits = torch.tensor([[0.0, 1.0], [2.0, 1.0], [0.0, 3.0], [5.0, 1.0]])
-    assert metrics.accuracy(logits, [1, 0, 1, 0]) == 1
-    assert metrics.accuracy(logits, torch.tensor([1, 0, 0, 1])) == 0.5
-    with pytest.raises(ValueError, match="labels"):
-        metrics.accuracy(logits, [1, 0])
     stats = toy_stats(tmp_path / "stats.npz", pictures(30, seed=2))
     images = Pictures(pictures(10))
-    labels = metrics.extract_features(images, "toy", None, "cpu")["logits"].argmax(1)
+    labels = features_of(images)["logits"].argmax(1)
     assert toy_score(images, 10, stats, labels=labels)["accuracy"] == 1
+    labels[:3] += 1
+    assert toy_score(images, 10, stats, labels=labels)["accuracy"] == 0.7
     assert "accuracy" not in toy_score(images, 10, stats)
 
 
@@ -230,17 +301,17 @@ def test_images_of_different_sizes_are_named(tmp_path):
     save_png(folder / png_name(2), pictures(1, size=6)[0])
     for batch_size in (2, 3):
         with pytest.raises(UserError, match=r"00002\.png.* 6x6.*00000\.png \(8x8\)"):
-            metrics.extract_features(folder, "toy", None, "cpu", batch_size)
+            features_of(folder, batch_size)
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no PNG or JPEG images"):
-        metrics.extract_features(tmp_path, "toy", None, "cpu")
+    with pytest.raises(UserError, match="at least 2 images, got 0"):
+        metrics.make_stats(tmp_path, "toy", None, tmp_path / "stats.npz", "cpu")
 
 
 def test_missing_statistics_are_an_error_that_names_both_commands(tmp_path):
     with pytest.raises(UserError, match="adm.npz are missing") as error:
-        metrics.check_ready("toy", None, tmp_path / "adm.npz")
+        metrics.check_ready(request(tmp_path / "adm.npz"))
     assert "util.download fid_stats" in str(error.value) and is_one_sentence(error)
     assert "util.metrics make_stats" in str(error.value)
 
@@ -260,7 +331,7 @@ def test_missing_statistics_are_an_error_that_names_both_commands(tmp_path):
 def test_wrong_statistics_are_refused_before_anything_is_generated(tmp_path, arrays, message):
     np.savez(tmp_path / "stats.npz", **arrays)
     with pytest.raises(UserError, match=message) as error:
-        metrics.check_ready("toy", None, tmp_path / "stats.npz")
+        metrics.check_ready(request(tmp_path / "stats.npz"))
     assert is_one_sentence(error)
 
 
@@ -270,16 +341,16 @@ def test_a_file_that_is_no_npz_is_refused_as_statistics(tmp_path):
     for wrong in (data[:100], b"", b"<html>not found</html>"):
         stats.write_bytes(wrong)
         with pytest.raises(UserError, match="no file of FID statistics"):
-            metrics.check_ready("toy", None, stats)
+            metrics.check_ready(request(stats))
     with open(stats, "wb") as file:
         np.save(file, np.zeros(8))
     with pytest.raises(UserError, match="no file of FID statistics"):
-        metrics.check_ready("toy", None, stats)
+        metrics.check_ready(request(stats))
 
 
 def test_an_unknown_extractor_is_refused_with_the_known_names(tmp_path):
     with pytest.raises(UserError, match="'inception'.*inception-v3-compat, shapes"):
-        metrics.check_ready("inception", None, tmp_path / "stats.npz")
+        metrics.check_ready(request(tmp_path / "stats.npz", features="inception"))
 
 
 def inception_stats(path):
@@ -298,10 +369,12 @@ def test_missing_inception_weights_offline_are_an_error_that_says_where_they_go(
     stats = inception_stats(tmp_path / "stats.npz")
     place = tmp_path / "torch" / "hub" / "checkpoints" / WEIGHTS_NAME
     with pytest.raises(UserError, match=re.escape(str(place))) as error:
-        metrics.check_ready("inception-v3-compat", None, stats)
+        metrics.check_ready(request(stats, features="inception-v3-compat", path=None))
     assert "util.download inception" in str(error.value) and is_one_sentence(error)
     with pytest.raises(UserError, match="own.pth are missing; `python -m util.download inception`"):
-        metrics.check_ready("inception-v3-compat", str(tmp_path / "own.pth"), stats)
+        metrics.check_ready(
+            request(stats, features="inception-v3-compat", path=str(tmp_path / "own.pth"))
+        )
 
 
 class Payload:
@@ -316,7 +389,9 @@ def test_inception_weights_that_would_run_code_are_refused_and_do_not_run_it(tmp
     stats = inception_stats(tmp_path / "stats.npz")
     for name in ("zip.pth", "plain.pth"):
         with pytest.raises(UserError, match=name) as error:
-            metrics.check_ready("inception-v3-compat", str(tmp_path / name), stats)
+            metrics.check_ready(
+                request(stats, features="inception-v3-compat", path=str(tmp_path / name))
+            )
         assert is_one_sentence(error)
     assert not (tmp_path / "code_was_run").exists()
 
@@ -342,7 +417,7 @@ def test_inception_is_found_in_torch_hub_and_gives_torch_fidelitys_features(
     place.parent.mkdir(parents=True)
     os.link(inception_file, place)
     images = pictures(2, size=16)
-    ours = metrics.extract_features(Pictures(images), "inception-v3-compat", None, "cpu")
+    ours = features_of(Pictures(images), name="inception-v3-compat")
     network = create_feature_extractor(
         "inception-v3-compat",
         ["2048", "logits_unbiased"],
@@ -352,6 +427,9 @@ def test_inception_is_found_in_torch_hub_and_gives_torch_fidelitys_features(
     )
     theirs = network(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
     assert [values.shape for values in ours.values()] == [(2, 2048), (2, 1008)]
+    spatial = metrics.Extractor("inception-v3-compat", None, "cpu", spatial=True)
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2)
+    assert spatial(batch)["spatial"].shape == (2, 7 * 17 * 17)  # ADM's sFID
     assert all(torch.equal(a, b) for a, b in zip(ours.values(), theirs, strict=True))
 
 
@@ -360,7 +438,9 @@ def test_a_truncated_inception_file_is_refused_by_name(tmp_path, inception_file)
         (tmp_path / "cut.pth").write_bytes(file.read(1 << 20))
     stats = inception_stats(tmp_path / "stats.npz")
     with pytest.raises(UserError, match=r"cut\.pth") as error:
-        metrics.check_ready("inception-v3-compat", str(tmp_path / "cut.pth"), stats)
+        metrics.check_ready(
+            request(stats, features="inception-v3-compat", path=str(tmp_path / "cut.pth"))
+        )
     assert is_one_sentence(error)
 
 
@@ -368,7 +448,9 @@ def test_weights_of_another_network_are_refused_in_one_sentence(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     stats = inception_stats(tmp_path / "stats.npz")
     with pytest.raises(UserError, match=r"other\.pth") as error:
-        metrics.check_ready("inception-v3-compat", str(tmp_path / "other.pth"), stats)
+        metrics.check_ready(
+            request(stats, features="inception-v3-compat", path=str(tmp_path / "other.pth"))
+        )
     assert is_one_sentence(error)
 
 
@@ -386,14 +468,17 @@ def test_the_shapes_extractor_gives_the_classifiers_features_and_accuracy(
     stats = tmp_path / "stats.npz"
     made = metrics.make_stats(images, "shapes", classifier_file, stats, "cpu")
     assert (made.features, made.num_images, made.mu.shape) == ("shapes", 20, (64,))
-    metrics.check_ready("shapes", classifier_file, stats)
+    metrics.check_ready(request(stats, features="shapes", path=classifier_file))
     batch = torch.stack([image for image, _ in images])
     features, logits = ShapeClassifier.from_file(classifier_file)(batch)
-    extracted = metrics.extract_features(images, "shapes", classifier_file, "cpu")
+    extracted = features_of(images, 20, "shapes", classifier_file)
     assert torch.equal(extracted["64"], features) and torch.equal(extracted["logits"], logits)
     labels = [label for _, label in images]
-    result = metrics.score(images, 20, "shapes", classifier_file, stats, "cpu", labels=labels)
-    assert result["accuracy"] == metrics.accuracy(logits, labels)
+    result = metrics.score(
+        images, 20, request(stats, features="shapes", path=classifier_file), "cpu", labels=labels
+    )
+    right = logits.argmax(1) == torch.tensor([label for _, label in images])
+    assert result["accuracy"] == right.double().mean().item()
     assert abs(result["fid"]) < 1e-4
 
 
@@ -404,9 +489,9 @@ def test_the_shapes_extractor_without_its_file_or_for_other_sizes_is_refused(
     save_stats(stats, FidStatistics(np.zeros(64, np.float32), np.eye(64)))
     for path in (None, str(tmp_path / "absent.safetensors")):
         with pytest.raises(UserError, match="shapes classifier .*is missing"):
-            metrics.check_ready("shapes", path, stats)
+            metrics.check_ready(request(stats, features="shapes", path=path))
     with pytest.raises(UserError, match="64x64 images, got 8x8"):
-        metrics.extract_features(Pictures(pictures(2)), "shapes", classifier_file, "cpu")
+        features_of(Pictures(pictures(2)), 2, "shapes", classifier_file)
 
 
 def run_make_stats(monkeypatch, *arguments):

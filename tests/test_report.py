@@ -13,14 +13,17 @@ from util.images import png_name, read_image, save_png
 
 def make_run(path, lazy_mar, seconds, pixels, **changes):
     config = {"model": "mar_tiny", "weights": "w", "num_images": 3, "class_num": 3, "seed": 1}
+    config["seed_mode"] = "image"
     results = {
         "model": "mar_tiny", "lazy_mar": lazy_mar, "num_images": 3, "num_iter": 4, "cfg": 3.0,
         "sec_per_image": seconds, "fid": 1.25, "is_mean": 9.0, "is_std": 0.5, "accuracy": 0.99,
         "eval_bsz": 3, "threads": 1, "processes": 1, "commit": "abc", "command": "eval.py",
         "method": "LazyMAR" if lazy_mar else "MAR", "device": "cpu", "dtype": "float32", "torch": "2",
+        "images_dir": str(path / "images"),
     }  # fmt: skip
     (path / "images").mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    manifest = {"config": {**config, **changes}, "calls": []}
+    (path / "manifest.json").write_text(json.dumps(manifest))
     (path / "results.json").write_text(json.dumps({**results, **changes}))
     for index in range(3):
         save_png(path / "images" / png_name(index), np.full((8, 8, 3), pixels, np.uint8))
@@ -42,11 +45,38 @@ def test_paired_runs_get_speed_up_and_psnr(tmp_path, monkeypatch, capsys):
     assert read_image(sheet).shape[1] > 3 * 8
 
 
-@pytest.mark.parametrize("change", [{"seed": 2}, {"weights": "other"}])
-def test_runs_of_other_seeds_or_weights_have_no_psnr(tmp_path, change):
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 2}, {"weights": "other"}, {"seed_mode": "rank"}, {"images_dir": None}],
+    ids=lambda change: next(iter(change)),
+)
+def test_runs_of_other_seeds_or_weights_or_without_images_have_no_psnr(tmp_path, change):
     plain = make_run(tmp_path / "a", False, 2.0, 100)
     other = make_run(tmp_path / "b", True, 0.5, 110, **change)
-    assert report.mean_psnr(report.load_run(other), report.load_run(plain)) is None
+    text = report.table([report.load_run(plain), report.load_run(other)])
+    assert text.splitlines()[3].endswith("| 4.00 | - |")
+
+
+def test_lpips_is_a_column_where_it_is_available(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "make_lpips", lambda: lambda a, b: 0.25)
+    runs = [make_run(tmp_path / name, name == "b", 1.0, 100) for name in "ab"]
+    rows = report.table([report.load_run(run) for run in runs]).splitlines()
+    assert rows[0].endswith("| PSNR to the first, dB | LPIPS to the first |")
+    assert (rows[2].split(" | ")[-1], rows[3].split(" | ")[-1]) == ("- |", "0.250 |")
+
+
+def test_metrics_on_request_are_columns_of_those_that_have_them(tmp_path):
+    plain = make_run(tmp_path / "a", False, 2.0, 100)
+    other = make_run(tmp_path / "b", True, 0.5, 110, precision=0.5, recall=0.25)
+    rows = report.table([report.load_run(run) for run in (plain, other)]).splitlines()
+    assert rows[0].endswith("| precision | recall |")
+    assert (rows[2][-9:], rows[3][-17:]) == ("| - | - |", "| 0.500 | 0.250 |")
+
+
+def test_scores_against_different_references_are_said_not_to_compare(tmp_path):
+    runs = [make_run(tmp_path / name, False, 1.0, 100, reference=f"toy {name}") for name in "ab"]
+    assert "do not compare: toy a and toy b." in report.table([report.load_run(r) for r in runs])
+    assert "compare" not in report.table([report.load_run(runs[0])] * 2)
 
 
 def test_a_folder_that_is_no_finished_run_is_named(tmp_path):

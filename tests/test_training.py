@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-import engine
 import main_mar
 from models import mar
 from models.presets import PRESETS
-from util import dist
+from util import dist, training
 from util.checkpoint import read_pickle
 from util.ema import EMA
 from util.errors import UserError
@@ -65,7 +64,7 @@ def train(latents, tmp_path):
         args += ["--epochs", "4", "--warmup_epochs", "1", "--ema_rate", "0.9"]
         args = make_parser("main_mar").parse_args([*args, *map(str, flags)])
         resolve(args, "main_mar", PRESETS)
-        main_mar.run(args, dist.World(), torch.device("cpu"))
+        main_mar.run(args, dist.Meeting(), torch.device("cpu"))
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return read_pickle(out / "checkpoint-last.pth", mmap=False), log
 
@@ -201,10 +200,10 @@ def line():
     model = Line()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     optimizer = make_optimizer(model, 0.1, 0.0)
-    state = engine.TrainState(model, model, EMA(model, 0.5), optimizer, scaler)
+    state = training.TrainState(model, model, EMA(model, 0.5), optimizer, scaler)
     device = torch.device("cpu")
-    config = engine.StepConfig(LRSchedule(0.1), 3.0, 1, 0, device, torch.float32)
-    return partial(engine.train_step, state, labels=torch.zeros(1), lr=0.1, config=config), state
+    config = training.StepConfig(LRSchedule(0.1), 3.0, 1, 0, device, torch.float32)
+    return partial(training.train_step, state, labels=torch.zeros(1), lr=0.1, config=config), state
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(line):

@@ -1,5 +1,7 @@
 """Device and precision of a run: stated or chosen once, at the start, and then passed on."""
 
+import platform
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -37,11 +39,43 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """The hardware's own name, such as "NVIDIA H200" or "x86_64"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.machine()
+
+
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The named dtype; without a name bfloat16 on CUDA and float32 elsewhere."""
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name]
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device; a copy to CUDA goes on while the caller does, through pinned memory."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
+    """Begin to copy tensors of one device to the CPU; returns what waits for the copies and gives them."""
+    if tensors[0].device.type != "cuda":
+        copies = [tensor.cpu() for tensor in tensors]
+        return lambda: copies
+    copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors]
+    for copy, tensor in zip(copies, tensors, strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[torch.Tensor]:
+        done.synchronize()
+        return copies
+
+    return wait
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:

@@ -1,12 +1,28 @@
-"""Processes of a run: the launcher's environment in, rank and world size out."""
+"""Processes of a run: the launcher's environment in, rank and world size out; how they meet."""
 
+import itertools
+import json
 import os
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from util.errors import UserError
+
+PATIENCE = 120.0  # seconds without a sign of life until a process counts as dead
+_BEAT_EVERY = 2.0  # seconds
+_LOOK_EVERY = 0.1  # seconds
+_STORE_TIMEOUT = 600.0  # seconds to find the store, in which the other machines may start up
+
+Json = object  # what json.dumps takes
 
 
 @dataclass(frozen=True)
@@ -42,16 +58,136 @@ def world_from_env(open_mpi: bool = False, stated_size: int = 1) -> World:
     return World(*(int(value or 0) for value in values))
 
 
-def start(world: World, device: torch.device, url: str = "env://") -> None:
+class Meeting:
+    """How the processes of a run tell each other where they are, without collectives.
+
+    with Meeting(world) as meeting:
+        ...
+        meeting.say("sampled", {"images": 12})
+        words = meeting.wait("sampled")  # of all processes, by rank
+
+    The words lie in the launcher's key-value store, beside a beat of every process. Who waits for one
+    that has failed, or shows no beat for `patience` seconds, gets a UserError and does not hang. One
+    process needs no store.
+    """
+
+    def __init__(
+        self, world: World | None = None, url: str = "env://", patience: float = PATIENCE
+    ) -> None:
+        world = world or World()
+        self.world, self.patience = world, patience
+        self.store = _open_store(world, url) if world.size > 1 else None
+        self._round = 0
+        self._words: dict[str, Json] = {}  # of a single process
+        self._left = threading.Event()
+        self._beating = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> "Meeting":
+        if self.store is not None:
+            self._beating.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._left.set()
+        if self.store is None:
+            return
+        self._beating.join()
+        if error is not None:
+            with suppress(RuntimeError):
+                self.store.set(f"failed/{self.world.rank}", str(error) or kind.__name__)
+
+    def next_round(self) -> None:
+        """Begin another evaluation, whose words are not those of the last; all processes do."""
+        self._round += 1
+
+    def say(self, topic: str, word: Json = None) -> None:
+        """State something that can be JSON, once per topic and round."""
+        if self.store is None:
+            self._words[self._key(topic, 0)] = word
+            return
+        try:
+            self.store.set(self._key(topic, self.world.rank), json.dumps(word))
+        except RuntimeError as error:
+            raise self._lost() from error
+
+    def wait(self, topic: str, ranks: Sequence[int] | None = None) -> list[Json]:
+        """The words of these processes, or of all, on a topic. UserError if one will never come."""
+        if self.store is None:
+            return [self._words[self._key(topic, 0)]]
+        ranks = range(self.world.size) if ranks is None else ranks
+        try:
+            return [self._wait_for(topic, rank) for rank in ranks]
+        except RuntimeError as error:
+            raise self._lost() from error
+
+    def _wait_for(self, topic: str, rank: int) -> Json:
+        last, since = None, time.monotonic()
+        while (word := self._read(self._key(topic, rank))) is None:
+            if failure := self._read(f"failed/{rank}"):
+                raise UserError(f"process {rank} of {self.world.size} has stopped: {failure}")
+            beat = self._read(f"beat/{rank}")
+            if beat != last:
+                last, since = beat, time.monotonic()
+            if time.monotonic() - since > self.patience:
+                raise UserError(
+                    f"process {rank} of {self.world.size} has shown no sign of life for "
+                    f"{self.patience:g} s: what is finished is kept; start the same command again"
+                )
+            time.sleep(_LOOK_EVERY)
+        return json.loads(word)
+
+    def _read(self, key: str) -> str | None:
+        return self.store.get(key).decode() if self.store.check([key]) else None
+
+    def _key(self, topic: str, rank: int) -> str:
+        return f"{self._round}/{topic}/{rank}"
+
+    def _lost(self) -> UserError:
+        return UserError(
+            f"process {self.world.rank} has lost the launcher's store, so another process or machine "
+            "has stopped: what is finished is kept; start the same command again"
+        )
+
+    def _beat(self) -> None:
+        for count in itertools.count():
+            try:
+                self.store.set(f"beat/{self.world.rank}", str(count))
+            except RuntimeError:
+                return  # whoever waits will notice and say so
+            if self._left.wait(_BEAT_EVERY):
+                return
+
+
+def _open_store(world: World, url: str) -> dist.Store:
+    try:
+        timeout = timedelta(seconds=_STORE_TIMEOUT)
+        store, _, _ = next(rendezvous(url, world.rank, world.size, timeout=timeout))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"process {world.rank} of {world.size} cannot meet the others at {url} ({reason}): start "
+            "them with torchrun"
+        ) from error
+    return dist.PrefixStore("meeting", store)
+
+
+def start(meeting: Meeting, device: torch.device) -> None:
     """Join the process group: nccl on CUDA, gloo elsewhere. One process joins nothing."""
+    world = meeting.world
     if world.size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=url, world_size=world.size, rank=world.rank)
+        store = dist.PrefixStore("group", meeting.store)
+        dist.init_process_group(backend, store=store, world_size=world.size, rank=world.rank)
 
 
-def stop(world: World) -> None:
-    """Leave the process group."""
-    if world.size > 1:
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -10,8 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import NoReturn, TypeVar
 
+from util.batch_grid import SEED_MODES
 from util.device import DTYPES
+from util.dist import PATIENCE
 from util.errors import UserError
+from util.score_request import METRICS
 
 Preset = TypeVar("Preset")  # a dataclass with at least the fields FROM_MODEL and `resume`
 
@@ -34,13 +37,17 @@ FROM_MODEL = (
     "features_path",
     "fid_stats",
 )
+# What --score_only takes from the run that it scores, unless given.
+SCORED_AS = ("model", "num_images", "class_num", "features", "features_path", "fid_stats")
+
 TRAINING_CFG = 1.0  # MAR's main_mar.py; eval.py takes the preset's
 
 # The smallest sensible value of every number that could be nonsense.
 LEAST: dict[str, float] = {
     **dict.fromkeys(("num_images", "num_iter", "eval_bsz", "batch_size", "epochs", "threads"), 1),
     **dict.fromkeys(("log_freq", "save_last_freq", "eval_freq", "diffusion_batch_mul"), 1),
-    **dict.fromkeys(("diffloss_d", "diffloss_w", "max_steps", "world_size"), 1),
+    **dict.fromkeys(("diffloss_d", "diffloss_w", "max_steps", "world_size", "vae_bsz"), 1),
+    "patience": 1,
     **dict.fromkeys(("seed", "num_workers", "start_epoch", "warmup_epochs", "lr", "blr"), 0),
     **dict.fromkeys(("min_lr", "weight_decay", "grad_clip", "ema_rate", "temperature"), 0),
     "latent_scale": 1e-6,
@@ -116,12 +123,52 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add("--temperature", type=float, default=1.0, help="of the diffusion head")
     add("--eval_bsz", type=int, default=64, help="images per batch")
+    add("--vae_bsz", type=int, help="images that the tokenizer decodes at once; without it a batch")
+    add("--vae_dtype", choices=tuple(DTYPES), help="of the tokenizer; without it --dtype")
+    add("--no_ema", action="store_true", help="evaluate model instead of model_ema")
+    add("--overwrite", action="store_true", help="discard images of another configuration")
+    add("--no_save", action="store_true", help="score images as they come and keep none")
+    add("--save_npz", action="store_true", help="write ADM's sample batch, samples.npz, too")
+    add("--dry_run", action="store_true", help="say what would be done and how long it takes")
+    add(
+        "--seed_mode",
+        choices=SEED_MODES,
+        default="image",
+        help="image: each has its own seed; rank: seeds follow the process, as in the original",
+    )
+    add(
+        "--patience",
+        type=float,
+        default=PATIENCE,
+        help="seconds without a sign of life until another process counts as dead",
+    )
+
+
+def _add_scoring(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("scoring").add_argument
     add("--no_score", action="store_true", help="generate only")
+    add("--score_only", metavar="DIR", help="score a run's folder, or one of numbered PNGs")
+    add(
+        "--metrics",
+        type=_metrics,
+        default="fid,isc",
+        metavar="NAME,...",
+        help=f"any of {', '.join(METRICS)}",
+    )
     add("--fid_stats", metavar="FILE", help="npz with mu and sigma of the reference images")
     add("--features", metavar="NAME", help="feature extractor of FID and IS")
     add("--features_path", metavar="FILE", help="its weights")
-    add("--no_ema", action="store_true", help="evaluate model instead of model_ema")
-    add("--overwrite", action="store_true", help="discard images of another configuration")
+
+
+def _metrics(text: str) -> tuple[str, ...]:
+    """Names of metrics: fid,pr is ("fid", "pr")."""
+    names = tuple(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"{unknown[0]!r} is no metric; use {', '.join(METRICS)}, with commas between"
+        )
+    return names
 
 
 def _add_lazy_mar(parser: argparse.ArgumentParser) -> None:
@@ -264,6 +311,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         _add_model,
         _add_tokenizer,
         _add_sampling,
+        _add_scoring,
         _add_lazy_mar,
         _add_training,
         _add_data,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -53,6 +54,19 @@ class ImageFiles(Dataset):
         return images
 
 
+class Pictures(Dataset):
+    """An array (N, H, W, 3) uint8 as (3, H, W) tensors."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self._images[index]).permute(2, 0, 1)
+
+
 def open_source(source: ImageSource, num_images: int | None = None) -> Dataset:
     """A folder as a Dataset of its images; with `num_images`, of exactly so many numbered PNGs.
 
@@ -69,12 +83,18 @@ def open_source(source: ImageSource, num_images: int | None = None) -> Dataset:
     return ImageFiles(list_images(source))
 
 
-def image_batches(source: Dataset, batch_size: int) -> Iterator[torch.Tensor]:
-    """Batches (B, 3, H, W) uint8 in order; the last may be smaller. Labels of pairs are dropped."""
-    for start in range(0, len(source), batch_size):
-        indices = range(start, min(start + batch_size, len(source)))
+def image_batches(
+    source: Dataset, batch_size: int, part: range | None = None
+) -> Iterator[tuple[range, torch.Tensor]]:
+    """Indices and images (B, 3, H, W) uint8 in order, of all or of the indices in `part`.
+
+    The last batch may be smaller. Labels of pairs are dropped.
+    """
+    part = range(len(source)) if part is None else part
+    for start in range(0, len(part), batch_size):
+        indices = part[start : start + batch_size]
         if hasattr(source, "__getitems__"):  # torch's protocol for reading a batch at once
             items = source.__getitems__(indices)
         else:
             items = [source[index] for index in indices]
-        yield torch.stack([item[0] if isinstance(item, tuple) else item for item in items])
+        yield indices, torch.stack([item[0] if isinstance(item, tuple) else item for item in items])

@@ -34,20 +34,33 @@ def png_name(index: int) -> str:
     return f"{index:05d}.png"
 
 
-def to_uint8(images: torch.Tensor) -> np.ndarray:
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
     """Decoder output in [-1, 1] to bytes: round(clip((x + 1) / 2 * 255, 0, 255)), as MAR saves it.
 
-    (B, 3, H, W) of any float dtype => (B, H, W, 3) uint8. Raises UserError when a value is NaN or
-    infinite: such a picture would be written as arbitrary bytes.
+    (B, 3, H, W) of any float dtype => the same shape in uint8, on the same device.
     """
-    if not torch.isfinite(images).all():
-        broken = (~torch.isfinite(images)).flatten(1).any(dim=1).sum().item()
+    scaled = (images.detach().float() + 1) / 2 * 255
+    return scaled.clamp(0, 255).round().to(torch.uint8)
+
+
+def find_broken(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) => (B,) bool on the same device: images with a value that is NaN or infinite."""
+    return (~torch.isfinite(images)).flatten(1).any(dim=1)
+
+
+def refuse_broken(broken: torch.Tensor) -> None:
+    """UserError if any of (B,) images is broken: it would be written as arbitrary bytes."""
+    if broken.any():
         raise UserError(
-            f"{broken} of {len(images)} decoded images contain NaN or infinity; "
+            f"{int(broken.sum())} of {len(broken)} decoded images contain NaN or infinity; "
             "use bfloat16 or float32 (float16 overflows) and check the checkpoint"
         )
-    scaled = (images.detach().float() + 1) / 2 * 255
-    return scaled.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """Decoder output (B, 3, H, W) in [-1, 1] => (B, H, W, 3) uint8. UserError if one is broken."""
+    refuse_broken(find_broken(images))
+    return to_bytes(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
@@ -92,6 +105,22 @@ def list_images(folder: str | os.PathLike, recursive: bool = False) -> list[Path
     return sorted((f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()), key=str)
 
 
+def check_numbered(images: Sequence[Path], below: int | None = None) -> None:
+    """UserError if an image is not named by its number, which is less than `below` if that is given."""
+    foreign = [
+        image.name
+        for image in images
+        if not _NUMBERED.fullmatch(image.name) or (below and int(image.stem) >= below)
+    ]
+    if foreign:
+        named = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise UserError(
+            f"{images[0].parent} holds {len(foreign)} image(s) that are not numbered like "
+            f"{png_name(0)}{f', below {below}' if below else ''} ({named}); move them away, or they "
+            "would be scored"
+        )
+
+
 def list_numbered_pngs(folder: str | os.PathLike, num_images: int) -> list[Path]:
     """The `num_images` generated images 00000.png, 00001.png, ... of a folder, by their number.
 
@@ -99,13 +128,7 @@ def list_numbered_pngs(folder: str | os.PathLike, num_images: int) -> list[Path]
     are no images cannot enter a score and are ignored. Raises UserError with the names or numbers.
     """
     images = list_images(folder)
-    foreign = [image.name for image in images if not _NUMBERED.fullmatch(image.name)]
-    if foreign:
-        named = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise UserError(
-            f"{folder} holds {len(foreign)} image(s) that are not numbered like {png_name(0)} "
-            f"({named}); move them away, or they would be scored"
-        )
+    check_numbered(images)
     if len(images) != num_images:
         raise UserError(
             f"{folder} holds {len(images)} images, but {num_images} are to be scored; "

@@ -1,11 +1,12 @@
-"""FID and Inception Score of generated images, by the functions of the published torch-fidelity.
+"""Scores of generated images, by the published torch-fidelity or equal to it.
 
-A feature extractor turns uint8 images into features (FID: Frechet distance between two Gaussians,
-Heusel et al. 2017) and logits (IS: Salimans et al. 2016). FID compares with statistics made once
-from reference images; two FIDs are comparable only if extractor and statistics are the same.
-This is the only module that imports torch-fidelity.
+A feature extractor turns uint8 images into features and logits. FID (Heusel et al. 2017) is the
+Frechet distance between the Gaussian of their features and that of reference images, Inception
+Score (Salimans et al. 2016) is taken from the logits; on request sFID (Nash et al. 2021), KID
+(Binkowski et al. 2018), precision and recall (Kynkaanniemi et al. 2019). Two numbers are comparable
+only if extractor and reference are the same. This is the only module that imports torch-fidelity.
 
-    python -m util.metrics make_stats --data_path DIR --features NAME --output FILE.npz
+    python -m util.metrics make_stats --data_path DIR --output FILE.npz
 """
 
 import argparse
@@ -14,36 +15,36 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-from torch_fidelity.metric_fid import (
-    KEY_METRIC_FID,
-    fid_featuresdict_to_statistics,
-    fid_statistics_to_metric,
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+from torch_fidelity.metric_kid import (
+    KEY_METRIC_KID_MEAN,
+    KEY_METRIC_KID_STD,
+    kid_features_to_metric,
 )
-from torch_fidelity.metric_isc import (
-    KEY_METRIC_ISC_MEAN,
-    KEY_METRIC_ISC_STD,
-    isc_featuresdict_to_metric,
+from torch_fidelity.metric_prc import (
+    KEY_METRIC_PRECISION,
+    KEY_METRIC_RECALL,
+    prc_features_to_metric,
 )
 from torch_fidelity.utils import create_feature_extractor
 from tqdm import tqdm
 
-from util.checkpoint import read_pickle
 from util.device import pick_device
 from util.errors import UserError, run_main
-from util.fid_stats import FidStatistics, load_stats, save_stats
-from util.image_source import ImageFiles, ImageSource, image_batches, open_source
+from util.feature_sums import FeatureSums, Gaussian
+from util.feature_weights import inception_weights, shapes_weights
+from util.fid_stats import FidStatistics, load_images, load_stats, save_stats
+from util.image_source import ImageFiles, ImageSource, Pictures, image_batches, open_source
 from util.images import list_images
+from util.score_request import ScoreRequest
 from util.shape_classifier import IMAGE_SIZE, ShapeClassifier
 
-IS_SPLITS = 10  # Salimans et al. 2016; MAR's evaluation
-IS_SEED = 2020  # torch-fidelity's default seed of the shuffle before splitting
-_INCEPTION_HASH = "6726825d"  # first digits of the sha256, stated by the file's name
+KID_SUBSET = 1000  # images per subset, torch-fidelity's default; fewer where there are fewer
+_SPATIAL_CHANNELS = 7  # ADM's evaluator: the first 7 channels of mixed_6/conv, 17 x 17 each
 
 
 class ShapesFeatureExtractor(FeatureExtractorBase):
@@ -83,46 +84,14 @@ class ShapesFeatureExtractor(FeatureExtractorBase):
         return tuple(layers[name] for name in self.features_list)
 
 
-def _inception_weights(path: str | None) -> str:
-    """The given file, else torch.hub's copy, downloaded if missing; never a pickle that runs code.
-
-    torch-fidelity unpickles the file as it is, so it is read here first with weights_only.
-    """
-    if path is None:
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(URL_INCEPTION_V3))
-        if not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(URL_INCEPTION_V3, path, _INCEPTION_HASH)
-            except (URLError, TimeoutError, ConnectionError) as error:
-                raise UserError(
-                    f"Inception's weights {path} are missing and cannot be downloaded ({error}); "
-                    "run `python -m util.download inception` where there is a network"
-                ) from error
-    elif not os.path.isfile(path):
-        raise UserError(
-            f"Inception's weights {path} are missing; `python -m util.download inception` gets them"
-        )
-    read_pickle(Path(path))
-    return path
-
-
-def _shapes_weights(path: str | None) -> str:
-    if path is None or not os.path.isfile(path):
-        raise UserError(
-            f"the shapes classifier {path or ''} is missing; the repository has it as "
-            "pretrained_models/mar_tiny/classifier.safetensors"
-        )
-    return path
-
-
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What a feature extractor offers to FID and IS.
+    """What a feature extractor offers to the metrics.
 
     `find_weights` maps the user's path, or None, to the file that the extractor loads, or raises
     UserError that says how to get it.
     `knows_labels`: its logits are over the labels of the data set, so they give an accuracy.
+    `spatial_module`: the module whose output (B, C, h, w) sFID looks at, if there is one.
     """
 
     feature_layer: str
@@ -130,11 +99,15 @@ class FeatureSpec:
     logits_layer: str
     knows_labels: bool
     find_weights: Callable[[str | None], str]
+    spatial_module: str | None = None
 
 
 _FEATURES: dict[str, FeatureSpec] = {
-    # 1008 outputs in the order of the 2015 TensorFlow graph, not in ImageNet's order.
-    "inception-v3-compat": FeatureSpec("2048", 2048, "logits_unbiased", False, _inception_weights),
+    # 1008 outputs in the order of the 2015 TensorFlow graph, not in ImageNet's order; that graph's
+    # mixed_6/conv is torchvision's Mixed_6d.branch1x1.
+    "inception-v3-compat": FeatureSpec(
+        "2048", 2048, "logits_unbiased", False, inception_weights, "Mixed_6d.branch1x1"
+    ),
 }
 
 
@@ -145,7 +118,7 @@ def register_features(name: str, spec: FeatureSpec, extractor: type[FeatureExtra
 
 
 register_features(
-    "shapes", FeatureSpec("64", 64, "logits", True, _shapes_weights), ShapesFeatureExtractor
+    "shapes", FeatureSpec("64", 64, "logits", True, shapes_weights), ShapesFeatureExtractor
 )
 
 
@@ -157,138 +130,191 @@ def feature_spec(features: str) -> FeatureSpec:
     return _FEATURES[features]
 
 
-def _load_stats_for(features: str, path: str | os.PathLike) -> FidStatistics:
-    spec, stats = feature_spec(features), load_stats(path)
-    if stats.features not in (None, features) or stats.mu.size != spec.feature_dim:
+class Extractor:
+    """Images (B, 3, H, W) uint8 => {layer: (B, d) float32} on the device, "spatial" for sFID."""
+
+    def __init__(
+        self, features: str, path: str | None, device: str | torch.device, spatial: bool = False
+    ) -> None:
+        """UserError if the weights are missing or wrong, or sFID is asked of one that has none."""
+        self.spec, self.device = feature_spec(features), device
+        try:
+            network = create_feature_extractor(
+                features,
+                [self.spec.feature_layer, self.spec.logits_layer],
+                cuda=False,
+                feature_extractor_weights_path=self.spec.find_weights(path),
+                verbose=False,
+            )
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.PickleError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"the weights of feature extractor {features} cannot be loaded ({reason}); "
+                f"replace the file {path or 'in the checkpoint folder of torch.hub'}"
+            ) from error
+        self._network, self._spatial = network.to(device), None
+        if spatial:
+            if self.spec.spatial_module is None:
+                raise UserError(f"{features} has no spatial features: leave sfid out of --metrics")
+            network.get_submodule(self.spec.spatial_module).register_forward_hook(self._remember)
+
+    def _remember(self, module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        # TensorFlow's order, as ADM's evaluator flattens it: (B, h, w, 7) => (B, h*w*7)
+        self._spatial = output[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float()
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = self._network(images.to(self.device))
+        outputs = self._network.convert_features_tuple_to_dict(outputs)
+        return outputs if self._spatial is None else {**outputs, "spatial": self._spatial}
+
+
+class Scorer:
+    """Scores the images of a run, or one process's part of them, whose sums another can merge."""
+
+    def __init__(
+        self,
+        request: ScoreRequest,
+        num_images: int,
+        device: str | torch.device,
+        labels: Sequence[int] | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        """labels (N,) of the whole run: adds an accuracy where the extractor knows them."""
+        self.request, self.device, self.batch_size = request, device, batch_size
+        spatial = "sfid" in request.metrics
+        self.extractor = Extractor(request.features, request.features_path, device, spatial)
+        spec = self.extractor.spec
+        layers = {"features": spec.feature_layer, "logits": spec.logits_layer}
+        if spatial:
+            layers["spatial"] = "spatial"
+        labels = labels if spec.knows_labels else None
+        self.sums = FeatureSums(num_images, layers, labels, request.needs_features, device)
+
+    def update(self, indices: Sequence[int], images: torch.Tensor) -> None:
+        """Add images (B, 3, H, W) uint8, on any device, and their indices in the run."""
+        for start in range(0, len(indices), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            self.sums.update(indices[part], self.extractor(images[part]))
+
+    def add(self, dataset: Dataset, part: range) -> None:
+        """Add the images of a dataset whose indices are in `part`."""
+        with tqdm(total=len(part), desc="features", leave=False, disable=None) as bar:
+            for indices, images in image_batches(dataset, self.batch_size, part):
+                self.update(indices, images)
+                bar.update(len(indices))
+
+    def result(self) -> dict[str, object]:
+        """Those of util.score_request.SCORES that were asked for, and the reference.
+
+        Fewer images than IS_SPLITS would leave empty splits: IS is then taken over all images at once
+        (is_splits 1, is_std 0). UserError unless all images are in.
+        """
+        request, sums = self.request, self.sums
+        if sums.count() != sums.num_images:
+            raise UserError(
+                f"{sums.count()} of {sums.num_images} images are scored; start it again"
+            )
+        if sums.num_images < 2:
+            raise UserError(f"FID needs at least 2 images, got {sums.num_images}; generate more")
+        reference = _load_stats_for(request)
+        result: dict[str, object] = {"reference": request.reference}
+        if "fid" in request.metrics:
+            result["fid"] = _frechet(sums.gaussian(), Gaussian(reference.mu, reference.sigma))
+        if "isc" in request.metrics:
+            mean, deviation = sums.inception_score()
+            result |= {"is_mean": mean, "is_std": deviation, "is_splits": sums.splits}
+        if sums.labels is not None:
+            result["accuracy"] = sums.accuracy()
+        if "sfid" in request.metrics:
+            theirs = Gaussian(reference.mu_s, reference.sigma_s)
+            result["sfid"] = _frechet(sums.gaussian("spatial"), theirs)
+        if request.needs_features:
+            result |= self._compare_features(sums.sums["kept"], reference)
+        return result
+
+    def _compare_features(
+        self, ours: torch.Tensor, reference: FidStatistics
+    ) -> dict[str, float | int]:
+        """KID and precision / recall of features (N, d), by torch-fidelity."""
+        if reference.activations is not None:
+            theirs = torch.from_numpy(reference.activations)
+        else:
+            images = Pictures(load_images(self.request.stats_path))
+            theirs = _features_of(images, self.extractor, self.batch_size)
+        theirs, result = theirs.to(ours), {}
+        if "kid" in self.request.metrics:
+            subset = min(KID_SUBSET, len(ours), len(theirs))
+            kid = kid_features_to_metric(ours, theirs, kid_subset_size=subset, verbose=False)
+            result = {"kid_mean": kid[KEY_METRIC_KID_MEAN], "kid_std": kid[KEY_METRIC_KID_STD]}
+            result["kid_subset"] = subset
+        if "pr" in self.request.metrics:
+            if min(len(ours), len(theirs)) <= 3:  # torch-fidelity's default neighbourhood
+                raise UserError("precision and recall need more than 3 images on either side")
+            pr = prc_features_to_metric(ours, theirs, save_cpu_ram=True, verbose=False)
+            result["precision"], result["recall"] = pr[KEY_METRIC_PRECISION], pr[KEY_METRIC_RECALL]
+        return result
+
+
+def _frechet(ours: Gaussian, theirs: Gaussian) -> float:
+    first, second = (
+        {"mu": g.mu.astype("float64"), "sigma": g.sigma.astype("float64")} for g in (ours, theirs)
+    )
+    return fid_statistics_to_metric(first, second, verbose=False)[KEY_METRIC_FID]
+
+
+def _features_of(dataset: Dataset, extractor: Extractor, batch_size: int) -> torch.Tensor:
+    """(N, d) float32 on the CPU."""
+    batches = image_batches(dataset, batch_size)
+    layer = extractor.spec.feature_layer
+    return torch.cat([extractor(images)[layer].cpu() for _, images in batches])
+
+
+def _load_stats_for(request: ScoreRequest) -> FidStatistics:
+    spec, stats = feature_spec(request.features), load_stats(request.stats_path)
+    path = request.stats_path
+    if stats.features not in (None, request.features) or stats.mu.size != spec.feature_dim:
         raise UserError(
             f"{path} holds {stats.mu.size}-d statistics of {stats.features or 'an extractor'}, "
-            f"but {features} has {spec.feature_dim} features; "
+            f"but {request.features} has {spec.feature_dim} features; "
             "give the statistics made with the same extractor"
+        )
+    if "sfid" in request.metrics and stats.mu_s is None:
+        raise UserError(
+            f"{path} has no mu_s and sigma_s, which sfid needs: make them by make_stats"
+        )
+    if request.needs_features and stats.activations is None and not stats.has_images:
+        raise UserError(
+            f"{path} has neither features nor images (arr_0), which kid and pr need: take that of "
+            "`python -m util.download adm_batch`, or make_stats --keep_features"
         )
     return stats
 
 
-def _create_extractor(features: str, features_path: str | None) -> FeatureExtractorBase:
-    spec = feature_spec(features)
-    try:
-        return create_feature_extractor(
-            features,
-            [spec.feature_layer, spec.logits_layer],
-            cuda=False,
-            feature_extractor_weights_path=spec.find_weights(features_path),
-            verbose=False,
-        )
-    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"the weights of feature extractor {features} cannot be loaded ({reason}); "
-            f"replace the file {features_path or 'in the checkpoint folder of torch.hub'}"
-        ) from error
-
-
-def check_ready(features: str, features_path: str | None, stats_path: str | os.PathLike) -> None:
-    """Raise UserError if `score` cannot run; to be called before anything is generated."""
-    _load_stats_for(features, stats_path)
-    _create_extractor(features, features_path)
-
-
-def extract_features(
-    source: ImageSource,
-    features: str,
-    features_path: str | None,
-    device: str | torch.device,
-    batch_size: int = 64,
-) -> dict[str, torch.Tensor]:
-    """Features and logits of all images: {layer: (N, d) float32 on the CPU}.
-
-    `source` is a folder of PNG or JPEG files, taken in the order of their names, or a Dataset of
-    (3, H, W) uint8 tensors or (tensor, label) pairs. Raises UserError for an unreadable image or
-    missing weights.
-    """
-    dataset = open_source(source)
-    if len(dataset) == 0:
-        raise UserError("there are no PNG or JPEG images to extract features of; check the folder")
-    extractor = _create_extractor(features, features_path).to(device)
-    parts: dict[str, list[torch.Tensor]] = {}
-    with (
-        torch.no_grad(),
-        tqdm(total=len(dataset), desc="features", leave=False, disable=None) as bar,
-    ):
-        for images in image_batches(dataset, batch_size):  # (B, 3, H, W) uint8
-            outputs = extractor.convert_features_tuple_to_dict(extractor(images.to(device)))
-            for layer, values in outputs.items():
-                parts.setdefault(layer, []).append(values.cpu())
-            bar.update(len(images))
-    return {layer: torch.cat(values) for layer, values in parts.items()}
-
-
-def score_features(
-    extracted: dict[str, torch.Tensor], features: str, stats_path: str | os.PathLike
-) -> dict[str, float | int]:
-    """FID and IS of extracted features: fid, is_mean, is_std, is_splits.
-
-    Bitwise torch-fidelity's numbers. Fewer images than IS_SPLITS would leave empty splits: IS is
-    then taken over all images at once (is_splits 1, is_std 0). Raises UserError below two images,
-    which have no covariance.
-    """
-    spec, reference = feature_spec(features), _load_stats_for(features, stats_path)
-    count = len(extracted[spec.feature_layer])
-    if count < 2:
-        raise UserError(f"FID needs at least 2 images, got {count}; generate more")
-    ours = fid_featuresdict_to_statistics(extracted, spec.feature_layer)
-    # torch-fidelity asserts equal dtypes: mu is float32 like the features, sigma is float64.
-    theirs = {
-        "mu": reference.mu.astype(ours["mu"].dtype),
-        "sigma": reference.sigma.astype(ours["sigma"].dtype),
-    }
-    splits = IS_SPLITS if count >= IS_SPLITS else 1
-    isc = isc_featuresdict_to_metric(
-        extracted,
-        spec.logits_layer,
-        isc_splits=splits,
-        samples_shuffle=True,
-        rng_seed=IS_SEED,
-        verbose=False,
-    )
-    return {
-        "fid": fid_statistics_to_metric(ours, theirs, verbose=False)[KEY_METRIC_FID],
-        "is_mean": isc[KEY_METRIC_ISC_MEAN],
-        "is_std": isc[KEY_METRIC_ISC_STD],
-        "is_splits": splits,
-    }
-
-
-def accuracy(logits: torch.Tensor, labels: torch.Tensor | Sequence[int]) -> float:
-    """Share of images whose largest logit is their label; (N, classes), (N,) => [0, 1]."""
-    labels = torch.as_tensor(labels, device=logits.device)
-    if labels.shape != logits.shape[:1]:
-        raise ValueError(f"labels {tuple(labels.shape)} for logits {tuple(logits.shape)}")
-    return (logits.argmax(dim=1) == labels).double().mean().item()
+def check_ready(request: ScoreRequest) -> None:
+    """Raise UserError if scoring cannot work; to be called before anything is generated."""
+    _load_stats_for(request)
+    Extractor(request.features, request.features_path, "cpu", "sfid" in request.metrics)
 
 
 def score(
     source: ImageSource,
     num_images: int,
-    features: str,
-    features_path: str | None,
-    stats_path: str | os.PathLike,
+    request: ScoreRequest,
     device: str | torch.device,
     batch_size: int = 64,
-    labels: torch.Tensor | Sequence[int] | None = None,
-) -> dict[str, float | int]:
-    """Count, extract and score `num_images` generated images: fid, is_mean, is_std, is_splits.
+    labels: Sequence[int] | None = None,
+) -> dict[str, object]:
+    """Count, extract and score `num_images` generated images, see Scorer.result.
 
     `source` is a folder of numbered PNGs, image i in the i-th place, or a Dataset. With `labels`
     (N,) and an extractor that knows them the result has `accuracy` too.
     """
     dataset = open_source(source, num_images)
-    _load_stats_for(features, stats_path)
-    extracted = extract_features(dataset, features, features_path, device, batch_size)
-    result = score_features(extracted, features, stats_path)
-    spec = feature_spec(features)
-    if labels is not None and spec.knows_labels:
-        result["accuracy"] = accuracy(extracted[spec.logits_layer], labels)
-    return result
+    _load_stats_for(request)
+    scorer = Scorer(request, num_images, device, labels, batch_size)
+    scorer.add(dataset, range(num_images))
+    return scorer.result()
 
 
 def make_stats(
@@ -299,8 +325,9 @@ def make_stats(
     device: str | torch.device,
     batch_size: int = 64,
     img_size: int | None = None,
+    keep_features: bool = False,
 ) -> FidStatistics:
-    """Write the reference statistics of images as an npz: mu, sigma, num_images, features.
+    """Write the reference statistics of images as an npz, see FidStatistics.
 
     `source` is a Dataset or a folder with images, in class folders or not; with `img_size` the
     files are resized and cropped as for training. Raises UserError, and then writes nothing.
@@ -309,13 +336,29 @@ def make_stats(
         raise UserError(f"the folder of {output} does not exist; create it or change --output")
     if not isinstance(source, Dataset):
         source = ImageFiles(list_images(source, recursive=True), img_size)
-    extracted = extract_features(source, features, features_path, device, batch_size)
-    layer = feature_spec(features).feature_layer
-    count = len(extracted[layer])
+    count = len(source)
     if count < 2:
-        raise UserError(f"FID statistics need at least 2 images, got {count}")
-    arrays = fid_featuresdict_to_statistics(extracted, layer)
-    stats = FidStatistics(arrays["mu"], arrays["sigma"], count, features)
+        raise UserError(f"FID statistics need at least 2 images, got {count}; check the folder")
+    metrics = ("fid", "sfid") if feature_spec(features).spatial_module else ("fid",)
+    metrics += ("kid",) if keep_features else ()
+    scorer = Scorer(
+        ScoreRequest(features, features_path, output, metrics), count, device, None, batch_size
+    )
+    scorer.add(source, range(count))
+    gaussian, spatial, kept = scorer.sums.gaussian(), None, None
+    if "sfid" in metrics:
+        spatial = scorer.sums.gaussian("spatial")
+    if keep_features:
+        kept = scorer.sums.sums["kept"].cpu().numpy()
+    stats = FidStatistics(
+        gaussian.mu,
+        gaussian.sigma,
+        count,
+        features,
+        spatial and spatial.mu,
+        spatial and spatial.sigma,
+        kept,
+    )
     save_stats(output, stats)
     return stats
 
@@ -326,24 +369,30 @@ def main() -> None:
     command = parser.add_subparsers(dest="command", required=True).add_parser(
         "make_stats", help="reference statistics of a folder of images, for FID"
     )
-    command.add_argument("--data_path", required=True, help="folder of images or of class folders")
-    command.add_argument("--features", required=True, help=f"one of: {', '.join(_FEATURES)}")
-    command.add_argument("--features_path", help="weights of the extractor")
-    command.add_argument("--output", required=True, help="npz file to write")
-    command.add_argument("--img_size", type=int, help="crop to this size as for training")
-    command.add_argument("--device", help="default: cuda where there is one, else cpu")
-    command.add_argument("--batch_size", type=int, default=64)
+    add = command.add_argument
+    add("--data_path", required=True, help="folder of images or of class folders")
+    add("--features", default="inception-v3-compat", help=f"one of: {', '.join(_FEATURES)}")
+    add("--features_path", help="weights of the extractor")
+    add("--output", help="npz file to write; without it the folder's name and .npz, here")
+    add("--img_size", type=int, help="crop to this size as for training")
+    add("--keep_features", action="store_true", help="keep all features too, for kid and pr")
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--batch_size", type=int, default=64)
     args = parser.parse_args()
+    output = Path(args.output or f"{Path(args.data_path).absolute().name}.npz")
+    if args.output is None and output.exists():
+        raise UserError(f"{output} exists: say --output FILE.npz")
     stats = make_stats(
         args.data_path,
         args.features,
         args.features_path,
-        args.output,
+        output,
         pick_device(args.device),
         args.batch_size,
         args.img_size,
+        args.keep_features,
     )
-    print(f"{args.output}: {stats.features}, {stats.num_images} images, {stats.mu.size} features")
+    print(f"{output}: {stats.features}, {stats.num_images} images, {stats.mu.size} features")
 
 
 if __name__ == "__main__":

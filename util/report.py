@@ -2,11 +2,14 @@
 
     python -m util.report demo/mar_tiny-mar-* demo/mar_tiny-lazy_mar_* --sheet demo/sheet.png
 
-The first run is what the others are compared with: speed-up, and PSNR between images of the same seeds.
+The first run is what the others are compared with: speed-up, and PSNR between images of the same seeds
+(LPIPS too, where the package lpips is installed).
 """
 
 import argparse
 import json
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,61 +18,122 @@ from util.errors import UserError, run_main
 from util.files import atomic_path
 from util.images import png_name, read_image, save_png, side_by_side_sheet
 
-PAIRED = ("weights", "num_images", "class_num", "seed", "model")  # what makes image i the same task
+PAIRED = (
+    "weights",
+    "num_images",
+    "class_num",
+    "seed",
+    "seed_mode",
+    "model",
+)  # image i: the same task
 SHEET_COLUMNS = 10
 SHEET_SCALE = 2
+# Optional columns, shown if any run has them: key of the results, heading, format.
+ON_REQUEST = (
+    ("sfid", "sFID", ".3f"),
+    ("kid_mean", "KID", ".5f"),
+    ("precision", "precision", ".3f"),
+    ("recall", "recall", ".3f"),
+)
+Json = Mapping[str, object]
 
 
 def load_run(path: Path) -> dict[str, object]:
     """Configuration and results of a run folder. UserError if it is not a finished run."""
     run: dict[str, object] = {"path": path}
-    for name in ("config.json", "results.json"):
+    for name, part in (("manifest.json", "config"), ("results.json", None)):
         try:
-            run |= json.loads((path / name).read_text())
-        except (OSError, ValueError) as error:
+            found = json.loads((path / name).read_text())
+            run |= found[part] if part else found
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no finished run of eval.py: {name}: {error}") from error
     return run
 
 
-def mean_psnr(run: dict[str, object], first: dict[str, object]) -> float | None:
-    """Mean PSNR in dB between images of the same index; None if the runs are not paired."""
-    if any(run.get(key) != first.get(key) for key in PAIRED):
-        return None
+def paired(run: Json, first: Json) -> bool:
+    """Whether image i of both runs has the same label, seed and weights, and both have images."""
+    same = all(run.get(key) == first.get(key) for key in PAIRED)
+    return same and None not in (run["images_dir"], first["images_dir"])
+
+
+def mean_difference(
+    run: Json, first: Json, measure: Callable[[np.ndarray, np.ndarray], float]
+) -> float:
+    """Mean over the images of two paired runs of measure(image, image of the first)."""
     values = []
     for index in range(int(run["num_images"])):
-        a, b = (
-            read_image(Path(r["path"]) / "images" / png_name(index)).astype(np.float64)
-            for r in (run, first)
-        )
-        error = np.square(a - b).mean()
-        values.append(10 * np.log10(255**2 / max(error, 1e-10)))
+        name = png_name(index)
+        ours, theirs = (read_image(Path(r["path"]) / "images" / name) for r in (run, first))
+        values.append(measure(ours, theirs))
     return float(np.mean(values))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of uint8 images (H, W, 3); equal ones have 148 dB."""
+    error = np.square(a.astype(np.float64) - b).mean()
+    return 10 * np.log10(255**2 / max(error, 1e-10))
+
+
+def make_lpips() -> Callable[[np.ndarray, np.ndarray], float] | None:
+    """LPIPS (Zhang et al. 2018, AlexNet) of uint8 images, None where it is not available."""
+    try:
+        import lpips  # an optional package, which needs seconds and weights of its own
+        import torch
+
+        network = lpips.LPIPS(net="alex", verbose=False).eval()
+    except (ImportError, OSError) as error:
+        print(f"note: no LPIPS ({str(error).splitlines()[0]})", file=sys.stderr)
+        return None
+
+    @torch.no_grad()
+    def measure(a: np.ndarray, b: np.ndarray) -> float:
+        first, second = (torch.from_numpy(x).permute(2, 0, 1)[None] / 127.5 - 1 for x in (a, b))
+        return network(first, second).item()
+
+    return measure
+
+
+def cells(run: Json) -> list[str]:
+    """What a table tells of one run: method, FID, IS, accuracy, seconds per image."""
+    inception = "-"
+    if run.get("is_mean") is not None:
+        inception = f"{run['is_mean']:.2f} ± {run['is_std']:.2f}"
+    return [
+        str(run["method"]),
+        _number(run.get("fid"), ".3f"),
+        inception,
+        _number(run.get("accuracy"), ".1%"),
+        _number(run.get("sec_per_image"), ".3f"),
+    ]
+
+
+def row(run: Json) -> str:
+    """One line of a Markdown table."""
+    return f"| {' | '.join(cells(run))} |"
 
 
 def table(runs: list[dict[str, object]]) -> str:
     """Markdown: one row per run."""
-    rows = [
-        "| | FID | IS | accuracy | s / image | speed-up | PSNR to the first, dB |",
-        "|---|---|---|---|---|---|---|",
-    ]
     first = runs[0]
+    extra = [column for column in ON_REQUEST if any(run.get(column[0]) is not None for run in runs)]
+    headings = ["", "FID", "IS", "accuracy", "s / image", "speed-up", "PSNR to the first, dB"]
+    pairs = [run for run in runs[1:] if paired(run, first)]
+    lpips = make_lpips() if pairs else None
+    if lpips:
+        headings.append("LPIPS to the first")
+    headings += [heading for _, heading, _ in extra]
+    rows = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     for run in runs:
         seconds, base = run.get("sec_per_image"), first.get("sec_per_image")
-        speedup = base / seconds if seconds and base else None
-        psnr = None if run is first else mean_psnr(run, first)
-        inception = "-"
-        if "is_mean" in run:
-            inception = f"{run['is_mean']:.2f} ± {run['is_std']:.2f}"
-        cells = [
-            str(run["method"]),
-            _number(run.get("fid"), ".3f"),
-            inception,
-            _number(run.get("accuracy"), ".1%"),
-            _number(seconds, ".3f"),
-            _number(speedup, ".2f"),
-            _number(psnr, ".1f"),
+        is_pair = any(run is pair for pair in pairs)
+        more = [
+            _number(base / seconds if seconds and base else None, ".2f"),
+            _number(mean_difference(run, first, psnr) if is_pair else None, ".1f"),
         ]
-        rows.append(f"| {' | '.join(cells)} |")
+        if lpips:
+            more.append(_number(mean_difference(run, first, lpips) if is_pair else None, ".3f"))
+        more += [_number(run.get(key), form) for key, _, form in extra]
+        rows.append(f"| {' | '.join([*cells(run), *more])} |")
     about = (
         f"{first['model']}, {first['num_images']} images, {first['num_iter']} steps, "
         f"guidance {first['cfg']:g}, {first['dtype']} on {first['device']}, "
@@ -77,6 +141,9 @@ def table(runs: list[dict[str, object]]) -> str:
         f"torch {first['torch']}, commit {first['commit']}\n\n"
         + "\n".join(f"    {run['command']}" for run in runs)
     )
+    references = {run["reference"] for run in runs if run.get("reference")}
+    if len(references) > 1:
+        about = f"The scores do not compare: {' and '.join(sorted(references))}.\n\n{about}"
     return "\n".join([*rows, "", about])
 
 

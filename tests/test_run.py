@@ -1,0 +1,439 @@
+"""A run that can be trusted: the same bits however it comes about, one configuration, nothing lost."""
+
+import errno
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import engine
+import eval as eval_script
+import main_mar
+from models.lazy_mar import LazyMARConfig
+from models.tokenizers import latent_scale_of, load_tokenizer
+from tests.conftest import ROOT, flags_for, random_mar
+from tests.test_eval import images_of, pixels_of, written_at
+from util import files, images
+from util.errors import UserError, run_main
+
+CPU = torch.device("cpu")
+LAZY = ["--num_iter", 6, "--lazy_mar", "--warmup", 1, "--interval", 3, "--probe_layer", 1]
+LAZY += ["--keep_floor", 4, "--keep", "0:1,0.1:0.05"]
+
+
+def folder_of(result: dict) -> Path:
+    return Path(result["images_dir"]).parent
+
+
+def manifest_of(result: dict) -> dict:
+    return json.loads((folder_of(result) / "manifest.json").read_text())
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+# ---- the same bits -----------------------------------------------------------------------------------
+
+
+def generator_of(lazy_mar, dtype):
+    tokenizer = load_tokenizer(
+        "linear", ROOT / "pretrained_models/mar_tiny/tokenizer.safetensors", 8
+    )
+    sampling = engine.SamplingConfig(6, 2.0, "linear", 1.0, lazy_mar)
+    scale = latent_scale_of(tokenizer, None)
+    return engine.MarGenerator(random_mar(1), tokenizer, scale, sampling, CPU, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "lazy_mar", [None, LazyMARConfig(warmup=1, interval=3)], ids=["mar", "lazy"]
+)
+def test_the_pixels_of_a_row_do_not_depend_on_what_is_in_the_other_rows(lazy_mar, dtype):
+    generator = generator_of(lazy_mar, dtype)
+    batches = (([3, 1, 4], [30, 10, 40]), ([5, 1, 9], [50, 10, 90]))
+    first, second = (generator.generate(generator.prepare(*batch)) for batch in batches)
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[0], second[0])
+
+
+@pytest.mark.parametrize("method", [[], LAZY], ids=["mar", "lazy_mar"])
+def test_a_run_with_any_images_missing_is_completed_with_the_same_bits(run, method):
+    flags = ["--no_score", "--num_images", 11, "--eval_bsz", 4, *method]
+    first = run(*flags)
+    whole, times = images_of(first), written_at(first)
+    folder = Path(first["images_dir"])
+    lost = [f"{i:05d}.png" for i in (0, 5, 6, 10)]
+    for name in lost:
+        (folder / name).unlink()
+    (folder / lost[1]).write_bytes(whole[5][:100])
+    again = run(*flags)
+    assert images_of(again) == whole
+    rewritten = [name for name in times if written_at(again)[name] != times[name]]
+    assert sorted(rewritten) == lost
+    assert again["generated"] - first["generated"] == 4
+
+
+def test_another_batch_size_changes_a_pixel_by_one_grey_level_at_most(run, tmp_path):
+    flags = ["--no_score", "--num_images", 12]
+    runs = [run(*flags, "--eval_bsz", size, out=tmp_path / str(size)) for size in (1, 5, 12)]
+    first, *others = (pixels_of(result) for result in runs)
+    for other in others:
+        difference = np.abs(other - first)
+        assert difference.max() <= 1
+        assert (difference > 0).mean() < 0.01
+
+
+def test_the_tokenizer_may_decode_in_smaller_batches_and_another_dtype(run, refused, tmp_path):
+    flags = ["--no_score", "--num_images", 4, "--eval_bsz", 4]
+    plain = run(*flags)
+    split = run(*flags, "--vae_bsz", 3, out=tmp_path / "split")
+    coarse = run(*flags, "--vae_dtype", "bf16", out=tmp_path / "coarse")
+    assert np.abs(pixels_of(split) - pixels_of(plain)).max() <= 1
+    assert 0 < np.abs(pixels_of(coarse) - pixels_of(plain)).mean() < 4
+    assert coarse["config"]["dtype"] == "float32"
+    message = refused(*flags, "--vae_dtype", "bf16", out=tmp_path / "out")
+    assert "vae_dtype 'float32', this one has 'bfloat16'" in message
+
+
+def test_seeds_that_follow_the_process_are_another_configuration(run, refused, tmp_path):
+    flags = ["--no_score", "--num_images", 4, "--eval_bsz", 2]
+    own = run(*flags)
+    assert "seed_mode 'image'" in refused(*flags, "--seed_mode", "rank", out=tmp_path / "out")
+    first, again = (
+        run(*flags, "--seed_mode", "rank", out=tmp_path / name) for name in ("first", "again")
+    )
+    assert images_of(first) == images_of(again) != images_of(own)
+    other_size = [*flags[:-1], 4, "--seed_mode", "rank"]
+    assert "eval_bsz" in refused(*other_size, out=tmp_path / "first")
+
+
+# ---- the folder --------------------------------------------------------------------------------------
+
+
+def test_the_manifest_says_what_made_the_images(run, weights):
+    result = run("--no_score", "--cfg", 1.5)
+    manifest = manifest_of(result)
+    assert manifest["config"] == result["config"]
+    assert manifest["config"]["cfg"] == 1.5
+    assert manifest["config"]["weights"].startswith("checkpoint-last.pth ")
+    (call,) = manifest["calls"]
+    assert call["arguments"]["cfg"] == 1.5
+    assert call["arguments"]["resume"] == str(weights / "official")
+    assert call["torch"] == torch.__version__
+    assert call.keys() >= {"commit", "device_name", "processes", "eval_bsz", "command"}
+
+
+def test_what_may_change_is_told_and_recorded(run, monkeypatch):
+    told = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", told)
+    flags = ["--no_score", "--num_images", 4]
+    first = run(*flags, "--eval_bsz", 2)
+    assert first["mixed"] == {}
+    (Path(first["images_dir"]) / "00003.png").unlink()
+    second = run(*flags, "--eval_bsz", 4)
+    assert "eval_bsz 2 -> 4" in told.getvalue()
+    assert second["mixed"]["eval_bsz"] == [2, 4]
+    assert [call["eval_bsz"] for call in manifest_of(second)["calls"]] == [2, 4]
+
+
+@pytest.mark.parametrize("name", ["sheet.png", "photo.JPG", "7.png", "00002.png", "100000.png"])
+def test_foreign_images_are_refused_before_anything_is_generated(run, refused, tmp_path, name):
+    result = run("--no_score")
+    images_of_run = images_of(result)
+    foreign = Path(result["images_dir"]) / name
+    Image.new("RGB", (4, 4)).save(foreign)
+    (Path(result["images_dir"]) / "00001.png").unlink()
+    for flags in ([], ["--overwrite"]):
+        message = refused("--no_score", *flags, out=tmp_path / "out")
+        assert f"({name})" in message and "move them away" in message
+    foreign.unlink()
+    assert images_of(run("--no_score")) == images_of_run
+
+
+def test_foreign_images_are_not_discarded_with_those_of_another_configuration(
+    run, refused, tmp_path
+):
+    result = run("--no_score")
+    before = images_of(result)
+    Image.new("RGB", (4, 4)).save(Path(result["images_dir"]) / "sheet.png")
+    message = refused("--no_score", "--seed", 2, "--overwrite", out=tmp_path / "out")
+    assert "(sheet.png)" in message
+    assert images_of(result)[:2] == before
+
+
+def test_other_files_in_the_folder_are_left_alone(run):
+    result = run("--no_score")
+    for name in ("notes.txt", ".DS_Store", ".00001.png.9-9.part"):
+        (Path(result["images_dir"]) / name).write_text("x")
+    run("--no_score", "--seed", 2, "--overwrite")
+    names = {path.name for path in Path(result["images_dir"]).iterdir()}
+    assert names == {"00000.png", "00001.png", "notes.txt", ".DS_Store"}  # a torn file is swept
+
+
+def test_images_that_nothing_says_how_they_were_made_are_refused(run, refused, tmp_path):
+    result = run("--no_score")
+    (folder_of(result) / "manifest.json").unlink()
+    message = refused("--no_score", out=tmp_path / "out")
+    assert "holds 2 images, but no manifest.json says what made them" in message
+    assert run("--no_score", "--overwrite")["generated"] == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"config": 3, "calls": []}', '{"seed": 1}'])
+def test_a_damaged_manifest_is_refused_and_stays(run, refused, tmp_path, content):
+    manifest = folder_of(run("--no_score")) / "manifest.json"
+    manifest.write_text(content)
+    assert "manifest.json cannot be read" in refused("--no_score", out=tmp_path / "out")
+    assert manifest.read_text() == content
+
+
+def fail_on(monkeypatch, number, name):
+    """Every file whose name has `name` in it meets error `number` when it takes that name."""
+    replace = files.os.replace
+
+    def refuse(source, target):
+        if name in str(target):
+            raise OSError(number, "no")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS], ids=["full disk", "read-only"])
+def test_a_disk_that_takes_no_more_costs_one_sentence_and_no_image(
+    run, tmp_path, monkeypatch, capsys, number
+):
+    whole = images_of(run("--no_score", "--num_images", 4, out=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        fail_on(patch, number, "00002.png")
+        with pytest.raises(SystemExit) as exit_info:
+            run("--no_score", "--num_images", 4)
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert "00002.png" in error and error.startswith("error: ") and error.count("\n") == 1
+    kept = sorted((tmp_path / "out").rglob("*.png"))
+    assert [path.name for path in kept][:2] == ["00000.png", "00001.png"]
+    assert "00002.png" not in [path.name for path in kept]
+    assert all(images.is_complete_png(path) for path in kept)
+    assert images_of(run("--no_score", "--num_images", 4)) == whole
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "results.json", "sheet.png", "samples.npz"])
+def test_a_disk_that_takes_no_document_costs_one_sentence(run, tmp_path, monkeypatch, capsys, name):
+    flags = ["--no_score", "--save_npz"]
+    with monkeypatch.context() as patch:
+        fail_on(patch, errno.ENOSPC, name)
+        with pytest.raises(SystemExit):
+            run(*flags)
+    assert name in capsys.readouterr().err
+    assert not list(tmp_path.rglob(name))
+    assert run(*flags)["generated"] == 2
+
+
+# ---- scores ------------------------------------------------------------------------------------------
+
+SCORED = ["--num_images", 20, "--eval_bsz", 8]
+SCORES = ("fid", "is_mean", "is_std", "accuracy")
+
+
+@pytest.fixture(scope="module")
+def scored_run(weights, tmp_path_factory):
+    """Folder of a finished and scored run; the flags are SCORED."""
+    out = tmp_path_factory.mktemp("scored_run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["eval.py", *flags_for(weights / "official", out, *SCORED)])
+        run_main(eval_script.main)
+    (folder,) = out.iterdir()
+    return folder
+
+
+def scores(result: dict) -> dict[str, float]:
+    return {name: result[name] for name in SCORES}
+
+
+@pytest.fixture
+def score_only(one_thread, monkeypatch, capsys):
+    """eval.py --score_only in this process, told nothing but the folder and these flags."""
+
+    def call(folder: Path, *flags: object) -> dict:
+        argv = ["eval.py", "--device", "cpu", "--score_only", str(folder), *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", argv)
+        eval_script.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call
+
+
+def test_images_that_are_never_saved_score_the_same(run, scored_run):
+    result = run(*SCORED, "--no_save")
+    expected = json.loads((scored_run / "results.json").read_text())
+    assert scores(result) == pytest.approx(scores(expected), rel=1e-6)
+    assert result["images_dir"] is None
+    assert result["images_per_s"] > 0
+
+
+def test_no_save_leaves_no_picture(run, tmp_path):
+    run(*SCORED, "--no_save")
+    assert list(tmp_path.rglob("*.png")) == []
+    assert len(list(tmp_path.rglob("results.json"))) == 1
+
+
+def test_a_folder_is_scored_again_and_only_its_results_are_renewed(
+    scored_run, score_only, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(scored_run, folder)
+    before = snapshot(folder)
+    result = score_only(folder)
+    expected = json.loads(before["results.json"])
+    assert scores(result) == pytest.approx(scores(expected), rel=1e-9)
+    assert result["sec_per_image"] == expected["sec_per_image"]
+    after = snapshot(folder)
+    assert {name for name in after if after[name] != before.get(name)} <= {"results.json"}
+
+
+def test_scores_against_another_reference_do_not_stay_beside_the_new_ones(
+    scored_run, score_only, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(scored_run, folder)
+    assert score_only(folder, "--metrics", "fid")["is_mean"] > 1  # the same reference
+    with np.load(ROOT / "pretrained_models/mar_tiny/fid_stats.npz") as file:
+        np.savez(tmp_path / "other.npz", mu=file["mu"] + 1, sigma=file["sigma"])
+    flags = ["--metrics", "fid", "--fid_stats", tmp_path / "other.npz"]
+    result = score_only(folder, *flags)
+    assert "is_mean" not in result
+    assert result["reference"].startswith("shapes other.npz ")
+
+
+def test_generating_again_without_scoring_keeps_the_scores(run, tmp_path):
+    scored = run(*SCORED)
+    assert scores(run(*SCORED, "--no_score")) == scores(scored)
+    replaced = run(*SCORED, "--no_score", "--seed", 2, "--overwrite")
+    assert replaced["fid"] is None
+
+
+def test_a_folder_of_pictures_alone_is_scored_and_stays_as_it_is(scored_run, score_only, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(scored_run / "images", folder)
+    before = snapshot(folder)
+    result = score_only(folder, "--model", "mar_tiny", "--num_images", 20, "--metrics", "fid")
+    expected = json.loads((scored_run / "results.json").read_text())
+    assert result["fid"] == pytest.approx(expected["fid"], rel=1e-9)
+    assert "is_mean" not in result
+    assert snapshot(folder) == before
+
+
+def test_fewer_images_than_the_run_should_have_are_not_scored(scored_run, score_only, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(scored_run, folder)
+    (folder / "images" / "00007.png").unlink()
+    before = snapshot(folder)
+    with pytest.raises(UserError, match="holds 19 images, but 20 are to be scored"):
+        score_only(folder)
+    assert snapshot(folder) == before
+
+
+def test_a_truncated_image_is_named_and_not_scored(scored_run, score_only, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(scored_run, folder)
+    broken = folder / "images" / "00007.png"
+    broken.write_bytes(broken.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"00007\.png"):
+        score_only(folder)
+
+
+def test_a_folder_that_is_not_there_cannot_be_scored(score_only, tmp_path):
+    with pytest.raises(UserError, match="none does not exist"):
+        score_only(tmp_path / "none", "--model", "mar_tiny")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--metrics", "fid,lpips"], "'lpips' is no metric"),
+        (["--metrics", "kid"], "neither features nor images"),
+        (["--metrics", "sfid"], "sfid"),
+        (["--no_save", "--no_score"], "--no_save keeps no images, so --no_score"),
+        (["--no_save", "--save_npz"], "--no_save keeps no images, so --save_npz"),
+        (["--vae_bsz", 0], "vae_bsz is 0"),
+        (["--seed_mode", "time"], "invalid choice"),
+    ],
+    ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_requests_that_cannot_be_met_are_refused_before_anything_is_generated(
+    refused, flags, words
+):
+    assert words in refused(*flags)
+
+
+def test_the_sample_batch_of_adm_holds_the_images_and_their_labels(run):
+    result = run("--no_score", "--num_images", 5, "--save_npz")
+    with np.load(folder_of(result) / "samples.npz") as batch:
+        assert batch["arr_0"].dtype == np.uint8
+        assert np.array_equal(batch["arr_0"], pixels_of(result))
+        assert batch["arr_1"].tolist() == [0, 2, 4, 6, 8]
+
+
+# ---- during training ---------------------------------------------------------------------------------
+
+
+def test_training_evaluates_its_averaged_weights_with_and_without_guidance(
+    one_thread, monkeypatch, capsys, tmp_path
+):
+    latents = tmp_path / "latents" / "a"
+    latents.mkdir(parents=True)
+    for i in range(4):
+        moments = np.random.default_rng(i).normal(size=(16, 16, 16)).astype(np.float32)
+        np.savez(latents / f"{i}.npz", moments=moments, moments_flip=moments)
+    flags = ["--use_cached", "--cached_path", tmp_path / "latents", "--batch_size", 2]
+    flags += ["--epochs", 2, "--online_eval", "--eval_freq", 1, "--no_score", "--num_workers", 0]
+    argv = [word for word in flags_for("", tmp_path / "out", *flags) if word != "--resume" and word]
+    monkeypatch.setattr(sys, "argv", ["main_mar.py", *argv])
+    main_mar.main()
+    documents = [json.loads(x) for x in capsys.readouterr().out.splitlines() if x[0] == "{"]
+    assert [(d["cfg"], d["generated"]) for d in documents] == [(1.0, 2), (2.0, 2)] * 2
+    epochs = [document["config"]["weights"].split()[1] for document in documents]
+    assert epochs == ["1", "1", "2", "2"]
+
+
+# ---- speed and plan ----------------------------------------------------------------------------------
+
+
+def test_speed_is_told_with_saving_and_without(run):
+    result = run("--no_score", "--num_images", 4)
+    assert 0 < result["images_per_s"] <= result["images_per_s_without_saving"]
+    rate = 1 / result["sec_per_image"]
+    assert result["images_per_s_without_saving"] == pytest.approx(rate)
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(run, tmp_path, capsys):
+    flags = ["--no_score", "--num_images", 10, "--eval_bsz", 4]
+    plan = run(*flags, "--dry_run")
+    assert (plan["to_make"], plan["batches"]) == ([10], [3])
+    assert plan["flops_per_image"] > 1e6
+    assert plan["seconds"] == pytest.approx(3 * plan["sec_per_batch"]) and plan["seconds"] > 0
+    assert list(tmp_path.rglob("*")) == []
+    result = run(*flags)
+    (Path(result["images_dir"]) / "00005.png").unlink()
+    before = snapshot(tmp_path)
+    assert (run(*flags, "--dry_run")["to_make"], snapshot(tmp_path)) == ([1], before)
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(run, refused, tmp_path):
+    run("--no_score")
+    assert "--overwrite" in refused("--no_score", "--seed", 2, "--dry_run", out=tmp_path / "out")
+    discarding = run("--no_score", "--seed", 2, "--dry_run", "--overwrite")
+    assert discarding["to_make"] == [2]
+    assert len(list((tmp_path / "out").rglob("0*.png"))) == 2

@@ -1,0 +1,48 @@
+"""Where the weights of the feature extractors are, and what to do when they are not there."""
+
+import os
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+
+from util.checkpoint import read_pickle
+from util.download import read_manifest
+from util.errors import UserError
+
+_INCEPTION_HASH = "6726825d"  # first digits of the sha256, stated by the file's name
+
+
+def inception_weights(path: str | None) -> str:
+    """The given file, else torch.hub's copy, downloaded if missing; never a pickle that runs code.
+
+    torch-fidelity unpickles the file as it is, so it is read here first with weights_only.
+    """
+    if path is None:
+        item = read_manifest()["inception"]
+        path = str(item.target)
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(item.url, path, _INCEPTION_HASH)
+            except (URLError, TimeoutError, ConnectionError) as error:
+                raise UserError(
+                    f"Inception's weights {path} are missing and cannot be downloaded ({error}); "
+                    "run `python -m util.download inception` where there is a network"
+                ) from error
+    elif not os.path.isfile(path):
+        raise UserError(
+            f"Inception's weights {path} are missing; `python -m util.download inception` gets them"
+        )
+    read_pickle(Path(path))
+    return path
+
+
+def shapes_weights(path: str | None) -> str:
+    """The file of the shape classifier. UserError if it is missing."""
+    if path is None or not os.path.isfile(path):
+        raise UserError(
+            f"the shapes classifier {path or ''} is missing; the repository has it as "
+            "pretrained_models/mar_tiny/classifier.safetensors"
+        )
+    return path
