@@ -123,8 +123,9 @@ class MarGenerator:
         self.sampling, self.device = sampling, device
         self.vae_bsz, self.vae_dtype = vae_bsz, vae_dtype or dtype
         self.noise_shape = (model.seq_len, model.diffloss.num_sampling_steps, model.token_dim)
-        if device.type == "cuda" and self.vae_dtype != torch.float32:
-            tokenizer.to(memory_format=torch.channels_last)  # the tensor cores' own layout
+        if device.type == "cpu" or (device.type == "cuda" and self.vae_dtype != torch.float32):
+            # Tensor cores' own layout; KL-16 on a CPU: 1.06 times as fast in float32, 1.19 in bf16.
+            tokenizer.to(memory_format=torch.channels_last)
 
     def prepare(self, labels: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, ImageNoise]:
         """Labels (B,) and the images' noise, on the CPU."""

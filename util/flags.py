@@ -193,10 +193,11 @@ def _add_lazy_mar(parser: argparse.ArgumentParser) -> None:
         ("token_cache", "compute only tokens that changed"),
         ("condition_cache", "take the unconditional branch from its cached residual"),
         ("head_cache", "cache blocks inside the diffusion head"),
+        ("head_reuse_adaln", "let that cache skip modulations too, which the paper does not"),
     ):
-        add(
-            f"--{name}", nargs="?", type=_boolean, const=True, metavar="BOOL", help=f"{what} (true)"
-        )
+        default = "false" if name == "head_reuse_adaln" else "true"
+        what = f"{what} ({default})"
+        add(f"--{name}", nargs="?", type=_boolean, const=True, metavar="BOOL", help=what)
         add(f"--no_{name}", f"--no-{name}", dest=name, action="store_false", default=None)
     add(
         "--head_interval",
