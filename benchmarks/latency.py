@@ -33,7 +33,7 @@ from benchmarks.common import (
 )
 from benchmarks.mar_work import MODES, build, count_work
 from models.sampler import Sampler
-from util.device import DTYPES, pick_device, pick_dtype
+from util.device import DTYPES, can_compile, pick_device, pick_dtype
 from util.errors import UserError, run_main
 
 
@@ -70,7 +70,7 @@ def measure(
     """One row per mode."""
     device = torch.device(args.device)
     dtype = DTYPES[args.dtype]
-    options = {"compile": args.compile, "graphs": args.compile and device.type == "cuda"}
+    options = {"compile": args.compile, "graphs": args.compile}
     model = build(name, device)
     # One sampler per mode: what it has recorded is gone once it samples something else.
     calls = {m: sampling(Sampler(model, dtype, **options), m, batch, args) for m in modes}
@@ -128,7 +128,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, help="runs that do not count (CUDA: 3, CPU: 0)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice if not given)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile, CUDA graphs")
+    parser.add_argument("--no_compile", action="store_true", help="as eval.py's")
     parser.add_argument("--memory", action="store_true", help="peak memory of CPU runs as well")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
@@ -143,6 +143,7 @@ def parse() -> argparse.Namespace:
     for mode in args.modes.split(","):
         if mode not in MODES:
             raise UserError(f"--modes {mode} is unknown; use some of {','.join(MODES)}")
+    args.compile = not args.no_compile and can_compile(device, show=True)
     args.device = str(device)
     return args
 
