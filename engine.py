@@ -19,7 +19,7 @@ from models.plan import DecodingPlan
 from models.sampler import Sampler
 from models.tokenizers import latent_scale_of, load_tokenizer
 from util import dist, evaluation
-from util.device import DTYPES, autocast, to_device
+from util.device import DTYPES, autocast, can_compile, to_device
 from util.dry_run import dry_run
 from util.errors import UserError
 from util.files import sha256_of
@@ -111,15 +111,21 @@ class MarGenerator:
         dtype: torch.dtype,
         vae_bsz: int | None = None,
         vae_dtype: torch.dtype | None = None,
+        compile: bool = False,
+        graphs: bool = False,
     ) -> None:
-        """vae_bsz: images decoded at once, all without it; vae_dtype: `dtype` without it."""
-        self.sampler = Sampler(model, dtype, graphs=device.type == "cuda")
+        """vae_bsz: images decoded at once, all without it; vae_dtype: `dtype` without it.
+
+        compile and graphs as in models.sampler.Sampler.
+        """
+        self.sampler = Sampler(model, dtype, compile=compile, graphs=graphs)
         self.tokenizer, self.latent_scale = tokenizer, latent_scale
         self.sampling, self.device = sampling, device
         self.vae_bsz, self.vae_dtype = vae_bsz, vae_dtype or dtype
         self.noise_shape = (model.seq_len, model.diffloss.num_sampling_steps, model.token_dim)
-        if device.type == "cuda" and self.vae_dtype != torch.float32:
-            tokenizer.to(memory_format=torch.channels_last)  # the tensor cores' own layout
+        if device.type == "cpu" or (device.type == "cuda" and self.vae_dtype != torch.float32):
+            # Tensor cores' own layout; KL-16 on a CPU: 1.06 times as fast in float32, 1.19 in bf16.
+            tokenizer.to(memory_format=torch.channels_last)
 
     def prepare(self, labels: Sequence[int], seeds: Sequence[int]) -> tuple[Tensor, ImageNoise]:
         """Labels (B,) and the images' noise, on the CPU."""
@@ -163,8 +169,18 @@ def evaluate(
     sampling = SamplingConfig.from_args(args)
     scale = scale_of(tokenizer, args)
     vae_dtype = DTYPES[args.vae_dtype] if args.vae_dtype else dtype
+    fast = device.type == "cuda" and not args.no_compile
     generator = MarGenerator(
-        model, tokenizer, scale, sampling, device, dtype, args.vae_bsz, vae_dtype
+        model,
+        tokenizer,
+        scale,
+        sampling,
+        device,
+        dtype,
+        args.vae_bsz,
+        vae_dtype,
+        compile=fast and can_compile(device, show=meeting.world.is_main),
+        graphs=fast,
     )
     config = {
         "model": args.model,

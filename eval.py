@@ -18,7 +18,7 @@ import torch
 import engine
 from models.presets import PRESETS
 from util import checkpoint, dist, evaluation, metrics, report
-from util.device import pick_device, pick_dtype
+from util.device import pick_device, pick_dtype, set_threads
 from util.errors import run_main
 from util.flags import SCORED_AS, make_parser, resolve
 from util.run_dir import RunDir
@@ -40,8 +40,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Command line."""
     args = parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     world = dist.world_from_env(args.dist_on_itp, args.world_size)
     device = pick_device(args.device, world.local_rank)
     with dist.Meeting(world, args.dist_url, args.patience) as meeting:

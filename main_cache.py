@@ -17,7 +17,7 @@ import engine
 from models.presets import PRESETS
 from util import dist
 from util.data import ImageFolder, in_one_sentence, to_unit_range
-from util.device import pick_device
+from util.device import pick_device, set_threads
 from util.errors import UserError, run_main
 from util.flags import make_parser, resolve
 from util.latents import write_moments, write_note
@@ -53,8 +53,7 @@ def main() -> None:
     """Command line."""
     args = make_parser("main_cache").parse_args()
     resolve(args, "main_cache", PRESETS)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     world = dist.world_from_env(args.dist_on_itp, args.world_size)
     device = pick_device(args.device, world.local_rank)
     written = cache(args, world, device)

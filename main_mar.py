@@ -31,7 +31,7 @@ from util.data import (
     batches,
     to_unit_range,
 )
-from util.device import pick_device, pick_dtype
+from util.device import pick_device, pick_dtype, set_threads
 from util.ema import EMA
 from util.errors import UserError, run_main
 from util.evaluation import request_of
@@ -96,8 +96,7 @@ def main() -> None:
     """Command line."""
     args = make_parser("main_mar").parse_args()
     resolve(args, "main_mar", PRESETS)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args.threads)
     world = dist.world_from_env(args.dist_on_itp, args.world_size)
     device = pick_device(args.device, world.local_rank)
     with dist.Meeting(world, args.dist_url, args.patience) as meeting:

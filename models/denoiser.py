@@ -11,7 +11,7 @@ from models.adaln_mlp import SimpleMLPAdaLN
 from models.sampling_copy import sampling_linear
 
 # Rows per product of a modulation table: enough for the full rate, few enough to stay in cache.
-ROWS_AHEAD = {"cpu": 64, "cuda": 512, "mps": 512}
+ROWS_AHEAD, ROWS_AHEAD_CPU = 512, 64
 
 Column = tuple[int, str]  # a block and one of its adaLN outputs; the final layer is block -1
 ADALN_OUTPUTS = ("shift", "scale", "gate")  # as they lie in the weights of a block
@@ -45,7 +45,8 @@ class ModulationTable:
         condition (r, w).
         """
         rows, width = condition.shape
-        chunk = max(1, ROWS_AHEAD[condition.device.type] // rows)
+        most = ROWS_AHEAD_CPU if condition.device.type == "cpu" else ROWS_AHEAD
+        chunk = max(1, most // rows)
         for some in times.split(chunk):
             embedding = F.silu(some[:, None] + condition)  # (k, r, w)
             outputs = self.linear(embedding, slice(0, count * width))

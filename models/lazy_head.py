@@ -23,6 +23,7 @@ class HeadCache:
     def __init__(self) -> None:
         # By segment (n, w): output - input of those skipped, output of the MLP of the others.
         self.parts: list[Tensor] = []
+        self.modulation: Tensor | None = None  # of the last full step (n, columns, w)
         self.residual: Tensor | None = None  # eps_c - eps_u (n, C)
 
 
@@ -47,6 +48,7 @@ class LazyDenoiser:
         gates = FINAL_COLUMNS + [(b, "gate") for b in kept]
         warm = gates + [(b, name) for b in kept for name in ("shift", "scale")]
         full = warm + [(b, name) for b in rest for name in ADALN_OUTPUTS]
+        self.reuse_adaln = config.head_reuse_adaln
         times = time_table(net, diffusion)
         self.modulations = ModulationTable(net, times, full)
 
@@ -76,8 +78,10 @@ class LazyDenoiser:
 
         def model(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
             kind = self.kinds[i]
-            modulation = next(ahead[kind])
+            reused = self.reuse_adaln and kind != "full"
+            modulation = cache.modulation if reused else next(ahead[kind])
             if kind == "full":
+                cache.modulation = modulation[:n]
                 output, cache.parts = self._full_step(x, modulation)
                 epsilon, fraction, cache.residual = guide(output.float(), n, cfg)
                 return epsilon, fraction
@@ -117,10 +121,7 @@ class LazyDenoiser:
             else:
                 b = blocks[0]
                 if warm:
-                    shift, scale = (
-                        modulation[:, column[b, "shift"]],
-                        modulation[:, column[b, "scale"]],
-                    )
+                    shift, scale = (modulation[:, column[b, name]] for name in ("shift", "scale"))
                     part = self.net.res_blocks[b].branch(hidden, shift, scale)
                 hidden = torch.addcmul(hidden, modulation[:, column[b, "gate"]], part)
             renewed.append(part)

@@ -36,6 +36,7 @@ class LazyMARConfig:
     head_interval: denoising step i is full if i is the first one or i % head_interval == 0.
     head_skip: head blocks (from 0) that other denoising steps replace by their last change.
     head_warm: share of the denoising steps above which MLPs of the other blocks are recomputed.
+    head_reuse_adaln: such steps also take the last full step's modulations (not in the paper).
     """
 
     warmup: int = 5
@@ -49,6 +50,7 @@ class LazyMARConfig:
     head_interval: int = 7
     head_skip: tuple[int, ...] = (1, 2, 3, 4)
     head_warm: float = 0.9
+    head_reuse_adaln: bool = False
 
     def __post_init__(self) -> None:
         least = {"warmup": 0, "interval": 1, "probe_layer": 0, "keep_floor": 0, "head_interval": 1}

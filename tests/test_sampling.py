@@ -1,5 +1,6 @@
 """Claims about sampling: seeds name images, and LazyMAR differs from MAR exactly where it may."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -111,6 +112,15 @@ def test_every_cache_alone_changes_the_image(cache):
     model = small_mar()
     plain = sample(model)
     assert 1e-4 < relative_error(sample(model, lazy_mar=CONFIGS[cache]), plain) < 1.0
+
+
+def test_reusing_modulations_changes_lazy_denoising_steps_alone():
+    model = small_mar()
+    lazy, never = LazyMARConfig(interval=1), LazyMARConfig(interval=1, head_interval=1)
+    reused = sample(model, lazy_mar=replace(lazy, head_reuse_adaln=True))
+    assert 1e-4 < relative_error(reused, sample(model, lazy_mar=lazy)) < 1.0
+    without = replace(never, head_reuse_adaln=True)
+    assert torch.equal(sample(model, lazy_mar=without), sample(model, lazy_mar=never))
 
 
 def test_all_caches_off_equals_mar():

@@ -125,6 +125,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--eval_bsz", type=int, default=64, help="images per batch")
     add("--vae_bsz", type=int, help="images that the tokenizer decodes at once; without it a batch")
     add("--vae_dtype", choices=tuple(DTYPES), help="of the tokenizer; without it --dtype")
+    add("--no_compile", action="store_true", help="on CUDA: no torch.compile, no CUDA graphs")
     add("--no_ema", action="store_true", help="evaluate model instead of model_ema")
     add("--overwrite", action="store_true", help="discard images of another configuration")
     add("--no_save", action="store_true", help="score images as they come and keep none")
@@ -192,10 +193,11 @@ def _add_lazy_mar(parser: argparse.ArgumentParser) -> None:
         ("token_cache", "compute only tokens that changed"),
         ("condition_cache", "take the unconditional branch from its cached residual"),
         ("head_cache", "cache blocks inside the diffusion head"),
+        ("head_reuse_adaln", "let that cache skip modulations too, which the paper does not"),
     ):
-        add(
-            f"--{name}", nargs="?", type=_boolean, const=True, metavar="BOOL", help=f"{what} (true)"
-        )
+        default = "false" if name == "head_reuse_adaln" else "true"
+        what = f"{what} ({default})"
+        add(f"--{name}", nargs="?", type=_boolean, const=True, metavar="BOOL", help=what)
         add(f"--no_{name}", f"--no-{name}", dest=name, action="store_false", default=None)
     add(
         "--head_interval",
@@ -294,7 +296,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1, help="of everything random")
     add("--device", help="cpu, cuda, cuda:1, mps; without it cuda if there is one, else cpu")
     add("--dtype", choices=tuple(DTYPES), help="without it bf16 on cuda, float32 elsewhere")
-    add("--threads", type=int, help="CPU threads per process")
+    add("--threads", type=int, help="CPU threads per process; without it its share of the cores")
     add("--world_size", type=int, default=1, help="accepted; torchrun starts the processes")
     add("--local_rank", type=int, default=-1, help="accepted; torchrun sets LOCAL_RANK")
     add("--dist_on_itp", action="store_true", help="take the ranks from Open MPI's environment")

@@ -1,0 +1,89 @@
+"""What the benchmarks share: clocks, ceilings of the machine, and files of results."""
+
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from util.files import atomic_path, write_json
+from util.run_dir import provenance
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: CUDA events where there are some, else the wall clock."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def best_seconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    """The fastest of some calls, after one that does not count."""
+    call()
+    return min(seconds_of(call, device) for _ in range(repeats))
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large linear layer: the ceiling of matrix products."""
+    size = 8192 if device.type == "cuda" else 2048
+    x, weight = torch.randn(2, size, size, device=device).to(dtype)
+    return 2 * size**3 / best_seconds(lambda: torch.nn.functional.linear(x, weight), device)
+
+
+def read_rate(device: torch.device) -> float:
+    """Bytes/s of adding up a tensor of 1 GB (CUDA) or 256 MB: the ceiling of reading weights."""
+    x = torch.ones((1 << 28) if device.type == "cuda" else (1 << 26), device=device)
+    return x.nbytes / best_seconds(x.sum, device)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def origin() -> dict[str, object]:
+    """What a number travels with; the command as one would type it, without this machine's paths."""
+    module = f"benchmarks.{Path(sys.argv[0]).stem}"
+    return {**provenance(), "command": shlex.join(["python", "-m", module, *sys.argv[1:]])}
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table; floats with three significant digits."""
+
+    def text(cell: object) -> str:
+        if cell is None:
+            return ""
+        return f"{cell:.3g}" if isinstance(cell, float) and cell < 1000 else str(cell)
+
+    lines = [head, ["---"] * len(head), *([text(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def write_result(path: Path | None, document: dict[str, object], text: str) -> None:
+    """Print the table and the document, one line of JSON; with a path write PATH.md and PATH.json."""
+    about = "\n".join(f"    {key}: {value}" for key, value in document["about"].items())
+    text = f"{text}\n{about}\n"
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path.with_suffix(".md")) as temporary:
+            temporary.write_text(text)
+        write_json(path.with_suffix(".json"), document)
+    print(text)
+    print(json.dumps(document))

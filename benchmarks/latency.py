@@ -1,0 +1,180 @@
+"""Seconds per image of MAR and LazyMAR at the real sizes, beside what the hardware allows.
+
+    python -m benchmarks.latency --models mar_huge --batches 1,8,64,128          # on a GPU: bf16
+    python -m benchmarks.latency --models mar_base --batches 1 --threads 1 --device cpu
+
+Random weights, so nothing has to be downloaded. After warm-up the modes take turns, so that a slow
+moment hits all of them; medians count. Limits use ceilings measured in the same run: `arithmetic`
+is FLOPs over the rate of a large matrix product; `with reads` also reads the head's weights at
+every denoising step. Peak memory is the device's own count on CUDA, on CPUs that of a fresh process
+with a head of 4 steps (--memory). The last line is one JSON document.
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import re
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import (
+    device_name,
+    markdown,
+    matrix_rate,
+    origin,
+    read_rate,
+    seconds_of,
+    write_result,
+)
+from benchmarks.mar_work import MODES, build, count_work
+from models.sampler import Sampler
+from util.device import DTYPES, pick_device, pick_dtype
+from util.errors import UserError, run_main
+
+
+def sampling(
+    sampler: Sampler, mode: str, batch: int, args: argparse.Namespace
+) -> Callable[[], Tensor]:
+    """A call that samples images 0 .. batch-1, each of its own class."""
+    labels = [i % sampler.model.class_num for i in range(batch)]
+    noise = sampler.model.image_noise(range(batch)).to(sampler.device)
+    return partial(
+        sampler.sample_tokens, batch, args.num_iter, args.cfg, labels=labels,
+        lazy_mar=MODES[mode], noise=noise,
+    )  # fmt: skip
+
+
+def peak_of_a_process(name: str, mode: str, batch: int, args: argparse.Namespace) -> float:
+    """Peak memory in GB of a fresh process that builds the model and samples (Linux)."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak, name, mode, batch, args).result()
+
+
+def _peak(name: str, mode: str, batch: int, args: argparse.Namespace) -> float:
+    torch.set_num_threads(1)
+    model = build(name, "cpu", num_sampling_steps="4")
+    sampling(Sampler(model, DTYPES[args.dtype]), mode, batch, args)()
+    status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak too
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
+
+
+def measure(
+    name: str, batch: int, modes: list[str], args: argparse.Namespace, ceilings: tuple[float, float]
+) -> list[dict[str, object]]:
+    """One row per mode."""
+    device = torch.device(args.device)
+    dtype = DTYPES[args.dtype]
+    options = {"compile": args.compile, "graphs": args.compile and device.type == "cuda"}
+    model = build(name, device)
+    # One sampler per mode: what it has recorded is gone once it samples something else.
+    calls = {m: sampling(Sampler(model, dtype, **options), m, batch, args) for m in modes}
+    times: dict[str, list[float]] = {mode: [] for mode in modes}
+    peaks: dict[str, float | None] = dict.fromkeys(modes)
+    for repeat in range(-args.warmup, args.repeats):
+        for mode, call in calls.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = seconds_of(call, device)
+            if device.type == "cuda":
+                peaks[mode] = torch.cuda.max_memory_allocated() / 1e9
+            if repeat >= 0:
+                times[mode].append(seconds)
+            print(f"{name} {args.dtype} batch {batch} {mode}: {seconds:.3f} s", flush=True)
+    rows = []
+    for mode in modes:
+        work = count_work(name, MODES[mode], args.num_iter, args.cfg, dtype.itemsize)
+        seconds = statistics.median(times[mode])
+        arithmetic, with_reads = work.limits(batch, *ceilings)
+        if args.memory and device.type == "cpu":
+            peaks[mode] = peak_of_a_process(name, mode, batch, args)
+        rows.append(
+            {
+                "model": name,
+                "dtype": args.dtype,
+                "batch": batch,
+                "mode": mode,
+                "s_per_image": seconds / batch,
+                "all_s": times[mode],
+                "speedup": statistics.median(times[modes[0]]) / seconds,
+                "tflop_per_image": work.flops / 1e12,
+                "gflop_per_s": batch * work.flops / seconds / 1e9,
+                "arithmetic_limit_s": arithmetic / batch,
+                "over_arithmetic": seconds / arithmetic,
+                "limit_with_reads_s": with_reads / batch,
+                "over_limit": seconds / with_reads,
+                "peak_gb": peaks[mode],
+            }
+        )
+    return rows
+
+
+def parse() -> argparse.Namespace:
+    """Flags, checked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.latency", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--models", default="mar_base", help="mar_base,mar_large,mar_huge,mar_tiny")
+    parser.add_argument("--batches", default="1", help="images per batch")
+    parser.add_argument("--modes", default="plain,lazy", help=f"of {','.join(MODES)}")
+    parser.add_argument("--num_iter", type=int, default=64)
+    parser.add_argument("--cfg", type=float, default=3.25)
+    parser.add_argument("--warmup", type=int, help="runs that do not count (CUDA: 3, CPU: 0)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice if not given)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, CUDA graphs")
+    parser.add_argument("--memory", action="store_true", help="peak memory of CPU runs as well")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=tuple(DTYPES))
+    parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    if args.dtype is None:
+        dtype = pick_dtype(None, device)
+        args.dtype = next(name for name, value in DTYPES.items() if value == dtype)
+    if args.warmup is None:
+        args.warmup = 3 if device.type == "cuda" else 0
+    for mode in args.modes.split(","):
+        if mode not in MODES:
+            raise UserError(f"--modes {mode} is unknown; use some of {','.join(MODES)}")
+    args.device = str(device)
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
+    device = torch.device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    rows = []
+    with torch.no_grad():
+        ceilings = matrix_rate(device, DTYPES[args.dtype]), read_rate(device)
+        for name in args.models.split(","):
+            for batch in map(int, args.batches.split(",")):
+                rows += measure(name, batch, args.modes.split(","), args, ceilings)
+    about = {
+        **origin(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "matrix_gflop_per_s": ceilings[0] / 1e9,
+        "read_gb_per_s": ceilings[1] / 1e9,
+        "compile": args.compile,
+        "num_iter": args.num_iter,
+        "cfg": args.cfg,
+        "seeds": "0 .. batch - 1; weights: torch.manual_seed(0)",
+    }
+    head = ["model", "dtype", "batch", "mode", "s_per_image", "speedup", "tflop_per_image"]
+    head += ["arithmetic_limit_s", "over_arithmetic", "limit_with_reads_s", "over_limit", "peak_gb"]
+    table = markdown(head, [[row[key] for key in head] for row in rows])
+    write_result(args.output, {"about": about, "rows": rows}, table)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,122 @@
+"""Models of the real sizes with random weights, and the work that sampling from them takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import mar
+from models.decoding import Decoding
+from models.lazy_head import LazyDenoiser
+from models.lazy_mar import LazyMARConfig
+from models.noise import ImageNoise
+from models.plan import DecodingPlan
+from models.sampling_copy import sampling_copy
+
+HEADS = {"mar_base": (6, 1024), "mar_large": (8, 1280), "mar_huge": (12, 1536)}  # MAR's README
+ONE_CACHE = {"token_cache": False, "condition_cache": False, "head_cache": False}
+MODES: dict[str, LazyMARConfig | None] = {
+    "plain": None,
+    "lazy": LazyMARConfig(),
+    "token": LazyMARConfig(**{**ONE_CACHE, "token_cache": True}),
+    "condition": LazyMARConfig(**{**ONE_CACHE, "condition_cache": True}),
+    "head": LazyMARConfig(**{**ONE_CACHE, "head_cache": True}),
+}
+
+
+def build(name: str, device: torch.device | str, **kwargs: object) -> mar.MAR:
+    """A model with seeded random weights, no matrix of zeros, ready to sample; kwargs as MAR's.
+
+    Raises ValueError for an unknown name.
+    """
+    if name not in (*HEADS, "mar_tiny"):
+        raise ValueError(f"{name} is no model; use mar_base, mar_large, mar_huge or mar_tiny")
+    head = {}
+    if name in HEADS:
+        head = {"diffloss_d": HEADS[name][0], "diffloss_w": HEADS[name][1]}
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = getattr(mar, name)(**{**head, **kwargs}).eval().requires_grad_(False)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations for one image, and bytes of head weights that one batch reads at least."""
+
+    transformer_flops: float
+    head_flops: float
+    head_bytes: float
+
+    @property
+    def flops(self) -> float:
+        return self.transformer_flops + self.head_flops
+
+    def limits(self, batch: int, rate: float, bandwidth: float) -> tuple[float, float]:
+        """Seconds per batch: by arithmetic alone; and with the head's weights read at each step."""
+        arithmetic = batch * self.flops / rate
+        head = max(batch * self.head_flops / rate, self.head_bytes / bandwidth)
+        return arithmetic, batch * self.transformer_flops / rate + head
+
+
+def count_work(
+    name: str, config: LazyMARConfig | None, num_iter: int, cfg: float, itemsize: int
+) -> Work:
+    """The work of one image, counted by torch's flop counter on the meta device."""
+    model = build(name, "meta")
+    plan = DecodingPlan.create(model.seq_len, num_iter, cfg)
+    decoding = Decoding(
+        sampling_copy(model, torch.float32, model.diffloss), 1, plan, config, temperature=1.0
+    )
+    heads: dict[object, float] = {}  # (rows of a run) -> operations
+    flops = {"step": 0.0, "head": 0.0}
+
+    def run_step(key: object, call: Callable[[], None]) -> None:
+        del key
+        flops["step"] += count(call)
+
+    def run_head(key: object, call: Callable[[], None]) -> None:
+        if key not in heads:
+            heads[key] = count(call)
+        flops["head"] += heads[key]
+
+    decoding.run_step, decoding.run_head = run_step, run_head
+    steps = model.diffloss.num_sampling_steps
+    with torch.device("meta"):
+        shape = (1, model.seq_len, steps + 1, model.token_dim)
+        noise = ImageNoise(torch.zeros(1, model.seq_len, dtype=torch.long), torch.zeros(shape))
+    first = count(lambda: decoding._prepare([0], noise))
+    decoding._decode(noise, progress=False)
+    per_run = _head_weights(decoding, steps) * itemsize
+    return Work(
+        transformer_flops=flops["step"] + first,
+        head_flops=flops["head"],
+        head_bytes=per_run * len(plan.steps),
+    )
+
+
+def count(call: Callable[[], object]) -> float:
+    """Operations of a call: 2 for each multiply-add of a matrix product."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def _head_weights(decoding: Decoding, steps: int) -> int:
+    """Weights that one denoising run reads if each of its steps reads what it needs."""
+    net, denoiser = decoding.model.diffloss.net, decoding.denoiser
+    width = net.cond_embed.weight.shape[0]
+    always = net.input_proj.weight.numel() + net.final_layer.linear.weight.numel()
+    mlp = 2 * width**2
+    full = always + len(net.res_blocks) * (mlp + 3 * width**2) + 2 * width**2
+    if not isinstance(denoiser, LazyDenoiser):
+        return steps * full
+    unskipped = sum(not skipped for skipped, _ in denoiser.segments)
+    cold = always + denoiser.columns["cold"] * width**2
+    warm = always + denoiser.columns["warm"] * width**2 + unskipped * mlp
+    of = {"full": full, "warm": warm, "cold": cold}
+    return sum(of[kind] for kind in denoiser.kinds)

@@ -1,0 +1,134 @@
+"""From the straightforward eager MAR to ours, one technique per row.
+
+    python -m benchmarks.waterfall --model mar_huge --batch 128               # on a GPU: bf16
+    python -m benchmarks.waterfall --model mar_base --dtype bf16 --threads 1 --device cpu
+
+Each row keeps what the rows above it have. Rows take turns; medians count. Random weights. The last
+line is one JSON document.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks import eager_mar
+from benchmarks.common import device_name, markdown, origin, seconds_of, write_result
+from benchmarks.mar_work import build
+from models.decoding import Decoding
+from models.lazy_mar import LazyMARConfig
+from models.mar import MAR
+from models.noise import ImageNoise
+from models.plan import DecodingPlan
+from models.sampler import Sampler
+from util.device import DTYPES, autocast, pick_device, pick_dtype
+from util.errors import run_main
+
+Call = Callable[[], object]
+
+
+def rows_of(
+    model: MAR, plan: DecodingPlan, labels: list[int], noise: ImageNoise, dtype: torch.dtype
+) -> dict[str, Call]:
+    """Name of each row -> a call that samples the batch that way."""
+    device, bsz = noise.orders.device, len(labels)
+
+    def autocasted(call: Call) -> Call:
+        def run() -> None:
+            with autocast(device, dtype):
+                call()
+
+        return run
+
+    def ours(config: LazyMARConfig | None, fast: bool, eager_head: bool = False) -> Call:
+        on_cuda = fast and device.type == "cuda"
+        sampler = Sampler(model, dtype, compile=on_cuda)
+        decoding = Decoding(sampler.model, bsz, plan, config, 1.0, on_cuda, on_cuda)
+        if eager_head:
+            decoding.denoiser = eager_mar.EagerDenoiser(sampler.model)
+        return lambda: decoding(labels, noise)
+
+    in_order = Decoding(model, bsz, plan, None, 1.0)
+    in_order.denoiser = eager_mar.EagerDenoiser(model)
+    rows = {
+        "eager: masks, raster order": autocasted(
+            lambda: eager_mar.sample_tokens(model, plan, labels, noise)
+        ),
+        "+ planned: decoding order, last block where needed": autocasted(
+            lambda: in_order(labels, noise)
+        ),
+        "+ weights cast and laid out once": ours(None, fast=False, eager_head=True),
+        "+ adaLN ahead of the denoising steps": ours(None, fast=False),
+    }
+    if device.type == "cuda":
+        rows["+ torch.compile and CUDA graphs"] = ours(None, fast=True)
+    off = LazyMARConfig(condition_cache=False, head_cache=False)
+    rows["+ LazyMAR: token cache"] = ours(off, fast=True)
+    rows["+ condition cache"] = ours(replace(off, condition_cache=True), fast=True)
+    rows["+ head cache"] = ours(LazyMARConfig(), fast=True)
+    return rows
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.waterfall", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--model", default="mar_base", help="mar_base, mar_large, mar_huge")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--num_iter", type=int, default=64)
+    parser.add_argument("--cfg", type=float, default=3.25)
+    parser.add_argument("--warmup", type=int, help="runs that do not count (CUDA: 3, CPU: 0)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice if not given)")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=tuple(DTYPES))
+    parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = pick_device(args.device)
+    dtype = DTYPES[args.dtype] if args.dtype else pick_dtype(None, device)
+    warmup = (3 if device.type == "cuda" else 0) if args.warmup is None else args.warmup
+
+    model = build(args.model, device)
+    plan = DecodingPlan.create(model.seq_len, args.num_iter, args.cfg)
+    labels = [i % model.class_num for i in range(args.batch)]
+    noise = model.image_noise(range(args.batch))
+    calls = rows_of(model, plan, labels, noise, dtype)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(-warmup, args.repeats):
+        for name, call in calls.items():
+            seconds = seconds_of(call, device)
+            if repeat >= 0:
+                times[name].append(seconds)
+            print(f"{name}: {seconds:.3f} s", flush=True)
+
+    seconds = {name: statistics.median(t) / args.batch for name, t in times.items()}
+    first = next(iter(seconds.values()))
+    rows, before = [], first
+    for name, s in seconds.items():
+        rows.append([name, s, before / s, first / s])
+        before = s
+    head = ["technique", "s_per_image", "gain", "against eager"]
+    about = {
+        **origin(),
+        "model": args.model,
+        "batch": args.batch,
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "num_iter": args.num_iter,
+        "cfg": args.cfg,
+        "seeds": "0 .. batch - 1; weights: torch.manual_seed(0)",
+    }
+    document = {"about": about, "rows": [dict(zip(head, r, strict=True)) for r in rows]}
+    write_result(args.output, document, markdown(head, rows))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,56 @@
+"""The benchmarks compare the same pictures, and run."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import eager_mar, latency, waterfall
+from benchmarks.common import markdown
+from benchmarks.mar_work import MODES, Work, count, count_work
+from models.plan import DecodingPlan
+from tests.golden_data import relative_error
+from tests.test_sampling import CLOSE, noise_of, sample, small_mar
+
+
+def test_the_eager_baseline_makes_the_same_latents():
+    model = small_mar()
+    plan = DecodingPlan.create(model.seq_len, 12, 3.0)
+    latents = eager_mar.sample_tokens(model, plan, [1, 2], noise_of(model, (3, 4)))
+    assert relative_error(latents, sample(model)) < CLOSE
+
+
+def test_operations_are_counted_twice_per_multiply_add():
+    x, weight = torch.zeros(3, 5, device="meta"), torch.zeros(7, 5, device="meta")
+    assert count(lambda: torch.nn.functional.linear(x, weight)) == 2 * 3 * 5 * 7
+
+
+def test_a_lazy_image_is_less_work_than_a_plain_one():
+    plain, lazy = (count_work("mar_tiny", MODES[m], 8, 3.0, 4) for m in ("plain", "lazy"))
+    assert lazy.transformer_flops < plain.transformer_flops
+    assert lazy.head_flops < plain.head_flops
+    assert lazy.head_bytes < plain.head_bytes
+
+
+def test_limits_are_work_over_rates():
+    work = Work(transformer_flops=60.0, head_flops=30.0, head_bytes=80.0)
+    assert work.limits(batch=2, rate=10.0, bandwidth=4.0) == (18.0, 12.0 + 20.0)
+
+
+def test_tables_show_three_digits():
+    assert markdown(["a", "b"], [[0.123456, None]]).splitlines()[2] == "| 0.123 |  |"
+
+
+@pytest.mark.parametrize("script", [latency, waterfall])
+def test_a_benchmark_ends_in_one_json_document_and_writes_its_results(
+    one_thread, monkeypatch, capsys, tmp_path, script
+):
+    model = "--models" if script is latency else "--model"
+    flags = [model, "mar_tiny", "--num_iter", "1", "--device", "cpu", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags, "--output", str(tmp_path / "result")])
+    script.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document == json.loads((tmp_path / "result.json").read_text())
+    assert len(document["rows"]) == (2 if script is latency else 7)
+    assert "| mar_tiny |" in (tmp_path / "result.md").read_text() or script is waterfall
