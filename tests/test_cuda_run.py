@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models.vae import AutoencoderKL
-from tests.test_run import scores
+from tests.test_run_scores import scores
 from tests.test_torchrun import agent, finish, free_port, result_of
 from util.device import to_device, to_host
 from util.images import png_name

@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT, flags_for
 from tests.test_eval import images_of
-from tests.test_run import scores
+from tests.test_run_scores import scores
 
 IMAGES, BATCH = 23, 2  # twelve batches, the last of them padded
 FLAGS = ["--num_images", IMAGES, "--eval_bsz", BATCH, "--num_iter", 8]
