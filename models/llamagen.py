@@ -207,7 +207,7 @@ class GPT(nn.Module):
         top_p: float = 1.0,
         cfg_interval: int = -1,
         *,
-        line_ar: LineARConfig | None = None,
+        line_ar: LineARConfig | bool | None = None,
         seeds: Sequence[int] | None = None,
         greedy: bool = False,
     ) -> Tensor:
@@ -244,6 +244,23 @@ class GPT(nn.Module):
             if guided:
                 x = torch.cat([x, x])
         return torch.stack(tokens, dim=1)
+
+    @torch.no_grad()
+    def cached_logits(
+        self, idx: Tensor, labels: Tensor, line_ar: LineARConfig | bool | None = None
+    ) -> Tensor:
+        """`forward`, position by position through a cache: what sampling would see after `idx`.
+
+        With the full cache the logits (B, 1 + n, vocab) are those of `forward`; the difference is what a
+        compressed one costs. Arguments as in `forward` and `sample_tokens`.
+        """
+        cache = make_cache(line_ar, self.grid, len(self.layers))
+        rope = self._rope()
+        x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(idx)], dim=1)
+        steps = range(x.shape[1])
+        return torch.stack(
+            [self._decode(x[:, i : i + 1], rope[i : i + 1], cache) for i in steps], dim=1
+        )
 
     def _decode(self, x: Tensor, rope: Tensor, cache: KVCache) -> Tensor:
         """One position x (rows, 1, D) through all blocks -> logits (rows, vocab) float32."""
@@ -283,4 +300,6 @@ def gpt_3b(**kwargs: Any) -> GPT:
 
 def gpt_tiny(**kwargs: Any) -> GPT:
     """The bundled model of 64x64 shapes: 16x16 codes of ten classes."""
-    return GPT(**{"dim": 160, "n_layer": 6, "n_head": 5, "num_classes": 10, "vocab_size": 512, **kwargs})
+    return GPT(
+        **{"dim": 128, "n_layer": 6, "n_head": 4, "num_classes": 10, "vocab_size": 512, **kwargs}
+    )

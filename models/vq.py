@@ -26,14 +26,14 @@ class Level(nn.Module):
     """Residual blocks of one resolution, attention behind each if asked, then maybe a resampling."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_blocks: int, attention: bool
+        self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, groups: int
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
         self.res = nn.ModuleList(
-            ResnetBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
+            ResnetBlock(a, b, groups) for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
-        self.attn = nn.ModuleList(AttnBlock(out_channels) for _ in self.res if attention)
+        self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in self.res if attention)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.res):
@@ -46,9 +46,11 @@ class Level(nn.Module):
         return x
 
 
-def _mid(channels: int) -> nn.Sequential:
+def _mid(channels: int, groups: int) -> nn.Sequential:
     return nn.Sequential(
-        ResnetBlock(channels, channels), AttnBlock(channels), ResnetBlock(channels, channels)
+        ResnetBlock(channels, channels, groups),
+        AttnBlock(channels, groups),
+        ResnetBlock(channels, channels, groups),
     )
 
 
@@ -56,7 +58,7 @@ class Encoder(nn.Module):
     """Image to latents, (B, 3, H, W) => (B, z, H/f, W/f), f = 2^(levels - 1)."""
 
     def __init__(
-        self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int
+        self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int, groups: int
     ) -> None:
         super().__init__()
         widths = [ch] + [ch * m for m in ch_mult]
@@ -64,12 +66,12 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
         for i in range(len(ch_mult)):
-            level = Level(widths[i], widths[i + 1], num_res_blocks, attention=i == last)
+            level = Level(widths[i], widths[i + 1], num_res_blocks, i == last, groups)
             if i != last:
                 level.downsample = Downsample(widths[i + 1])
             self.conv_blocks.append(level)
-        self.mid = _mid(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.mid = _mid(widths[-1], groups)
+        self.norm_out = group_norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,21 +85,21 @@ class Decoder(nn.Module):
     """Latents to image, (B, z, h, w) => (B, 3, h*f, w*f). Level 0 is the lowest resolution."""
 
     def __init__(
-        self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int
+        self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int, groups: int
     ) -> None:
         super().__init__()
         out = [ch * m for m in reversed(ch_mult)]
         last = len(ch_mult) - 1
         self.conv_in = nn.Conv2d(z_channels, out[0], 3, padding=1)
-        self.mid = _mid(out[0])
+        self.mid = _mid(out[0], groups)
         self.conv_blocks = nn.ModuleList()
         for i, (before, width) in enumerate(zip([out[0], *out[:-1]], out, strict=True)):
             blocks = num_res_blocks + DECODER_EXTRA_BLOCKS
-            level = Level(before, width, blocks, attention=i == 0)
+            level = Level(before, width, blocks, i == 0, groups)
             if i != last:
                 level.upsample = Upsample(width)
             self.conv_blocks.append(level)
-        self.norm_out = group_norm(out[-1])
+        self.norm_out = group_norm(out[-1], groups)
         self.conv_out = nn.Conv2d(out[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -135,8 +137,9 @@ class VQModel(nn.Module):
     The defaults are VQ-16: 71.9M parameters, stride f = 2^(len(ch_mult) - 1) = 16.
 
     codebook_size, codebook_embed_dim: K and C. ch, ch_mult: width of each resolution is
-    ch * ch_mult[level], a multiple of 32. num_res_blocks: of each encoder level; the decoder has
-    one more. z_channels: width around the codebook. Raises ValueError for other widths.
+    ch * ch_mult[level]. num_res_blocks: of each encoder level; the decoder has one more.
+    z_channels: width around the codebook. norm_groups: groups of every normalization; a width that
+    they do not divide is a ValueError.
     """
 
     def __init__(
@@ -147,17 +150,18 @@ class VQModel(nn.Module):
         ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4),
         num_res_blocks: int = 2,
         z_channels: int = 256,
+        norm_groups: int = NORM_GROUPS,
     ) -> None:
         super().__init__()
         for width in (ch, *(ch * m for m in ch_mult)):
-            if width <= 0 or width % NORM_GROUPS:
+            if width <= 0 or width % norm_groups:
                 raise ValueError(
-                    f"VQModel normalizes in {NORM_GROUPS} groups, so every width must be a "
-                    f"multiple of {NORM_GROUPS}: ch={ch} with ch_mult={tuple(ch_mult)} gives {width}"
+                    f"VQModel normalizes in {norm_groups} groups, so every width must be a "
+                    f"multiple of {norm_groups}: ch={ch} with ch_mult={tuple(ch_mult)} gives {width}"
                 )
         self.stride = 2 ** (len(ch_mult) - 1)
-        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
-        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, norm_groups)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels, norm_groups)
         self.quantize = Codebook(codebook_size, codebook_embed_dim)
         self.quant_conv = nn.Conv2d(z_channels, codebook_embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(codebook_embed_dim, z_channels, 1)
@@ -177,3 +181,9 @@ class VQModel(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, h, w) int64 => images (B, 3, h*f, w*f), about [-1, 1]."""
         return self.decode_latents(self.quantize.lookup(codes))
+
+
+def vq_tiny() -> VQModel:
+    """The bundled tokenizer of 64x64 shapes: 512 codes, stride 4."""
+    # groups of four channels, as in the narrowest levels of VQ-16: groups of one would lose the colour
+    return VQModel(512, 8, ch=32, ch_mult=(1, 1, 2), num_res_blocks=1, z_channels=32, norm_groups=8)
