@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +22,24 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from models import mar
+from models import llamagen, mar, vq
+from models.gpt_images import GPTSampling, generate
 from models.lazy_mar import LazyMARConfig
+from models.line_cache import LineARConfig
 from models.plan import DecodingPlan
 from models.tokenizers import latent_scale_of, load_tokenizer
-from util import dist, metrics
+from util import checkpoint, dist, metrics
 from util.device import autocast
 from util.ema import EMA
 from util.errors import UserError
 from util.files import sha256_of, write_json
-from util.flags import lazy_mar_values
+from util.flags import lazy_mar_values, line_ar_values
 from util.images import PngWriter, to_uint8
 from util.lr import LRSchedule
 from util.run_dir import RunDir, provenance
 
+VQ_TOKENIZERS = {"vq16": vq.vq16, "vq_tiny": vq.vq_tiny}
+ROPE_TABLE = "freqs_cis"  # some published GPT files hold it; ours is computed
 MAX_SKIPPED_IN_A_ROW = 20  # a few bad batches heal themselves; this many do not
 
 
@@ -163,9 +168,12 @@ def train_one_epoch(
     return False
 
 
-def build_model(args: argparse.Namespace) -> mar.MAR:
+def build_model(args: argparse.Namespace) -> mar.MAR | llamagen.GPT:
     """The model that resolved flags describe, with fresh weights, on the CPU."""
     try:
+        if args.family == "gpt":
+            side = args.img_size // args.vae_stride
+            return llamagen.__dict__[args.model](block_size=side**2, num_classes=args.class_num)
         return mar.__dict__[args.model](
             img_size=args.img_size,
             vae_stride=args.vae_stride,
@@ -190,10 +198,21 @@ def build_model(args: argparse.Namespace) -> mar.MAR:
         raise UserError(f"--model {args.model}: {error}") from error
 
 
+def load_weights(model: nn.Module, args: argparse.Namespace) -> str:
+    """Fill the model from --resume; says which weights these are. GPT files have no averaged ones."""
+    use_ema = args.family == "mar" and not args.no_ema
+    checkpoint.load_into(model, args.resume, use_ema, surplus=(ROPE_TABLE,))
+    return checkpoint.describe(args.resume, use_ema)
+
+
 def open_tokenizer(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """The tokenizer that resolved flags name, on the device. UserError if its file does not fit."""
     try:
-        tokenizer = load_tokenizer(args.tokenizer, args.vae_path, args.vae_embed_dim)
+        if args.tokenizer in VQ_TOKENIZERS:
+            tokenizer = VQ_TOKENIZERS[args.tokenizer]().eval().requires_grad_(False)
+            checkpoint.load_into(tokenizer, args.vae_path, use_ema=False)
+        else:
+            tokenizer = load_tokenizer(args.tokenizer, args.vae_path, args.vae_embed_dim)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--vae_path: {error}") from error
     if tokenizer.stride != args.vae_stride:
@@ -232,6 +251,30 @@ class SamplingConfig:
         except ValueError as error:
             raise UserError(str(error)) from error
         return cls(args.num_iter, args.cfg, args.cfg_schedule, args.temperature, lazy_mar)
+
+
+def gpt_sampling(args: argparse.Namespace) -> GPTSampling:
+    """From resolved flags. UserError if they do not make sense."""
+    values = line_ar_values(args, [field.name for field in fields(LineARConfig)])
+    try:
+        line_ar = None if values is None else LineARConfig(**values)
+        if line_ar is not None:
+            line_ar.plan((args.img_size // args.vae_stride,) * 2)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not args.temperature > 0 or not 0 < args.top_p <= 1:
+        raise UserError(
+            f"--temperature {args.temperature:g} and --top_p {args.top_p:g}: the first must be above 0, "
+            "the second in (0, 1]"
+        )
+    return GPTSampling(
+        args.cfg, args.temperature, args.top_k, args.top_p, args.cfg_interval, line_ar
+    )
+
+
+def sampling_of(args: argparse.Namespace) -> SamplingConfig | GPTSampling:
+    """How the model of resolved flags samples. UserError if they do not make sense."""
+    return gpt_sampling(args) if args.family == "gpt" else SamplingConfig.from_args(args)
 
 
 @dataclass(frozen=True)
@@ -285,8 +328,27 @@ def generate_images(
         yield ImageBatch(list(indices[part]), images, time.perf_counter() - began)
 
 
+def generate_gpt_images(
+    model: llamagen.GPT,
+    tokenizer: vq.VQModel,
+    indices: Sequence[int],
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    sampling: GPTSampling,
+    batch_size: int,
+    size: int,
+) -> Iterator[ImageBatch]:
+    """`generate_images` for a GPT, in the model's own precision; pictures of size x size pixels."""
+    for start in range(0, len(indices), batch_size):
+        part = slice(start, start + batch_size)
+        began = time.perf_counter()
+        images = generate(model, tokenizer, labels[part], seeds[part], sampling, size)
+        pixels = to_uint8(images)
+        yield ImageBatch(list(indices[part]), pixels, time.perf_counter() - began)
+
+
 def evaluate(
-    model: mar.MAR,
+    model: mar.MAR | llamagen.GPT,
     tokenizer: nn.Module,
     args: argparse.Namespace,
     world: dist.World,
@@ -298,8 +360,9 @@ def evaluate(
 
     `weights` says which weights the model holds; images of other weights are not mixed in.
     """
-    sampling = SamplingConfig.from_args(args)
-    scale = scale_of(tokenizer, args)
+    sampling = sampling_of(args)
+    is_gpt = isinstance(sampling, GPTSampling)
+    scale = None if is_gpt else scale_of(tokenizer, args)
     if args.num_images < 2 and not args.no_score:
         raise UserError("--num_images is 1, but FID needs at least 2 images: add --no_score")
     config = {
@@ -308,6 +371,7 @@ def evaluate(
         "num_images": args.num_images,
         "class_num": args.class_num,
         "img_size": args.img_size,
+        "image_size_eval": args.image_size_eval,
         "num_sampling_steps": args.num_sampling_steps,
         "tokenizer": f"{args.tokenizer} {sha256_of(args.vae_path)[:16]}",
         "latent_scale": scale,
@@ -328,9 +392,15 @@ def evaluate(
     mine = missing[world.rank :: world.size]
     labels = [image_label(i, args.num_images, args.class_num) for i in mine]
     seeds = [image_seed(args.seed, i) for i in mine]
-    batches = generate_images(
-        model, tokenizer, scale, mine, labels, seeds, sampling, args.eval_bsz, device, dtype
-    )
+    if is_gpt:
+        model = model.to(dtype)
+        batches = generate_gpt_images(
+            model, tokenizer, mine, labels, seeds, sampling, args.eval_bsz, args.image_size_eval
+        )
+    else:
+        batches = generate_images(
+            model, tokenizer, scale, mine, labels, seeds, sampling, args.eval_bsz, device, dtype
+        )
     seconds = 0.0
     show = world.is_main and sys.stderr.isatty()
     with PngWriter() as writer, tqdm(total=len(mine), unit="image", disable=not show) as bar:
@@ -347,10 +417,11 @@ def evaluate(
     generated = len(missing) + former.get("generated", 0)
     results: dict[str, object] = {
         "model": args.model,
-        "lazy_mar": sampling.lazy_mar is not None,
-        "method": method_name(sampling.lazy_mar),
+        "lazy_mar": args.lazy_mar,
+        "line_ar": args.line_ar,
+        "method": gpt_method_name(sampling) if is_gpt else method_name(sampling.lazy_mar),
         "num_images": args.num_images,
-        "num_iter": args.num_iter,
+        "num_iter": model.block_size if is_gpt else args.num_iter,
         "cfg": args.cfg,
         "sec_per_image": seconds / generated if generated else None,
         "generated": generated,
@@ -389,8 +460,38 @@ def method_name(config: LazyMARConfig | None) -> str:
     return ", ".join(["LazyMAR", *(f"{name} {value}" for name, value in changed.items())])
 
 
-def run_name(model: str, num_images: int, sampling: SamplingConfig) -> str:
+def gpt_method_name(sampling: GPTSampling) -> str:
+    """The cache in words, such as LineAR 1/6 or h2o 1/4, with the constants that are not the defaults."""
+    config = sampling.line_ar
+    if config is None or config.method == "none":
+        return "full cache"
+    default = asdict(LineARConfig())
+    budget = str(Fraction(config.budget).limit_denominator(64))
+    name = "LineAR" if config.method == "linear" else config.method
+    changed = [
+        f"{key} {value}"
+        for key, value in asdict(config).items()
+        if key not in ("budget", "method") and value != default[key]
+    ]
+    return ", ".join([f"{name} {budget}", *changed])
+
+
+def gpt_run_name(model: str, num_images: int, sampling: GPTSampling) -> str:
+    """Folder name of a run, such as gpt_xl-line_ar_1-6-cfg1.75-50000."""
+    method = gpt_method_name(sampling).lower().replace("linear", "line_ar").replace("/", "-")
+    parts = [model, method.replace(", ", "-").replace(" ", "_")]
+    plain = GPTSampling(sampling.cfg)
+    parts.append(f"cfg{sampling.cfg:g}")
+    for field in ("temperature", "top_k", "top_p", "cfg_interval"):
+        if getattr(sampling, field) != getattr(plain, field):
+            parts.append(f"{field}{getattr(sampling, field):g}")
+    return "-".join([*parts, str(num_images)])
+
+
+def run_name(model: str, num_images: int, sampling: SamplingConfig | GPTSampling) -> str:
     """Folder name of a run, such as mar_huge-lazy_mar-iter64-cfg3.25-50000."""
+    if isinstance(sampling, GPTSampling):
+        return gpt_run_name(model, num_images, sampling)
     config = sampling.lazy_mar
     method = "mar" if config is None else "lazy_mar"
     if config is not None and config != LazyMARConfig():

@@ -1,6 +1,7 @@
-"""Generate images with MAR or LazyMAR and score them: FID and Inception Score.
+"""Generate images with MAR (LazyMAR) or LlamaGen (LineAR), and score them: FID, Inception Score.
 
-    python eval.py --model mar_tiny --num_images 100 --lazy_mar            # the bundled model
+    python eval.py --model mar_tiny --num_images 100 --lazy_mar            # the bundled models
+    python eval.py --model gpt_tiny --num_images 100 --line_ar --line_budget 1/4
     torchrun --nproc_per_node=2 eval.py --num_images 50000 --eval_bsz 128 --num_iter 64 --lazy_mar
 
 Image i has a seed of its own, so the same command resumes, and runs of MAR and LazyMAR are paired
@@ -14,7 +15,7 @@ import torch
 
 import engine
 from models.presets import PRESETS
-from util import checkpoint, dist, metrics
+from util import dist, metrics
 from util.device import pick_device, pick_dtype
 from util.errors import run_main
 from util.flags import make_parser, resolve
@@ -29,14 +30,13 @@ def main() -> None:
     world = dist.world_from_env(args.dist_on_itp, args.world_size)
     device = pick_device(args.device, world.local_rank)
     dtype = pick_dtype(args.dtype, device)
-    engine.SamplingConfig.from_args(args)
+    engine.sampling_of(args)
     if not args.no_score:  # before minutes of loading and hours of sampling
         metrics.check_ready(args.features, args.features_path, args.fid_stats)
     model = engine.build_model(args)
-    checkpoint.load_into(model, args.resume, use_ema=not args.no_ema)
+    weights = engine.load_weights(model, args)
     model = model.to(device).eval()
     tokenizer = engine.open_tokenizer(args, device)
-    weights = checkpoint.describe(args.resume, use_ema=not args.no_ema)
 
     dist.start(world, device, args.dist_url)
     try:

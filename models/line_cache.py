@@ -1,9 +1,10 @@
 """Key-value caches of raster-order generation: the full one, and LineAR's few lines.
 
-LineAR (Qin et al., arXiv 2512.04857): tokens form lines of a grid. The first tokens (anchors) and the newest
-lines stay; between them, each completed line evicts for good as many tokens as it brought, those
-its own queries attended to least, because the next line looks at similar places. Which tokens go
-is decided per layer, sequence and head; how many is a Python number known before the first token.
+LineAR (Qin et al., arXiv 2512.04857): tokens form lines of a grid. The first tokens (anchors) and
+the newest lines stay; between them, each completed line evicts for good as many tokens as it
+brought, those its own queries attended to least, because the next line looks at similar places.
+Which tokens go is decided per layer, sequence and head; how many is a Python number known before
+the first token.
 
 The buffer holds the condition, the budget and one line. Keys carry their position (RoPE), so the
 order of slots means nothing: the new line's rows move into the slots of evicted tokens, and the
@@ -48,8 +49,8 @@ class LinePlan:
 class LineARConfig:
     """How the cache is compressed.
 
-    budget: share of the image's tokens in (0, 1], rounded to whole lines (the nearest, half upwards, at least
-        one), or a number of lines above 1. A budget of all lines is the full cache.
+    budget: share of the image's tokens in (0, 1], rounded to whole lines (the nearest, half
+        upwards, at least one), or a number of lines above 1. All lines are the full cache.
     anchors: first image tokens that are never evicted. recent: newest lines that are never evicted,
         the completed one included. Both are LineAR's; the other methods have their own.
     method: "linear", "none" (the full cache), or a rival, see models/line_methods.py.

@@ -192,7 +192,7 @@ class GPT(nn.Module):
         x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(idx)], dim=1)
         if idx.shape[1] > self.block_size:
             raise ValueError(f"{idx.shape[1]} tokens for an image of {self.block_size}")
-        rope = self._rope()[: x.shape[1]]
+        rope = self.rope()[: x.shape[1]]
         for layer in self.layers:
             x = layer(x, rope)
         return self.output(self.norm(x)).float()
@@ -231,11 +231,11 @@ class GPT(nn.Module):
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
         cache = make_cache(line_ar, self.grid, len(self.layers))
-        rope = self._rope()
+        rope = self.rope()
         x = self.cls_embedding(labels)
         tokens = []
         for i in range(self.block_size):
-            logits = self._decode(x, rope[i : i + 1], cache)  # (rows, vocab)
+            logits = self.decode(x, rope[i : i + 1], cache)  # (rows, vocab)
             if guided:
                 c, u = logits.chunk(2)
                 logits = u + cfg * (c - u) if cfg_interval < 0 or i - 1 <= cfg_interval else c
@@ -255,21 +255,22 @@ class GPT(nn.Module):
         compressed one costs. Arguments as in `forward` and `sample_tokens`.
         """
         cache = make_cache(line_ar, self.grid, len(self.layers))
-        rope = self._rope()
+        rope = self.rope()
         x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(idx)], dim=1)
         steps = range(x.shape[1])
         return torch.stack(
-            [self._decode(x[:, i : i + 1], rope[i : i + 1], cache) for i in steps], dim=1
+            [self.decode(x[:, i : i + 1], rope[i : i + 1], cache) for i in steps], dim=1
         )
 
-    def _decode(self, x: Tensor, rope: Tensor, cache: KVCache) -> Tensor:
-        """One position x (rows, 1, D) through all blocks -> logits (rows, vocab) float32."""
+    def decode(self, x: Tensor, rope: Tensor, cache: KVCache) -> Tensor:
+        """One position x (rows, 1, D), rope (1, d/2, 2) -> logits (rows, vocab) float32."""
         for index, layer in enumerate(self.layers):
             x = layer(x, rope, partial(cache.update, index))
         cache.advance()
         return self.output(self.norm(x))[:, 0].float()
 
-    def _rope(self) -> Tensor:
+    def rope(self) -> Tensor:
+        """The positions' table on the model's device, see `rope_table`."""
         return rope_table(self.grid, self.head_dim, self.device)
 
 

@@ -183,6 +183,11 @@ class VQModel(nn.Module):
         return self.decode_latents(self.quantize.lookup(codes))
 
 
+def vq16() -> VQModel:
+    """LlamaGen's tokenizer for class-conditional models, vq_ds16_c2i.pt."""
+    return VQModel()
+
+
 def vq_tiny() -> VQModel:
     """The bundled tokenizer of 64x64 shapes: 512 codes, stride 4."""
     # groups of four channels, as in the narrowest levels of VQ-16: groups of one would lose the colour

@@ -82,7 +82,7 @@ def test_the_cache_holds_the_tokens_that_the_oracle_holds():
     rope = oracle.rope
     x = torch.cat([model.cls_embedding(labels), model.tok_embeddings(codes)], dim=1)
     for i in range(x.shape[1]):
-        model._decode(x[:, i : i + 1], rope[i : i + 1], cache)
+        model.decode(x[:, i : i + 1], rope[i : i + 1], cache)
         if i and i % 5 == 0:
             for layer, rows in enumerate(oracle.history[i // 5 - 1]):
                 for row, heads in enumerate(rows):
@@ -177,7 +177,7 @@ def test_memory_is_condition_and_budget_and_one_line_in_the_models_dtype(method,
     x = model.cls_embedding(torch.zeros(rows, dtype=torch.long))
     rope = torch.zeros(1, width // 2, 2)
     for _ in range(8 * 6):
-        model._decode(x, rope, cache)
+        model.decode(x, rope, cache)
     assert cache.slots == 1 + 3 * 8 + 8
     assert cache.nbytes == layers * 2 * rows * heads * cache.slots * width * dtype.itemsize
     assert cache.live <= cache.slots

@@ -8,7 +8,7 @@ temporary name and then renamed. `python -m util.checkpoint convert SRC DST` mak
 import argparse
 import hashlib
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -140,9 +140,16 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
             raise UserError(f"{source} has '{name}', which the model lacks: it is of another model")
 
 
-def load_into(model: nn.Module, path: str | Path, use_ema: bool = True) -> None:
-    """Copy the weights of a file into `model`; UserError unless all names and shapes agree."""
+def load_into(
+    model: nn.Module, path: str | Path, use_ema: bool = True, surplus: Collection[str] = ()
+) -> None:
+    """Copy the weights of a file into `model`; UserError unless all names and shapes agree.
+
+    `surplus`: names that the file may have besides.
+    """
     weights = load_state_dict_file(path, use_ema)
+    for name in surplus:
+        weights.pop(name, None)
     check_weights(model, weights, path)
     model.load_state_dict(weights)
 

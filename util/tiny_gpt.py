@@ -30,10 +30,10 @@ from util.tiny_vq import learning_rate, pictures
 
 BUNDLE = Path("pretrained_models/gpt_tiny/model.safetensors")
 PICTURES = 20_000
-STEPS = 3000
-BATCH = 32  # pictures
+STEPS = 5000
+BATCH = 16  # pictures
 PEAK_LR = 2e-3
-WARMUP = 100  # steps
+WARMUP = 200  # steps
 LABEL_DROP = 0.1  # LlamaGen, train_c2i.py: class_dropout_prob
 WEIGHT_DECAY = 0.05  # LlamaGen, train_c2i.py
 BETAS = (0.9, 0.95)  # the same

@@ -24,7 +24,7 @@ from util.files import atomic_path
 from util.shapes import HELD_OUT_START, ShapesDataset
 
 BUNDLE = Path("pretrained_models/gpt_tiny/tokenizer.safetensors")
-STEPS = 1200
+STEPS = 1000
 BATCH = 16  # pictures
 PEAK_LR = 1e-3
 WARMUP = 50  # steps of linear warm-up; then a cosine to zero

@@ -1,0 +1,146 @@
+"""What compression costs: FID and accuracy of the bundled GPT for every method and budget.
+
+    python benchmarks/line_quality.py --num_images 1000
+
+Every row has the labels and seeds of the first, so rows differ by the cache alone. A row is written
+when it is done; the same command goes on. Results: benchmarks/results/line_quality.{json,md,svg,png}.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.common import BUDGETS, PRESET, RESULTS, Run, load_tiny, markdown, write_text
+from benchmarks.svg_plot import line_plot
+from models.gpt_images import GPTSampling
+from models.line_cache import LineARConfig
+from models.line_methods import METHODS
+from util.checkpoint import describe
+from util.device import pick_device, pick_dtype
+from util.errors import UserError, run_main
+from util.files import write_json
+from util.images import save_png, side_by_side_sheet
+from util.run_dir import provenance
+
+FULL = "full cache"
+PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
+COLUMNS = 10  # images of the picture, one of each class
+
+
+def config_of(method: str, budget: float, recent: int) -> LineARConfig:
+    """LineAR's defaults, with fewer recent lines where the budget has no room for them."""
+    config = LineARConfig(budget=budget, method=method, recent=recent)
+    while method == "linear" and config.recent > 1:
+        try:
+            config.plan((PRESET.img_size // PRESET.vae_stride,) * 2)
+            break
+        except ValueError:
+            config = LineARConfig(budget=budget, method=method, recent=config.recent - 1)
+    return config
+
+
+def tables(rows: list[dict], about: dict) -> str:
+    """Markdown: FID and accuracy of all methods (rows) at all budgets (columns)."""
+    full = next(row for row in rows if row["method"] == FULL)
+    found = {(row["method"], row["budget"]): row for row in rows}
+    parts = []
+    for key, title, form in (("fid", "FID", ".3f"), ("accuracy", "Accuracy", ".1%")):
+        body = [
+            [
+                name,
+                *(
+                    format(found[name, b][key], form) if (name, b) in found else "-"
+                    for b in BUDGETS
+                ),
+            ]
+            for name in METHODS
+        ]
+        head = [f"{title} (full cache: {format(full[key], form)})", *BUDGETS]
+        parts.append(markdown(head, body))
+    text = "\n".join(parts)
+    return text + "\n" + "\n".join(f"    {key}: {value}" for key, value in about.items()) + "\n"
+
+
+def draw(rows: list[dict], output: Path) -> None:
+    """The plot of FID over budget."""
+    full = next(row for row in rows if row["method"] == FULL)
+    found = {(row["method"], row["budget"]): row["fid"] for row in rows}
+    series = {name: [found.get((name, budget)) for budget in BUDGETS] for name in METHODS}
+    plot = line_plot("FID over the budget of the cache", list(BUDGETS), series, (FULL, full["fid"]))
+    write_text(output.with_suffix(".svg"), plot)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/line_quality.py", description=__doc__)
+    parser.add_argument("--num_images", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=250, help="images per batch")
+    parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
+    parser.add_argument("--cfg", type=float, default=PRESET.cfg)
+    parser.add_argument("--recent", type=int, default=LineARConfig().recent, help="LineAR's lines")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=("float32", "bf16"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "line_quality.json")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    model, tokenizer = load_tiny(device, dtype)
+    run = Run(args.num_images, args.seed, args.batch)
+    about = {
+        **provenance(),
+        "weights": describe(PRESET.resume, use_ema=False),
+        "images": args.num_images,
+        "seed": args.seed,
+        "cfg": args.cfg,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+    rows: list[dict] = []
+    if args.output.exists():
+        stored = json.loads(args.output.read_text())
+        rows = stored["rows"]
+        for key in ("weights", "images", "seed", "cfg", "dtype"):
+            if stored["about"][key] != about[key]:
+                raise UserError(
+                    f"{args.output} has rows with {key} {stored['about'][key]}, this run has "
+                    f"{about[key]}: give another --output"
+                )
+    plans: list[tuple[str, str, LineARConfig | None]] = [(FULL, "1", None)]
+    for budget, share in BUDGETS.items():
+        plans += [(name, budget, config_of(name, share, args.recent)) for name in METHODS]
+    pictures: dict[str, np.ndarray] = {}
+    chosen = [(2 * i + 1) * args.num_images // (2 * COLUMNS) for i in range(COLUMNS)]
+    for method, budget, config in plans:
+        if any((row["method"], row["budget"]) == (method, budget) for row in rows):
+            continue
+        began = time.perf_counter()
+        images = run.images(model, tokenizer, GPTSampling(args.cfg, line_ar=config))
+        seconds = time.perf_counter() - began
+        row = {
+            "method": method,
+            "budget": budget,
+            "lines": config.plan(model.grid).budget // model.grid[1] if config else model.grid[0],
+            "recent": config.recent if config and method == "linear" else None,
+            **run.score(images),
+            "images_per_s": args.num_images / seconds,
+        }
+        rows.append(row)
+        write_json(args.output, {"about": about, "rows": rows})
+        print(json.dumps(row), flush=True)
+        if (method, budget) in PICTURE:
+            name = method if method == FULL else f"{method} {budget}"
+            pictures[f"{name}: FID {row['fid']:.3f}"] = images[chosen]
+    write_text(args.output.with_suffix(".md"), tables(rows, about))
+    draw(rows, args.output)
+    if pictures:
+        save_png(args.output.with_suffix(".png"), side_by_side_sheet(pictures, scale=2))
+    print(json.dumps({"rows": len(rows), "output": str(args.output)}))
+
+
+if __name__ == "__main__":
+    run_main(main)
