@@ -1,6 +1,6 @@
 """Settles LineAR's constants: how far a compressed cache moves the next-token distribution.
 
-    python benchmarks/line_ablation.py
+    python -m benchmarks.line_ablation
 
 Codes that the bundled GPT sampled with the full cache are fed, position by position, through each
 compressed one. KL(full || compressed) of the next token, in nats, averaged over images and the
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import BUDGETS, PRESET, RESULTS, Run, load_tiny, markdown, write_text
+from benchmarks.line_common import BUDGETS, PRESET, RESULTS, Run, load_tiny, markdown, write_text
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS, POOLINGS
 from models.llamagen import GPT
@@ -67,7 +67,7 @@ def table(rows: list[dict], key: tuple[str, ...]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/line_ablation.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.line_ablation", description=__doc__)
     parser.add_argument("--num_images", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
     parser.add_argument("--cfg", type=float, default=PRESET.cfg, help="of the sampled codes")

@@ -1,7 +1,7 @@
 """Speed and memory of the key-value cache at the real sizes, with random weights.
 
-    python benchmarks/line_latency.py --model gpt_xl --batches 1,16,64,128,256     # on a GPU: bf16
-    python benchmarks/line_latency.py --model gpt_b --batches 4,16 --device cpu --dtype bf16
+    python -m benchmarks.line_latency --model gpt_xl --batches 1,16,64,128,256     # on a GPU: bf16
+    python -m benchmarks.line_latency --model gpt_b --batches 4,16 --device cpu --dtype bf16
 
 Per batch and budget: images per second of sample_tokens with guidance (a batch of B is 2B rows),
 bytes of the cache against theory, peak memory where the device counts it, and the bytes of weights
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import markdown, write_text
+from benchmarks.line_common import markdown, write_text
 from models import llamagen
 from models.line_cache import LineARConfig, LinePlan, make_cache
 from models.llamagen import GPT
@@ -82,7 +82,7 @@ def largest_batch(model: GPT, config: LineARConfig, cfg: float) -> int:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/line_latency.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.line_latency", description=__doc__)
     parser.add_argument(
         "--model", default="gpt_xl", help="gpt_b, gpt_l, gpt_xl, gpt_xxl, gpt_3b or gpt_tiny"
     )

@@ -1,6 +1,6 @@
 """What compression costs: FID and accuracy of the bundled GPT for every method and budget.
 
-    python benchmarks/line_quality.py --num_images 1000
+    python -m benchmarks.line_quality --num_images 1000
 
 Every row has the labels and seeds of the first, so rows differ by the cache alone. A row is written
 when it is done; the same command goes on. Results: benchmarks/results/line_quality.{json,md,svg,png}.
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import BUDGETS, PRESET, RESULTS, Run, load_tiny, markdown, write_text
+from benchmarks.line_common import BUDGETS, PRESET, RESULTS, Run, load_tiny, markdown, write_text
 from benchmarks.svg_plot import line_plot
 from models.gpt_images import GPTSampling
 from models.line_cache import LineARConfig
@@ -76,7 +76,7 @@ def draw(rows: list[dict], output: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/line_quality.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.line_quality", description=__doc__)
     parser.add_argument("--num_images", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=250, help="images per batch")
     parser.add_argument("--seed", type=int, default=1, help="as in eval.py")

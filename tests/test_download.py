@@ -320,6 +320,10 @@ def test_the_manifest_puts_every_file_where_the_presets_look_for_it(monkeypatch,
         assert targets[name] == Path(PRESETS[name].resume) / "checkpoint-last.pth"
         assert targets["vae"] == Path(PRESETS[name].vae_path)
         assert targets["fid_stats"] == Path(PRESETS[name].fid_stats)
+    for name in ("gpt_b", "gpt_l", "gpt_xl", "gpt_xxl", "gpt_3b"):
+        assert targets[name] == Path(PRESETS[name].resume)
+        assert targets["vq16"] == Path(PRESETS[name].vae_path)
+        assert targets["fid_stats"] == Path(PRESETS[name].fid_stats)
     hub = tmp_path / "hub" / "checkpoints"
     assert targets["inception"] == hub / "weights-inception-2015-12-05-6726825d.pth"
 
@@ -355,5 +359,6 @@ def test_an_unknown_name_ends_the_command_with_one_sentence(monkeypatch, capsys)
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
         "error: There is no download named 'mar_small': choose from "
-        "vae, mar_base, mar_large, mar_huge, fid_stats, inception.\n"
+        "vae, mar_base, mar_large, mar_huge, fid_stats, inception, "
+        "vq16, gpt_b, gpt_l, gpt_xl, gpt_xxl, gpt_3b, gpt_b_256, gpt_l_256.\n"
     )
