@@ -82,7 +82,7 @@ class StreamingLLM(Method):
 class H2O(Method):
     """Heavy hitters: accumulated attention; half of the budget are the newest tokens.
 
-    Zhang et al., arXiv 2306.14048, section 5: equal shares of heavy hitters and of recent tokens.
+    Zhang et al., arXiv 2306.14048: equal shares of heavy hitters and of recent tokens.
     """
 
     cumulative = True
@@ -106,10 +106,10 @@ class H2OLast(H2O):
 class SnapKV(Method):
     """Attention of an observation window, here a line, smoothed along the sequence.
 
-    Li et al., arXiv 2404.14469, section 4: average pooling keeps the neighbours of what is attended to.
+    Li et al., arXiv 2404.14469: pooling keeps the neighbours of what is attended to.
     """
 
-    KERNEL = 5  # the published code's kernel_size
+    KERNEL = 5  # the published code's kernel_size, with avgpool
 
     def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
         return 0, line
@@ -122,10 +122,11 @@ class SnapKV(Method):
 
 
 class RKV(Method):
-    """Attention minus redundancy (R-KV, Cai et al., arXiv 2505.24133, equation 5).
+    """Attention minus redundancy (Cai et al., arXiv 2505.24133).
 
-    Redundancy of a key is the softmax of its mean cosine similarity to the other live keys, here of
-    the same sequence and head; the published code looks at the first sequence of a batch alone.
+    Redundancy of a key is the softmax of its mean cosine similarity to the other live keys of its
+    sequence and head; the published code looks at the first sequence of a batch alone. Its
+    exception for the newest of several similar keys is left out: the newest line is protected.
     """
 
     LAMBDA = 0.07  # the published code's mix_lambda: weight of attention
