@@ -172,8 +172,10 @@ def build_model(args: argparse.Namespace) -> mar.MAR | llamagen.GPT:
     """The model that resolved flags describe, with fresh weights, on the CPU."""
     try:
         if args.family == "gpt":
-            side = args.img_size // args.vae_stride
-            return llamagen.__dict__[args.model](block_size=side**2, num_classes=args.class_num)
+            lines, line = gpt_grid(args)
+            return llamagen.__dict__[args.model](
+                block_size=lines * line, num_classes=args.class_num
+            )
         return mar.__dict__[args.model](
             img_size=args.img_size,
             vae_stride=args.vae_stride,
@@ -196,6 +198,16 @@ def build_model(args: argparse.Namespace) -> mar.MAR | llamagen.GPT:
         )
     except ValueError as error:
         raise UserError(f"--model {args.model}: {error}") from error
+
+
+def gpt_grid(args: argparse.Namespace) -> tuple[int, int]:
+    """Lines and codes per line of an image. UserError if its size is not a whole number of codes."""
+    side, rest = divmod(args.img_size, args.vae_stride)
+    if rest or side < 1:
+        raise UserError(
+            f"--img_size is {args.img_size}; it must be a multiple of --vae_stride {args.vae_stride}"
+        )
+    return side, side
 
 
 def load_weights(model: nn.Module, args: argparse.Namespace) -> str:
@@ -259,7 +271,7 @@ def gpt_sampling(args: argparse.Namespace) -> GPTSampling:
     try:
         line_ar = None if values is None else LineARConfig(**values)
         if line_ar is not None:
-            line_ar.plan((args.img_size // args.vae_stride,) * 2)
+            line_ar.plan(gpt_grid(args))
     except ValueError as error:
         raise UserError(str(error)) from error
     if not args.temperature > 0 or not 0 < args.top_p <= 1:

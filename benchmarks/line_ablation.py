@@ -16,7 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.line_common import BUDGETS, PRESET, RESULTS, Run, load_tiny, markdown, write_text
+from benchmarks.line_common import (
+    BUDGETS,
+    PRESET,
+    RESULTS,
+    Run,
+    load_tiny,
+    markdown,
+    origin,
+    write_text,
+)
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS, POOLINGS
 from models.llamagen import GPT
@@ -24,7 +33,6 @@ from util.checkpoint import describe
 from util.device import pick_device, pick_dtype
 from util.errors import run_main
 from util.files import write_json
-from util.run_dir import provenance
 
 ANCHORS = (0, 1, 4, 8, 12, 24)
 RECENT = (1, 2, 3)
@@ -95,7 +103,7 @@ def main() -> None:
         rows.append(row)
         print(json.dumps({k: v for k, v in row.items() if k != "kl_per_line"}), flush=True)
     about = {
-        **provenance(),
+        **origin(),
         "weights": describe(PRESET.resume, use_ema=False),
         "images": args.num_images,
         "seed": args.seed,

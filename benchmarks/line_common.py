@@ -1,5 +1,7 @@
 """What the LineAR benchmarks share: the bundled model, its images and scores, and files of results."""
 
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from util import metrics
 from util.checkpoint import load_into
 from util.files import atomic_path
 from util.images import to_uint8
+from util.run_dir import provenance
 
 PRESET = PRESETS["gpt_tiny"]
 RESULTS = Path(__file__).parent / "results"
@@ -84,6 +87,12 @@ class Run:
             "cpu",
             labels=self.labels,
         )
+
+
+def origin() -> dict[str, object]:
+    """What a number travels with; the command as one would type it, without this machine's paths."""
+    module = f"benchmarks.{Path(sys.argv[0]).stem}"
+    return {**provenance(), "command": shlex.join(["python", "-m", module, *sys.argv[1:]])}
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.line_common import markdown, write_text
+from benchmarks.line_common import markdown, origin, write_text
 from models import llamagen
 from models.line_cache import LineARConfig, LinePlan, make_cache
 from models.llamagen import GPT
 from util.device import DTYPES, pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.files import write_json
-from util.run_dir import provenance
 
 
 def cache_bytes(model: GPT, config: LineARConfig, rows: int) -> tuple[int, int]:
@@ -151,7 +150,7 @@ def main() -> None:
         {b: largest_batch(model, c, args.cfg) for b, c in configs.items()} if args.max_batch else {}
     )
     about = {
-        **provenance(),
+        **origin(),
         "model": args.model,
         "grid": list(model.grid),
         "cfg": args.cfg,

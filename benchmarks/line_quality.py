@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.line_common import BUDGETS, PRESET, RESULTS, Run, load_tiny, markdown, write_text
+from benchmarks.line_common import (
+    BUDGETS,
+    PRESET,
+    RESULTS,
+    Run,
+    load_tiny,
+    markdown,
+    origin,
+    write_text,
+)
 from benchmarks.svg_plot import line_plot
 from models.gpt_images import GPTSampling
 from models.line_cache import LineARConfig
@@ -24,7 +33,6 @@ from util.device import pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.files import write_json
 from util.images import save_png, side_by_side_sheet
-from util.run_dir import provenance
 
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
@@ -91,7 +99,7 @@ def main() -> None:
     model, tokenizer = load_tiny(device, dtype)
     run = Run(args.num_images, args.seed, args.batch)
     about = {
-        **provenance(),
+        **origin(),
         "weights": describe(PRESET.resume, use_ema=False),
         "images": args.num_images,
         "seed": args.seed,

@@ -355,8 +355,6 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
     for name in FROM_MODEL:
         if getattr(args, name) is None:
             setattr(args, name, values[name])
-    if args.image_size_eval is None:
-        args.image_size_eval = args.img_size
     if args.resume is None:
         args.resume = preset.resume
     if args.lazy_mar and args.head_interval is None:
@@ -365,4 +363,6 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
         value = getattr(args, name)
         if value is not None and not (least <= value < math.inf):
             raise UserError(f"--{name} is {value}; it must be a number of at least {least:g}")
+    if args.image_size_eval is None:
+        args.image_size_eval = args.img_size
     return preset
