@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--output", type=Path, default=RESULTS / "line_ablation.json")
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
     model, _ = load_tiny(device, pick_dtype("float32", device))
     run = Run(args.num_images, args.seed, args.num_images)

@@ -104,6 +104,5 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(text)

@@ -98,6 +98,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES))
     parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
     args = parser.parse_args()
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.max_batch and device.type != "cuda":

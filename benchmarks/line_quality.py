@@ -25,30 +25,21 @@ from benchmarks.line_common import (
     write_text,
 )
 from benchmarks.svg_plot import line_plot
-from models.gpt_images import GPTSampling
+from models.gpt_images import GPTSampling, generate
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS
+from models.llamagen import GPT
+from models.vq import VQModel
 from util.checkpoint import describe
-from util.device import pick_device, pick_dtype
+from util.device import DTYPES, pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.files import write_json
-from util.images import save_png, side_by_side_sheet
+from util.images import save_png, side_by_side_sheet, to_uint8
 
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
 COLUMNS = 10  # images of the picture, one of each class
-
-
-def config_of(method: str, budget: float, recent: int) -> LineARConfig:
-    """LineAR's defaults, with fewer recent lines where the budget has no room for them."""
-    config = LineARConfig(budget=budget, method=method, recent=recent)
-    while method == "linear" and config.recent > 1:
-        try:
-            config.plan((PRESET.img_size // PRESET.vae_stride,) * 2)
-            break
-        except ValueError:
-            config = LineARConfig(budget=budget, method=method, recent=config.recent - 1)
-    return config
+SAME = ("weights", "images", "seed", "cfg", "recent", "device", "dtype")  # in all rows of a file
 
 
 def tables(rows: list[dict], about: dict) -> str:
@@ -82,6 +73,47 @@ def draw(rows: list[dict], output: Path) -> None:
     write_text(output.with_suffix(".svg"), plot)
 
 
+def plans(recent: int) -> list[tuple[str, str, LineARConfig | None]]:
+    """Every row: method, budget, configuration."""
+    rows: list[tuple[str, str, LineARConfig | None]] = [(FULL, "1", None)]
+    for budget, share in BUDGETS.items():
+        rows += [
+            (name, budget, LineARConfig(share, recent=recent, method=name)) for name in METHODS
+        ]
+    return rows
+
+
+def rows_of_before(output: Path, about: dict) -> list[dict]:
+    """Rows of an earlier call. UserError if they are of other images."""
+    if not output.exists():
+        return []
+    stored = json.loads(output.read_text())
+    for key in SAME:
+        if stored["about"][key] != about[key]:
+            raise UserError(
+                f"{output} has rows with {key} {stored['about'][key]}, this run has {about[key]}: "
+                "give another --output"
+            )
+    return stored["rows"]
+
+
+def picture(
+    run: Run, model: GPT, tokenizer: VQModel, cfg: float, rows: list[dict], recent: int
+) -> np.ndarray:
+    """The same ten images, one of each class, by some of the rows: uint8 (H, W, 3)."""
+    chosen = [(2 * i + 1) * run.num_images // (2 * COLUMNS) for i in range(COLUMNS)]
+    labels, seeds = ([values[i] for i in chosen] for values in (run.labels, run.seeds))
+    fid = {(row["method"], row["budget"]): row["fid"] for row in rows}
+    strips = {}
+    for method, budget, config in plans(recent):
+        if (method, budget) in PICTURE:
+            sampling = GPTSampling(cfg, line_ar=config)
+            images = generate(model, tokenizer, labels, seeds, sampling, PRESET.img_size)
+            name = method if config is None else f"{method} {budget}"
+            strips[f"{name}: FID {fid[method, budget]:.3f}"] = to_uint8(images)
+    return side_by_side_sheet(strips, scale=2)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.line_quality", description=__doc__)
@@ -89,11 +121,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=250, help="images per batch")
     parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
     parser.add_argument("--cfg", type=float, default=PRESET.cfg)
-    parser.add_argument("--recent", type=int, default=LineARConfig().recent, help="LineAR's lines")
+    parser.add_argument("--recent", type=int, default=PRESET.line_recent, help="LineAR's lines")
     parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=("float32", "bf16"))
+    parser.add_argument("--dtype", choices=tuple(DTYPES))
     parser.add_argument("--output", type=Path, default=RESULTS / "line_quality.json")
     args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model, tokenizer = load_tiny(device, dtype)
@@ -104,27 +137,15 @@ def main() -> None:
         "images": args.num_images,
         "seed": args.seed,
         "cfg": args.cfg,
+        "recent": args.recent,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-    rows: list[dict] = []
-    if args.output.exists():
-        stored = json.loads(args.output.read_text())
-        rows = stored["rows"]
-        for key in ("weights", "images", "seed", "cfg", "dtype"):
-            if stored["about"][key] != about[key]:
-                raise UserError(
-                    f"{args.output} has rows with {key} {stored['about'][key]}, this run has "
-                    f"{about[key]}: give another --output"
-                )
-    plans: list[tuple[str, str, LineARConfig | None]] = [(FULL, "1", None)]
-    for budget, share in BUDGETS.items():
-        plans += [(name, budget, config_of(name, share, args.recent)) for name in METHODS]
-    pictures: dict[str, np.ndarray] = {}
-    chosen = [(2 * i + 1) * args.num_images // (2 * COLUMNS) for i in range(COLUMNS)]
-    for method, budget, config in plans:
-        if any((row["method"], row["budget"]) == (method, budget) for row in rows):
+    rows = rows_of_before(args.output, about)
+    done = {(row["method"], row["budget"]) for row in rows}
+    for method, budget, config in plans(args.recent):
+        if (method, budget) in done:
             continue
         began = time.perf_counter()
         images = run.images(model, tokenizer, GPTSampling(args.cfg, line_ar=config))
@@ -132,21 +153,17 @@ def main() -> None:
         row = {
             "method": method,
             "budget": budget,
-            "lines": config.plan(model.grid).budget // model.grid[1] if config else model.grid[0],
-            "recent": config.recent if config and method == "linear" else None,
+            "lines": LineARConfig.of(config).plan(model.grid).budget // model.grid[1],
             **run.score(images),
             "images_per_s": args.num_images / seconds,
         }
         rows.append(row)
         write_json(args.output, {"about": about, "rows": rows})
         print(json.dumps(row), flush=True)
-        if (method, budget) in PICTURE:
-            name = method if method == FULL else f"{method} {budget}"
-            pictures[f"{name}: FID {row['fid']:.3f}"] = images[chosen]
     write_text(args.output.with_suffix(".md"), tables(rows, about))
     draw(rows, args.output)
-    if pictures:
-        save_png(args.output.with_suffix(".png"), side_by_side_sheet(pictures, scale=2))
+    sheet = picture(run, model, tokenizer, args.cfg, rows, args.recent)
+    save_png(args.output.with_suffix(".png"), sheet)
     print(json.dumps({"rows": len(rows), "output": str(args.output)}))
 
 

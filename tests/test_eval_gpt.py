@@ -77,7 +77,7 @@ def test_a_run_resumes_and_a_compressed_one_has_a_folder_of_its_own(sample):
     assert sample()["generated"] == 3
     line = sample("--line_ar", "--line_budget", "3/8", "--line_anchors", 4)
     assert line["line_ar"]
-    assert line["method"] == "LineAR 3/8, anchors 4"
+    assert line["method"] == "LineAR 3/8, anchors 4, recent 1"
     assert line["images_dir"] != full["images_dir"]
     assert not np.array_equal(images_of(line)[0], images_of(full)[0])
 
@@ -100,7 +100,10 @@ def test_the_published_models_are_saved_at_256_pixels():
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (("--line_ar", "--line_budget", "1/8"), "is too small for 8 anchors and 32 recent"),
+        (
+            ("--line_ar", "--line_budget", "1/8", "--line_recent", "2"),
+            "32 tokens (2 lines of 16) is too small for 8 anchors and 32 recent",
+        ),
         (("--line_ar", "--line_budget", "2/0"), "'2/0' is no budget like 1/6, 0.25 or 4"),
         (("--line_ar", "--line_budget", "2.5"), "budget is 2.5"),
         (("--line_ar", "--line_method", "magic"), "'magic'; use one of none, linear"),

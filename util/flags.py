@@ -185,7 +185,7 @@ def _add_line_ar(parser: argparse.ArgumentParser) -> None:
         help="image tokens kept: a share like 1/6, or a number of lines above 1 (1/6)",
     )
     add("--line_anchors", type=int, help="first tokens that are never evicted (8)")
-    add("--line_recent", type=int, help="newest lines that are never evicted (2)")
+    add("--line_recent", type=int, help="newest lines that are never evicted (2) [model]")
     add("--line_method", help="linear, none, streaming, h2o, h2o_last, snapkv or rkv (linear)")
     add("--line_pooling", help="of the attention of a line's queries: mean, max or last (mean)")
 
@@ -359,6 +359,8 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
         args.resume = preset.resume
     if args.lazy_mar and args.head_interval is None:
         args.head_interval = preset.head_interval
+    if args.line_ar and args.line_recent is None:
+        args.line_recent = preset.line_recent
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not (least <= value < math.inf):
