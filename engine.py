@@ -268,20 +268,16 @@ class SamplingConfig:
 def gpt_sampling(args: argparse.Namespace) -> GPTSampling:
     """From resolved flags. UserError if they do not make sense."""
     values = line_ar_values(args, [field.name for field in fields(LineARConfig)])
+    grid = gpt_grid(args)
     try:
         line_ar = None if values is None else LineARConfig(**values)
         if line_ar is not None:
-            line_ar.plan(gpt_grid(args))
+            line_ar.plan(grid)
+        return GPTSampling(
+            args.cfg, args.temperature, args.top_k, args.top_p, args.cfg_interval, line_ar
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
-    if not args.temperature > 0 or not 0 < args.top_p <= 1:
-        raise UserError(
-            f"--temperature {args.temperature:g} and --top_p {args.top_p:g}: the first must be above 0, "
-            "the second in (0, 1]"
-        )
-    return GPTSampling(
-        args.cfg, args.temperature, args.top_k, args.top_p, args.cfg_interval, line_ar
-    )
 
 
 def sampling_of(args: argparse.Namespace) -> SamplingConfig | GPTSampling:
@@ -473,19 +469,19 @@ def method_name(config: LazyMARConfig | None) -> str:
 
 
 def gpt_method_name(sampling: GPTSampling) -> str:
-    """The cache in words, such as LineAR 1/6 or h2o 1/4, with the constants that are not the defaults."""
+    """The cache in words: full cache, h2o 1/4, or LineAR 1/6 and the constants that are not its defaults."""
     config = sampling.line_ar
     if config is None or config.method == "none":
         return "full cache"
-    default = asdict(LineARConfig())
-    budget = str(Fraction(config.budget).limit_denominator(64))
-    name = "LineAR" if config.method == "linear" else config.method
+    budget = Fraction(config.budget).limit_denominator(64)
+    if config.method != "linear":
+        return f"{config.method} {budget}"
     changed = [
-        f"{key} {value}"
-        for key, value in asdict(config).items()
-        if key not in ("budget", "method") and value != default[key]
+        f"{name} {getattr(config, name)}"
+        for name in ("anchors", "recent", "pooling")
+        if getattr(config, name) != getattr(LineARConfig(), name)
     ]
-    return ", ".join([f"{name} {budget}", *changed])
+    return ", ".join([f"LineAR {budget}", *changed])
 
 
 def gpt_run_name(model: str, num_images: int, sampling: GPTSampling) -> str:

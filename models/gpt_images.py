@@ -9,12 +9,16 @@ from torch import Tensor
 
 from models.line_cache import LineARConfig
 from models.llamagen import GPT
+from models.token_sampling import check_settings
 from models.vq import VQModel
 
 
 @dataclass(frozen=True)
 class GPTSampling:
-    """How codes are sampled: the arguments of GPT.sample_tokens that a whole run shares."""
+    """How codes are sampled: the arguments of GPT.sample_tokens that a whole run shares.
+
+    Raises ValueError if they make no sense.
+    """
 
     cfg: float
     temperature: float = 1.0
@@ -22,6 +26,9 @@ class GPTSampling:
     top_p: float = 1.0
     cfg_interval: int = -1
     line_ar: LineARConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self.cfg, self.temperature, self.top_k, self.top_p)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.line_cache import KVCache, LineARConfig, make_cache
-from models.token_sampling import TokenSampler
+from models.token_sampling import TokenSampler, check_settings
 
 RMS_NORM_EPS = 1e-5  # LlamaGen, autoregressive/models/gpt.py: norm_eps
 ROPE_BASE = 10_000  # the same: rope_base
@@ -221,12 +221,13 @@ class GPT(nn.Module):
 
         Raises ValueError for settings that do not fit, before anything is computed.
         """
+        check_settings(cfg, temperature, top_k, top_p)
         labels = torch.as_tensor(labels, device=self.device).long()
+        if labels.dim() != 1 or not bool(((labels >= 0) & (labels < self.num_classes)).all()):
+            raise ValueError(f"labels must be (B,) classes from 0 to {self.num_classes - 1}")
         sampler = TokenSampler(
             len(labels), self.block_size, temperature, top_k, top_p, greedy, seeds, self.device
         )
-        if labels.dim() != 1 or not bool(((labels >= 0) & (labels < self.num_classes)).all()):
-            raise ValueError(f"labels must be (B,) classes from 0 to {self.num_classes - 1}")
         guided = cfg > 1
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])

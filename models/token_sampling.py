@@ -1,5 +1,6 @@
 """From logits to codes: temperature, top-k, top-p, and the draw, whose chance belongs to the image."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -24,11 +25,23 @@ def uniforms_from_seeds(seeds: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy(draws)
 
 
+def check_settings(cfg: float, temperature: float, top_k: int, top_p: float) -> None:
+    """Raise ValueError for settings of sample_tokens that make no sense."""
+    if not math.isfinite(cfg):
+        raise ValueError(f"cfg is {cfg}; it must be a finite number")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be above 0 (or use greedy)")
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}; it must be 0 (off) or a number of codes")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be in (0, 1], 1 is off")
+
+
 class TokenSampler:
     """Turns logits of step i into codes.
 
     A draw inverts the cumulative distribution at the image's own i-th uniform number, so it needs
-    one number per token, the same in any batch. Raises ValueError for settings that make no sense.
+    one number per token, the same in any batch. Raises ValueError unless there is a seed per image.
     """
 
     def __init__(
@@ -42,12 +55,6 @@ class TokenSampler:
         seeds: Sequence[int] | None,
         device: torch.device,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature is {temperature}; it must be above 0 (or use greedy)")
-        if top_k < 0:
-            raise ValueError(f"top_k is {top_k}; it must be 0 (off) or a number of codes")
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p is {top_p}; it must be in (0, 1], 1 is off")
         if seeds is not None and len(seeds) != batch:
             raise ValueError(f"{len(seeds)} seeds for {batch} images; give one each")
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p

@@ -110,9 +110,10 @@ def test_the_published_models_are_saved_at_256_pixels():
         (("--line_anchors", "4"), "--line_anchors belongs to LineAR: add --line_ar"),
         (("--lazy_mar",), "--lazy_mar is not for --model gpt_tiny"),
         (("--img_size", "30"), "--img_size is 30; it must be a multiple of --vae_stride 4"),
-        (("--top_p", "0"), "--top_p 0"),
+        (("--top_p", "0"), "top_p is 0.0"),
         (("--top_k", "-1"), "--top_k is -1"),
-        (("--temperature", "0"), "--temperature 0"),
+        (("--temperature", "0"), "temperature is 0.0"),
+        (("--cfg", "nan"), "cfg is nan"),
     ],
 )
 def test_a_mistake_is_one_sentence(refused, files, flags, sentence):

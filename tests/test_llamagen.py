@@ -175,12 +175,14 @@ def test_the_stream_of_uniform_numbers_is_frozen():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"cfg": float("nan")}, "cfg is nan"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, r"top_p is 0.0; it must be in \(0, 1\]"),
         ({"seeds": [1]}, "1 seeds for 2 images"),
         ({"seeds": [1, -2]}, "seed -2 is negative"),
         ({"labels": torch.tensor([0, 5])}, "from 0 to 4"),
+        ({"labels": torch.tensor(1)}, r"labels must be \(B,\)"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

@@ -30,7 +30,7 @@ from util.tiny_vq import learning_rate, pictures
 
 BUNDLE = Path("pretrained_models/gpt_tiny/model.safetensors")
 PICTURES = 20_000
-STEPS = 5000
+STEPS = 4200
 BATCH = 16  # pictures
 PEAK_LR = 2e-3
 WARMUP = 200  # steps
