@@ -469,7 +469,7 @@ def method_name(config: LazyMARConfig | None) -> str:
 
 
 def gpt_method_name(sampling: GPTSampling) -> str:
-    """The cache in words: full cache, h2o 1/4, or LineAR 1/6 and the constants that are not its defaults."""
+    """The cache in words: full cache, h2o 1/4, LineAR 1/6 and what differs from its defaults."""
     config = sampling.line_ar
     if config is None or config.method == "none":
         return "full cache"
