@@ -65,7 +65,7 @@ def test_the_images_are_those_of_their_labels_and_seeds_in_any_batch(sample):
     engine.checkpoint.load_into(tokenizer, ROOT / PRESETS["gpt_tiny"].vae_path, use_ema=False)
     for i, image in enumerate(images_of(result)):
         label, seed = engine.image_label(i, 3, 10), engine.image_seed(1, i)
-        one = generate(model, tokenizer, [label], [seed], GPTSampling(1.5), 32)
+        one = generate(model, tokenizer, [label], [seed], GPTSampling(2.0), 32)
         difference = engine.to_uint8(one)[0].astype(int) - image
         assert abs(difference).max() <= 1
 
@@ -83,9 +83,9 @@ def test_a_run_resumes_and_a_compressed_one_has_a_folder_of_its_own(sample):
 
 
 def test_the_folder_is_named_after_model_method_and_settings(sample):
-    assert "/gpt_tiny-full_cache-cfg1.5-3/" in sample()["images_dir"]
+    assert "/gpt_tiny-full_cache-cfg2-3/" in sample()["images_dir"]
     result = sample("--line_ar", "--line_method", "h2o", "--line_budget", 3, "--top_k", 9)
-    assert "/gpt_tiny-h2o_3-cfg1.5-top_k9-3/" in result["images_dir"]
+    assert "/gpt_tiny-h2o_3-cfg2-top_k9-3/" in result["images_dir"]
 
 
 def test_pictures_are_resized_to_the_size_of_evaluation(sample):
