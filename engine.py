@@ -488,8 +488,8 @@ def gpt_run_name(model: str, num_images: int, sampling: GPTSampling) -> str:
     """Folder name of a run, such as gpt_xl-line_ar_1-6-cfg1.75-50000."""
     method = gpt_method_name(sampling).lower().replace("linear", "line_ar").replace("/", "-")
     parts = [model, method.replace(", ", "-").replace(" ", "_")]
-    plain = GPTSampling(sampling.cfg)
     parts.append(f"cfg{sampling.cfg:g}")
+    plain = GPTSampling(sampling.cfg)
     for field in ("temperature", "top_k", "top_p", "cfg_interval"):
         if getattr(sampling, field) != getattr(plain, field):
             parts.append(f"{field}{getattr(sampling, field):g}")

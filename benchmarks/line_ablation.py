@@ -78,7 +78,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.line_ablation", description=__doc__)
     parser.add_argument("--num_images", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
-    parser.add_argument("--cfg", type=float, default=PRESET.cfg, help="of the sampled codes")
     parser.add_argument("--device")
     parser.add_argument("--output", type=Path, default=RESULTS / "line_ablation.json")
     args = parser.parse_args()
@@ -87,7 +86,7 @@ def main() -> None:
     model, _ = load_tiny(device, pick_dtype("float32", device))
     run = Run(args.num_images, args.seed, args.num_images)
     labels = torch.tensor(run.labels, device=device)
-    codes = model.sample_tokens(labels, args.cfg, seeds=run.seeds)[:, :-1]
+    codes = model.sample_tokens(labels, PRESET.cfg, top_p=PRESET.top_p, seeds=run.seeds)[:, :-1]
     full = model.cached_logits(codes, labels).log_softmax(-1)
     rows = []
     for budget, config in sweep(model.grid):
@@ -108,7 +107,8 @@ def main() -> None:
         "weights": describe(PRESET.resume, use_ema=False),
         "images": args.num_images,
         "seed": args.seed,
-        "cfg": args.cfg,
+        "cfg": PRESET.cfg,
+        "top_p": PRESET.top_p,
         "device": str(device),
         "dtype": "float32",
     }

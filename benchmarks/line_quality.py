@@ -9,6 +9,7 @@ when it is done; the same command goes on. Results: benchmarks/results/line_qual
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,16 @@ from util.images import save_png, side_by_side_sheet, to_uint8
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
 COLUMNS = 10  # images of the picture, one of each class
-SAME = ("weights", "images", "seed", "cfg", "recent", "device", "dtype")  # in all rows of a file
+SAME = (
+    "weights",
+    "images",
+    "seed",
+    "cfg",
+    "top_p",
+    "recent",
+    "device",
+    "dtype",
+)  # in all rows of a file
 
 
 def tables(rows: list[dict], about: dict) -> str:
@@ -98,7 +108,7 @@ def rows_of_before(output: Path, about: dict) -> list[dict]:
 
 
 def picture(
-    run: Run, model: GPT, tokenizer: VQModel, cfg: float, rows: list[dict], recent: int
+    run: Run, model: GPT, tokenizer: VQModel, plain: GPTSampling, rows: list[dict], recent: int
 ) -> np.ndarray:
     """The same ten images, one of each class, by some of the rows: uint8 (H, W, 3)."""
     chosen = [(2 * i + 1) * run.num_images // (2 * COLUMNS) for i in range(COLUMNS)]
@@ -107,7 +117,7 @@ def picture(
     strips = {}
     for method, budget, config in plans(recent):
         if (method, budget) in PICTURE:
-            sampling = GPTSampling(cfg, line_ar=config)
+            sampling = replace(plain, line_ar=config)
             images = generate(model, tokenizer, labels, seeds, sampling, PRESET.img_size)
             name = method if config is None else f"{method} {budget}"
             strips[f"{name}: FID {fid[method, budget]:.3f}"] = to_uint8(images)
@@ -121,6 +131,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=250, help="images per batch")
     parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
     parser.add_argument("--cfg", type=float, default=PRESET.cfg)
+    parser.add_argument("--top_p", type=float, default=PRESET.top_p)
     parser.add_argument("--recent", type=int, default=PRESET.line_recent, help="LineAR's lines")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
@@ -131,12 +142,14 @@ def main() -> None:
     dtype = pick_dtype(args.dtype, device)
     model, tokenizer = load_tiny(device, dtype)
     run = Run(args.num_images, args.seed, args.batch)
+    plain = GPTSampling(args.cfg, top_p=args.top_p)
     about = {
         **origin(),
         "weights": describe(PRESET.resume, use_ema=False),
         "images": args.num_images,
         "seed": args.seed,
         "cfg": args.cfg,
+        "top_p": args.top_p,
         "recent": args.recent,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -148,7 +161,7 @@ def main() -> None:
         if (method, budget) in done:
             continue
         began = time.perf_counter()
-        images = run.images(model, tokenizer, GPTSampling(args.cfg, line_ar=config))
+        images = run.images(model, tokenizer, replace(plain, line_ar=config))
         seconds = time.perf_counter() - began
         row = {
             "method": method,
@@ -162,7 +175,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
     write_text(args.output.with_suffix(".md"), tables(rows, about))
     draw(rows, args.output)
-    sheet = picture(run, model, tokenizer, args.cfg, rows, args.recent)
+    sheet = picture(run, model, tokenizer, plain, rows, args.recent)
     save_png(args.output.with_suffix(".png"), sheet)
     print(json.dumps({"rows": len(rows), "output": str(args.output)}))
 

@@ -32,6 +32,7 @@ class ModelPreset:
     vae_path: str = "pretrained_models/vae/kl16.ckpt"
     latent_scale: float | None = 0.2325  # MAR's code: scale of the KL-16 latents
     head_interval: int = 7  # LazyMAR's, published for heads of 6 to 12 blocks
+    top_p: float = 1.0  # LlamaGen's FID runs
     line_recent: int = 2  # LineAR's recent lines
     resume: str = ""
     features: str = "inception-v3-compat"  # the feature extractor of FID and IS
@@ -93,6 +94,7 @@ PRESETS: dict[str, ModelPreset] = {
         vae_stride=4,
         class_num=10,
         cfg=1.5,
+        top_p=0.95,  # an hour's training leaves unlikely codes too likely
         line_recent=1,  # of 16 lines, few are kept: benchmarks/results/line_ablation.md
         tokenizer="vq_tiny",
         vae_path=f"{_GPT_TINY}/tokenizer.safetensors",

@@ -1,4 +1,4 @@
-"""The bundled GPT draws what its label says, with the full cache and with a quarter of it."""
+"""The bundled GPT draws what its label says, with the full cache and with half of it."""
 
 from pathlib import Path
 
@@ -33,13 +33,15 @@ def test_held_out_pictures_survive_the_tokenizer(tokenizer):
     assert -10 * error.log10() > 33  # dB
 
 
-@pytest.mark.parametrize("line_ar", [None, LineARConfig(budget=1 / 4)], ids=["full", "linear"])
+@pytest.mark.parametrize(
+    "line_ar", [None, LineARConfig(1 / 2, recent=PRESET.line_recent)], ids=["full", "linear"]
+)
 def test_shapes_are_recognised(tokenizer, line_ar):
     model = gpt_tiny().eval()
     load_into(model, ROOT / PRESET.resume, use_ema=False)
     classifier = ShapeClassifier.from_file(ROOT / PRESET.features_path)
     labels = [i % 10 for i in range(20)]
-    sampling = GPTSampling(PRESET.cfg, line_ar=line_ar)
+    sampling = GPTSampling(PRESET.cfg, top_p=PRESET.top_p, line_ar=line_ar)
     images = to_uint8(generate(model, tokenizer, labels, range(20), sampling, PRESET.img_size))
     with torch.no_grad():
         _, logits = classifier(torch.from_numpy(images).permute(0, 3, 1, 2))

@@ -42,7 +42,7 @@ def sample(run, files):
 
     def call(*flags: object, resume: object = files / "model.pt", **kwargs: object) -> dict:
         gpt = ["--model", "gpt_tiny", "--num_images", 3, "--eval_bsz", 2, "--no_score"]
-        gpt += ["--img_size", 32, *flags]
+        gpt += ["--img_size", 32, "--top_p", 1, *flags]
         return run(*gpt, resume=resume, **kwargs)
 
     return call

@@ -30,6 +30,7 @@ FROM_MODEL = (
     "diffloss_w",
     "num_sampling_steps",
     "cfg",
+    "top_p",
     "tokenizer",
     "latent_scale",
     "features",
@@ -127,7 +128,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     )
     add("--temperature", type=float, default=1.0, help="of the diffusion head, or of the codes")
     add("--top_k", type=int, default=0, help="GPT: draw from the most likely codes, 0 is all")
-    add("--top_p", type=float, default=1.0, help="GPT: draw from this share of probability")
+    add("--top_p", type=float, help="GPT: draw from this share of probability")
     add("--cfg_interval", type=int, default=-1, help="GPT: last guided step, -1 is all")
     add("--eval_bsz", type=int, default=64, help="images per batch")
     add("--no_score", action="store_true", help="generate only")
