@@ -221,6 +221,10 @@ def open_tokenizer(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """The tokenizer that resolved flags name, on the device. UserError if its file does not fit."""
     try:
         if args.tokenizer in VQ_TOKENIZERS:
+            if not Path(args.vae_path).is_file():
+                raise FileNotFoundError(
+                    f"{args.vae_path} not found: fetch LlamaGen's with `python -m util.download vq16`"
+                )
             tokenizer = VQ_TOKENIZERS[args.tokenizer]().eval().requires_grad_(False)
             checkpoint.load_into(tokenizer, args.vae_path, use_ema=False)
         else:

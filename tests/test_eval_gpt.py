@@ -122,8 +122,24 @@ def test_a_mistake_is_one_sentence(refused, files, flags, sentence):
     )
 
 
-def test_line_ar_is_refused_for_mar(refused):
+def test_flags_of_a_gpt_are_refused_for_mar(refused):
     assert "--line_ar is not for --model mar_tiny" in refused("--line_ar")
+    assert "--top_k is for GPT models" in refused("--top_k", 5)
+
+
+@pytest.mark.parametrize("name", ["gpt_b", "gpt_xl"])
+def test_a_missing_file_is_named_with_the_command_that_brings_it(refused, name):
+    preset = PRESETS[name]
+    sentence = refused("--model", name, "--no_score", resume=preset.resume)
+    assert f"no checkpoint at {preset.resume}" in sentence
+    assert f"python -m util.download {name}`" in sentence
+
+
+def test_a_missing_tokenizer_is_named_with_the_command_that_brings_it(refused, files):
+    flags = ("--vae_path", "none.pt", "--no_score")
+    sentence = refused("--model", "gpt_tiny", *flags, resume=files / "bare.pt")
+    assert "--vae_path: none.pt not found" in sentence
+    assert "python -m util.download vq16" in sentence
 
 
 def test_a_file_of_another_size_is_refused(refused, tmp_path):

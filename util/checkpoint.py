@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from util.download import name_of
 from util.ema import EMA
 from util.errors import UserError, run_main
 from util.files import atomic_path, sha256_of
@@ -34,7 +35,7 @@ def find_checkpoint(path: str | Path) -> Path:
                 return path / name
         raise UserError(f"{path} holds neither {LAST} nor model.safetensors")
     raise UserError(
-        f"no checkpoint at {path}: get the published one with `python -m util.download {path.name}` "
+        f"no checkpoint at {path}: get the published one with `python -m util.download {name_of(path)}` "
         "or give --resume a file that exists"
     )
 

@@ -347,6 +347,10 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
     for flag, fits in (("lazy_mar", not is_gpt), ("line_ar", is_gpt)):
         if getattr(args, flag) and not fits:
             raise UserError(f"--{flag} is not for --model {args.model}, which is a {preset.family}")
+    if not is_gpt:
+        for flag, off in (("top_k", 0), ("top_p", 1.0), ("cfg_interval", -1)):
+            if getattr(args, flag) not in (None, off):
+                raise UserError(f"--{flag} is for GPT models, --model {args.model} is none")
     args.family = preset.family
     if training and args.model != "mar_tiny":
         preset = type(preset)()
