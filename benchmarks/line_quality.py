@@ -86,10 +86,9 @@ def draw(rows: list[dict], output: Path) -> None:
 def plans(recent: int) -> list[tuple[str, str, LineARConfig | None]]:
     """Every row: method, budget, configuration."""
     rows: list[tuple[str, str, LineARConfig | None]] = [(FULL, "1", None)]
-    for budget, share in BUDGETS.items():
-        rows += [
-            (name, budget, LineARConfig(share, recent=recent, method=name)) for name in METHODS
-        ]
+    for name in METHODS:
+        for budget, share in BUDGETS.items():
+            rows.append((name, budget, LineARConfig(share, recent=recent, method=name)))
     return rows
 
 

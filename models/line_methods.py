@@ -146,7 +146,7 @@ METHODS: dict[str, Method] = {
     "linear": LineAR(),
     "streaming": StreamingLLM(),
     "h2o": H2O(),
-    "h2o_last": H2OLast(),
-    "snapkv": SnapKV(),
     "rkv": RKV(),
+    "snapkv": SnapKV(),
+    "h2o_last": H2OLast(),
 }

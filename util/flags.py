@@ -187,7 +187,7 @@ def _add_line_ar(parser: argparse.ArgumentParser) -> None:
     )
     add("--line_anchors", type=int, help="first tokens that are never evicted (8)")
     add("--line_recent", type=int, help="newest lines that are never evicted (2) [model]")
-    add("--line_method", help="linear, none, streaming, h2o, h2o_last, snapkv or rkv (linear)")
+    add("--line_method", help="linear, none, streaming, h2o, rkv, snapkv or h2o_last (linear)")
     add("--line_pooling", help="of the attention of a line's queries: mean, max or last (mean)")
 
 
