@@ -1,35 +1,46 @@
 """What is done with a model: it is built, it makes images, and its images are scored.
 
-Everything about MAR that an evaluation needs is here: how images are sampled, which settings decide
-them, what a run is called. The run itself knows no model, see util/evaluation.py.
+Two families: "mar" (MAR, LazyMAR) and "gpt" (LlamaGen, LineAR). What an evaluation needs to know of
+them is here: how images are sampled, which settings decide them, what a run is called. The run
+itself knows no model, see util/evaluation.py.
 """
 
 import argparse
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from models import mar
+from models import llamagen, mar, vq
+from models.gpt_images import GPTGenerator, GPTSampling
 from models.lazy_mar import LazyMARConfig
+from models.line_cache import LineARConfig
 from models.noise import ImageNoise
 from models.plan import DecodingPlan
 from models.sampler import Sampler
 from models.tokenizers import latent_scale_of, load_tokenizer
-from util import dist, evaluation
+from util import checkpoint, dist, evaluation
 from util.device import DTYPES, autocast, can_compile, to_device
 from util.dry_run import dry_run
 from util.errors import UserError
 from util.files import sha256_of
-from util.flags import lazy_mar_values
+from util.flags import lazy_mar_values, line_ar_values
 from util.flops import MARGeometry, mar_flops
 
+VQ_TOKENIZERS = {"vq16": vq.vq16, "vq_tiny": vq.vq_tiny}
+ROPE_TABLE = "freqs_cis"  # some published GPT files hold it; ours is computed
 
-def build_model(args: argparse.Namespace) -> mar.MAR:
+
+def build_model(args: argparse.Namespace) -> mar.MAR | llamagen.GPT:
     """The model that resolved flags describe, with fresh weights, on the CPU."""
     try:
+        if args.family == "gpt":
+            lines, line = gpt_grid(args)
+            build = llamagen.__dict__[args.model]
+            return build(block_size=lines * line, num_classes=args.class_num)
         return mar.__dict__[args.model](
             img_size=args.img_size,
             vae_stride=args.vae_stride,
@@ -54,10 +65,35 @@ def build_model(args: argparse.Namespace) -> mar.MAR:
         raise UserError(f"--model {args.model}: {error}") from error
 
 
+def gpt_grid(args: argparse.Namespace) -> tuple[int, int]:
+    """Lines and codes per line of an image. UserError if its size is not a whole number of codes."""
+    side, rest = divmod(args.img_size, args.vae_stride)
+    if rest or side < 1:
+        raise UserError(
+            f"--img_size is {args.img_size}; it must be a multiple of --vae_stride {args.vae_stride}"
+        )
+    return side, side
+
+
+def load_weights(model: nn.Module, args: argparse.Namespace) -> str:
+    """Fill the model from --resume; says which weights these are. GPT files have no averaged ones."""
+    use_ema = args.family == "mar" and not args.no_ema
+    checkpoint.load_into(model, args.resume, use_ema, surplus=(ROPE_TABLE,))
+    return checkpoint.describe(args.resume, use_ema)
+
+
 def open_tokenizer(args: argparse.Namespace, device: torch.device) -> nn.Module:
     """The tokenizer that resolved flags name, on the device. UserError if its file does not fit."""
     try:
-        tokenizer = load_tokenizer(args.tokenizer, args.vae_path, args.vae_embed_dim)
+        if args.tokenizer in VQ_TOKENIZERS:
+            if not Path(args.vae_path).is_file():
+                raise FileNotFoundError(
+                    f"{args.vae_path} not found: fetch LlamaGen's with `python -m util.download vq16`"
+                )
+            tokenizer = VQ_TOKENIZERS[args.tokenizer]().eval().requires_grad_(False)
+            checkpoint.load_into(tokenizer, args.vae_path, use_ema=False)
+        else:
+            tokenizer = load_tokenizer(args.tokenizer, args.vae_path, args.vae_embed_dim)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(f"--vae_path: {error}") from error
     if tokenizer.stride != args.vae_stride:
@@ -96,6 +132,31 @@ class SamplingConfig:
         except ValueError as error:
             raise UserError(str(error)) from error
         return cls(args.num_iter, args.cfg, args.cfg_schedule, args.temperature, lazy_mar)
+
+
+def gpt_sampling(args: argparse.Namespace) -> GPTSampling:
+    """From resolved flags. UserError if they do not make sense."""
+    for name in ("vae_bsz", "vae_dtype"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name} is for MAR's tokenizer: a GPT's decodes its batch in float32"
+            )
+    values = line_ar_values(args, [field.name for field in fields(LineARConfig)])
+    grid = gpt_grid(args)
+    try:
+        line_ar = None if values is None else LineARConfig(**values)
+        if line_ar is not None:
+            line_ar.plan(grid)
+        return GPTSampling(
+            args.cfg, args.temperature, args.top_k, args.top_p, args.cfg_interval, line_ar
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def sampling_of(args: argparse.Namespace) -> SamplingConfig | GPTSampling:
+    """How the model of resolved flags samples. UserError if they do not make sense."""
+    return gpt_sampling(args) if args.family == "gpt" else SamplingConfig.from_args(args)
 
 
 class MarGenerator:
@@ -153,7 +214,7 @@ class MarGenerator:
 
 
 def evaluate(
-    model: mar.MAR,
+    model: mar.MAR | llamagen.GPT,
     tokenizer: nn.Module,
     args: argparse.Namespace,
     meeting: dist.Meeting,
@@ -166,28 +227,39 @@ def evaluate(
     `weights` says which weights the model holds; images of other weights are not mixed in. With
     --dry_run say what would be done, and do nothing but one batch.
     """
-    sampling = SamplingConfig.from_args(args)
-    scale = scale_of(tokenizer, args)
-    vae_dtype = DTYPES[args.vae_dtype] if args.vae_dtype else dtype
-    fast = device.type == "cuda" and not args.no_compile
-    generator = MarGenerator(
-        model,
-        tokenizer,
-        scale,
-        sampling,
-        device,
-        dtype,
-        args.vae_bsz,
-        vae_dtype,
-        compile=fast and can_compile(device, show=meeting.world.is_main),
-        graphs=fast,
-    )
+    sampling = sampling_of(args)
+    scale = None
+    if args.family == "gpt":
+        vae_dtype = torch.float32
+        generator = GPTGenerator(model.to(dtype), tokenizer, sampling, args.image_size_eval)
+        flops, num_iter = gpt_flops(model, sampling), model.block_size
+        method, name = sampling.method, sampling.run_name(args.model, args.num_images)
+    else:
+        scale = scale_of(tokenizer, args)
+        vae_dtype = DTYPES[args.vae_dtype] if args.vae_dtype else dtype
+        fast = device.type == "cuda" and not args.no_compile
+        generator = MarGenerator(
+            model,
+            tokenizer,
+            scale,
+            sampling,
+            device,
+            dtype,
+            args.vae_bsz,
+            vae_dtype,
+            compile=fast and can_compile(device, show=meeting.world.is_main),
+            graphs=fast,
+        )
+        flops, num_iter = flops_per_image(model, sampling), args.num_iter
+        method = method_name(sampling.lazy_mar)
+        name = run_name(args.model, args.num_images, sampling)
     config = {
         "model": args.model,
         "weights": weights,
         "num_images": args.num_images,
         "class_num": args.class_num,
         "img_size": args.img_size,
+        "image_size_eval": args.image_size_eval,
         "num_sampling_steps": args.num_sampling_steps,
         "tokenizer": f"{args.tokenizer} {sha256_of(args.vae_path)[:16]}",
         "latent_scale": scale,
@@ -199,17 +271,26 @@ def evaluate(
     }
     about = {
         "model": args.model,
-        "lazy_mar": sampling.lazy_mar is not None,
-        "method": method_name(sampling.lazy_mar),
+        "lazy_mar": args.lazy_mar,
+        "line_ar": args.line_ar,
+        "method": method,
         "num_images": args.num_images,
-        "num_iter": args.num_iter,
+        "num_iter": num_iter,
         "cfg": args.cfg,
     }
-    name = run_name(args.model, args.num_images, sampling)
     run = evaluation.Run.from_args(args, name, config, about, meeting.world.size)
     if args.dry_run:
-        return dry_run(run, generator, meeting.world, device, flops_per_image(model, sampling))
+        return dry_run(run, generator, meeting.world, device, flops)
     return evaluation.evaluate(run, generator, meeting, device)
+
+
+def gpt_flops(model: llamagen.GPT, sampling: GPTSampling) -> float:
+    """Operations for one image with the full cache; tokenizer not counted."""
+    branches, tokens = 2 if sampling.cfg > 1 else 1, model.block_size
+    matrices = [p for p in model.layers.parameters() if p.dim() == 2] + [model.output.weight]
+    width = model.n_head * model.head_dim
+    attention = 4 * width * len(model.layers) * tokens * (tokens + 1) / 2
+    return branches * (2 * tokens * sum(p.numel() for p in matrices) + attention)
 
 
 def flops_per_image(model: mar.MAR, sampling: SamplingConfig) -> float:

@@ -1,6 +1,7 @@
-"""Generate images with MAR or LazyMAR and score them: FID and Inception Score.
+"""Generate images with MAR (LazyMAR) or LlamaGen (LineAR), and score them: FID, Inception Score.
 
-    python eval.py --model mar_tiny --num_images 100 --lazy_mar            # the bundled model
+    python eval.py --model mar_tiny --num_images 100 --lazy_mar            # the bundled models
+    python eval.py --model gpt_tiny --num_images 100 --line_ar --line_budget 1/4
     torchrun --nproc_per_node=2 eval.py --num_images 50000 --eval_bsz 128 --num_iter 64 --lazy_mar
     python eval.py --score_only output_dir/mar_huge-lazy_mar-iter64-cfg3.25-50000 --metrics fid,isc,pr
 
@@ -17,7 +18,7 @@ import torch
 
 import engine
 from models.presets import PRESETS
-from util import checkpoint, dist, evaluation, metrics, report
+from util import dist, evaluation, metrics, report
 from util.device import pick_device, pick_dtype, set_threads
 from util.errors import run_main
 from util.flags import SCORED_AS, make_parser, resolve
@@ -64,14 +65,13 @@ def score(
 def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -> dict[str, object]:
     """Make images and score them."""
     dtype = pick_dtype(args.dtype, device)
-    engine.SamplingConfig.from_args(args)
+    engine.sampling_of(args)
     if not args.no_score:  # before minutes of loading and hours of sampling
         metrics.check_ready(evaluation.request_of(args))
     model = engine.build_model(args)
-    checkpoint.load_into(model, args.resume, use_ema=not args.no_ema)
+    weights = engine.load_weights(model, args)
     model = model.to(device).eval()
     tokenizer = engine.open_tokenizer(args, device)
-    weights = checkpoint.describe(args.resume, use_ema=not args.no_ema)
     return engine.evaluate(model, tokenizer, args, meeting, device, dtype, weights)
 
 

@@ -76,14 +76,19 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
 def write_result(path: Path | None, document: dict[str, object], text: str) -> None:
     """Print the table and the document, one line of JSON; with a path write PATH.md and PATH.json."""
     about = "\n".join(f"    {key}: {value}" for key, value in document["about"].items())
     text = f"{text}\n{about}\n"
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path.with_suffix(".md")) as temporary:
-            temporary.write_text(text)
+        write_text(path.with_suffix(".md"), text)
         write_json(path.with_suffix(".json"), document)
     print(text)
     print(json.dumps(document))

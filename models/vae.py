@@ -49,18 +49,18 @@ class DiagonalGaussianDistribution:
         return 0.5 * (self.mean.square() + self.var - 1.0 - self.logvar).flatten(1).sum(1)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+def group_norm(channels: int, groups: int = NORM_GROUPS) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=NORM_EPS)
 
 
 class ResnetBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), (B, in, h, w) => (B, out, h, w)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int = NORM_GROUPS) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = group_norm(out_channels, groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -74,9 +74,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Residual single-head self-attention over all positions, (B, C, h, w) => (B, C, h, w)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int = NORM_GROUPS) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -184,7 +184,7 @@ class Encoder(nn.Module):
             for i in range(len(ch_mult))
         )
         self.mid = MidBlock(widths[-1])
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(
             UpLevel(below[i], widths[i], num_blocks, full=i == 0) for i in range(len(widths))
         )
-        self.norm_out = _norm(widths[0])
+        self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -16,16 +16,22 @@ from torch import Tensor
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def recipe_state_dict(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def recipe_state_dict(
+    shapes: dict[str, tuple[int, ...]], llamagen: bool = False
+) -> dict[str, Tensor]:
     """float32 weights, each drawn from a generator that is seeded with the CRC-32 of its key.
 
     One-dimensional weights are near 1, other one-dimensional tensors near 0; matrices and kernels
-    have variance 1 / fan-in.
+    have variance 1 / fan-in. llamagen: embeddings have deviation 0.5, output.weight twice its own.
     """
     state_dict = {}
     for key, shape in shapes.items():
         normal = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(shape))
-        if len(shape) > 1:
+        if llamagen and len(shape) > 1 and "embed" in key:
+            values = 0.5 * normal
+        elif llamagen and len(shape) > 1 and "output.weight" in key:
+            values = 2 * normal / math.sqrt(shape[-1])
+        elif len(shape) > 1:
             values = normal / math.sqrt(math.prod(shape[1:]))
         else:
             values = 1 + 0.1 * normal if key.endswith("weight") else 0.05 * normal
@@ -33,7 +39,9 @@ def recipe_state_dict(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return state_dict
 
 
-def load_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes, in file order, of mar_base, mar_large, mar_huge or vae_kl16."""
-    shapes = json.loads((GOLDEN / "state_dicts.json").read_text())[name]
+def load_shapes(name: str, file: str = "state_dicts.json") -> dict[str, tuple[int, ...]]:
+    """Keys and shapes, in file order, of mar_base, mar_large, mar_huge or vae_kl16; of GPT-B,
+    GPT-L, GPT-XL, GPT-XXL or VQ-16 with the file llamagen_state_dicts.json.
+    """
+    shapes = json.loads((GOLDEN / file).read_text())[name]
     return {key: tuple(shape) for key, shape in shapes.items()}

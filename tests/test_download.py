@@ -321,6 +321,10 @@ def test_the_manifest_puts_every_file_where_the_presets_look_for_it(monkeypatch,
         assert targets["vae"] == Path(PRESETS[name].vae_path)
         assert targets["fid_stats"] == Path(PRESETS[name].fid_stats)
         assert targets["adm_batch"].parent == targets["fid_stats"].parent
+    for name in ("gpt_b", "gpt_l", "gpt_xl", "gpt_xxl", "gpt_3b"):
+        assert targets[name] == Path(PRESETS[name].resume)
+        assert targets["vq16"] == Path(PRESETS[name].vae_path)
+        assert targets["fid_stats"] == Path(PRESETS[name].fid_stats)
     hub = tmp_path / "hub" / "checkpoints"
     assert targets["inception"] == hub / "weights-inception-2015-12-05-6726825d.pth"
 

@@ -28,8 +28,8 @@ except ModuleNotFoundError:  # Python 3.10; pytest brings this one
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-MANUALS = ("README.md", "pretrained_models/mar_tiny/README.md")
-BUNDLE_LIMIT = 25e6  # bytes
+BUNDLES = {"mar_tiny": 25e6, "gpt_tiny": 15e6}  # bytes at most
+MANUALS = ("README.md", *(f"pretrained_models/{name}/README.md" for name in BUNDLES))
 
 
 def read(name: str) -> str:
@@ -183,18 +183,20 @@ def test_the_licence_is_mit_everywhere():
     assert PYPROJECT["project"]["license"] == {"text": "MIT"}
 
 
-def test_every_bundled_file_is_described_and_all_are_small():
-    folder = ROOT / "pretrained_models" / "mar_tiny"
+@pytest.mark.parametrize("name", BUNDLES)
+def test_every_bundled_file_is_described_and_all_are_small(name):
+    folder = ROOT / "pretrained_models" / name
     files = [path for path in folder.iterdir() if path.name != "README.md"]
     manual = (folder / "README.md").read_text()
     assert [path.name for path in files if f"`{path.name}`" not in manual] == []
-    assert sum(path.stat().st_size for path in files) <= BUNDLE_LIMIT
+    assert sum(path.stat().st_size for path in files) <= BUNDLES[name]
     promised = re.findall(r"^\| `([^`]+)` \|", manual, re.MULTILINE)
     assert [name for name in promised if not (folder / name).is_file()] == []
 
 
-def test_files_of_the_bundled_model_are_where_its_preset_looks_for_them():
-    preset = PRESETS["mar_tiny"]
+@pytest.mark.parametrize("name", BUNDLES)
+def test_files_of_a_bundled_model_are_where_its_preset_looks_for_them(name):
+    preset = PRESETS[name]
     files = (preset.resume, preset.vae_path, preset.features_path, preset.fid_stats)
     assert [name for name in files if not (ROOT / name).is_file()] == []
 

@@ -8,7 +8,7 @@ temporary name and then renamed. `python -m util.checkpoint convert SRC DST` mak
 import argparse
 import hashlib
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from util.download import name_of
 from util.ema import EMA
 from util.errors import UserError, run_main
 from util.files import atomic_path, sha256_of
@@ -34,7 +35,7 @@ def find_checkpoint(path: str | Path) -> Path:
                 return path / name
         raise UserError(f"{path} holds neither {LAST} nor model.safetensors")
     raise UserError(
-        f"no checkpoint at {path}: get the published one with `python -m util.download {path.name}` "
+        f"no checkpoint at {path}: get the published one with `python -m util.download {name_of(path)}` "
         "or give --resume a file that exists"
     )
 
@@ -140,9 +141,16 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
             raise UserError(f"{source} has '{name}', which the model lacks: it is of another model")
 
 
-def load_into(model: nn.Module, path: str | Path, use_ema: bool = True) -> None:
-    """Copy the weights of a file into `model`; UserError unless all names and shapes agree."""
+def load_into(
+    model: nn.Module, path: str | Path, use_ema: bool = True, surplus: Collection[str] = ()
+) -> None:
+    """Copy the weights of a file into `model`; UserError unless all names and shapes agree.
+
+    `surplus`: names that the file may have besides.
+    """
     weights = load_state_dict_file(path, use_ema)
+    for name in surplus:
+        weights.pop(name, None)
     check_weights(model, weights, path)
     model.load_state_dict(weights)
 

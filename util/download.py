@@ -64,6 +64,14 @@ def read_manifest() -> dict[str, Item]:
     return {name: Item(name, **facts) for name, facts in json.loads(MANIFEST.read_text()).items()}
 
 
+def name_of(path: Path) -> str:
+    """The name of the file that belongs at `path`, or inside it; its last part for any other path."""
+    for item in read_manifest().values():
+        if path in (Path(item.path), Path(item.path).parent):
+            return item.name
+    return path.name
+
+
 def download(name: str, overwrite: bool = False) -> Path:
     """Fetch one file of the manifest, unless it is there already; returns its path."""
     items = read_manifest()

@@ -8,6 +8,7 @@ import argparse
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from fractions import Fraction
 from typing import NoReturn, TypeVar
 
 from util.batch_grid import SEED_MODES
@@ -21,6 +22,7 @@ Preset = TypeVar("Preset")  # a dataclass with at least the fields FROM_MODEL an
 # Flags that `resolve` fills from a preset.
 FROM_MODEL = (
     "img_size",
+    "image_size_eval",
     "vae_path",
     "vae_embed_dim",
     "vae_stride",
@@ -31,6 +33,7 @@ FROM_MODEL = (
     "diffloss_w",
     "num_sampling_steps",
     "cfg",
+    "top_p",
     "tokenizer",
     "latent_scale",
     "features",
@@ -51,6 +54,8 @@ LEAST: dict[str, float] = {
     **dict.fromkeys(("seed", "num_workers", "start_epoch", "warmup_epochs", "lr", "blr"), 0),
     **dict.fromkeys(("min_lr", "weight_decay", "grad_clip", "ema_rate", "temperature"), 0),
     "latent_scale": 1e-6,
+    "image_size_eval": 1,
+    "top_k": 0,
     **dict.fromkeys(("label_drop_prob", "attn_dropout", "proj_dropout", "aux_weight"), 0),
 }
 
@@ -77,8 +82,13 @@ class _HelpFormatter(argparse.HelpFormatter):
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--model", metavar="NAME", help="mar_base, mar_large, mar_huge or mar_tiny")
+    add(
+        "--model",
+        metavar="NAME",
+        help="mar_base, mar_large, mar_huge, mar_tiny; gpt_b to gpt_3b, gpt_tiny",
+    )
     add("--img_size", type=int, help="height and width of the images, pixels")
+    add("--image_size_eval", type=int, help="GPT: pixels of the saved images")
     add("--patch_size", type=int, help="latents per token and side")
     add("--class_num", type=int, help="number of classes")
     add("--buffer_size", type=int, help="class tokens in front of the image's tokens")
@@ -103,7 +113,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("tokenizer").add_argument
-    add("--tokenizer", choices=("kl16", "linear"), help="kind of the autoencoder")
+    add(
+        "--tokenizer", choices=("kl16", "linear", "vq16", "vq_tiny"), help="kind of the autoencoder"
+    )
     add("--vae_path", metavar="FILE", help="weights of the tokenizer")
     add("--vae_embed_dim", type=int, help="channels of its latents")
     add("--vae_stride", type=int, help="pixels per latent and side")
@@ -121,7 +133,10 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         default="linear",
         help="guidance over steps",
     )
-    add("--temperature", type=float, default=1.0, help="of the diffusion head")
+    add("--temperature", type=float, default=1.0, help="of the diffusion head, or of the codes")
+    add("--top_k", type=int, default=0, help="GPT: draw from the most likely codes, 0 is all")
+    add("--top_p", type=float, help="GPT: draw from this share of probability")
+    add("--cfg_interval", type=int, default=-1, help="GPT: last guided step, -1 is all")
     add("--eval_bsz", type=int, default=64, help="images per batch")
     add("--vae_bsz", type=int, help="images that the tokenizer decodes at once; without it a batch")
     add("--vae_dtype", choices=tuple(DTYPES), help="of the tokenizer; without it --dtype")
@@ -206,6 +221,42 @@ def _add_lazy_mar(parser: argparse.ArgumentParser) -> None:
     )
     add("--head_skip", type=_blocks, metavar="I,...", help="head blocks skipped between (1,2,3,4)")
     add("--head_warm", type=float, help="share of steps above which other blocks are renewed (0.9)")
+
+
+def _add_line_ar(parser: argparse.ArgumentParser) -> None:
+    """One flag per field of LineARConfig; None leaves its default."""
+    group = parser.add_argument_group("LineAR", "for GPT models; --line_ar takes the defaults")
+    add = group.add_argument
+    add("--line_ar", action="store_true", help="compress the key-value cache to a few lines")
+    add(
+        "--line_budget",
+        type=_budget,
+        metavar="SHARE|LINES",
+        help="image tokens kept: a share like 1/6, or a number of lines above 1 (1/6)",
+    )
+    add("--line_anchors", type=int, help="first tokens that are never evicted (8)")
+    add("--line_recent", type=int, help="newest lines that are never evicted (2) [model]")
+    add("--line_method", help="linear, none, streaming, h2o, rkv, snapkv or h2o_last (linear)")
+    add("--line_pooling", help="of the attention of a line's queries: mean, max or last (mean)")
+
+
+def _budget(text: str) -> float:
+    """1/6, 0.25 or 4."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no budget like 1/6, 0.25 or 4") from error
+
+
+def line_ar_values(args: argparse.Namespace, fields: Iterable[str]) -> dict[str, object] | None:
+    """Fields of LineARConfig that were given, as `lazy_mar_values` does for LazyMARConfig."""
+    given = {name: getattr(args, f"line_{name}") for name in fields}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.line_ar:
+        return given
+    if given:
+        raise UserError(f"--line_{next(iter(given))} belongs to LineAR: add --line_ar")
+    return None
 
 
 def _keep_schedule(text: str) -> tuple[tuple[float, float], ...]:
@@ -315,6 +366,7 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         _add_sampling,
         _add_scoring,
         _add_lazy_mar,
+        _add_line_ar,
         _add_training,
         _add_data,
         _add_run,
@@ -339,6 +391,17 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
         raise UserError(f"--model {args.model} is unknown; use one of {', '.join(presets)}")
     training = program != "eval"
     preset = presets[args.model]
+    is_gpt = preset.family == "gpt"
+    if training and is_gpt:
+        raise UserError(f"{program}.py is for MAR models; eval.py samples --model {args.model}")
+    for flag, fits in (("lazy_mar", not is_gpt), ("line_ar", is_gpt)):
+        if getattr(args, flag) and not fits:
+            raise UserError(f"--{flag} is not for --model {args.model}, which is a {preset.family}")
+    if not is_gpt:
+        for flag, off in (("top_k", 0), ("top_p", 1.0), ("cfg_interval", -1)):
+            if getattr(args, flag) not in (None, off):
+                raise UserError(f"--{flag} is for GPT models, --model {args.model} is none")
+    args.family = preset.family
     if training and args.model != "mar_tiny":
         preset = type(preset)()
     values = asdict(preset)
@@ -351,8 +414,12 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
         args.resume = preset.resume
     if args.lazy_mar and args.head_interval is None:
         args.head_interval = preset.head_interval
+    if args.line_ar and args.line_recent is None:
+        args.line_recent = preset.line_recent
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not (least <= value < math.inf):
             raise UserError(f"--{name} is {value}; it must be a number of at least {least:g}")
+    if args.image_size_eval is None:
+        args.image_size_eval = args.img_size
     return preset

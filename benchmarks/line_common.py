@@ -1,0 +1,81 @@
+"""What the LineAR benchmarks share: the bundled model, its images and scores, and files of results."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from models.gpt_images import GPTSampling, generate
+from models.llamagen import GPT, gpt_tiny
+from models.presets import PRESETS
+from models.vq import VQModel, vq_tiny
+from util import metrics
+from util.batch_grid import image_label, image_seed
+from util.checkpoint import load_into
+from util.images import to_uint8
+from util.score_request import ScoreRequest
+
+PRESET = PRESETS["gpt_tiny"]
+RESULTS = Path(__file__).parent / "results"
+BUDGETS = {"1/2": 1 / 2, "1/4": 1 / 4, "1/6": 1 / 6, "1/8": 1 / 8}
+
+
+def load_tiny(device: torch.device, dtype: torch.dtype) -> tuple[GPT, VQModel]:
+    """The bundled GPT in `dtype` and its tokenizer in float32."""
+    model, tokenizer = gpt_tiny().eval(), vq_tiny().eval()
+    load_into(model, PRESET.resume, use_ema=False)
+    load_into(tokenizer, PRESET.vae_path, use_ema=False)
+    return model.to(device, dtype).requires_grad_(False), tokenizer.to(device)
+
+
+class Pictures(Dataset):
+    """uint8 (N, H, W, 3) as the tensors (3, H, W) that util.metrics wants."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self.images[index]).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Images of eval.py's labels and seeds: images 0 .. num_images - 1 of --seed `seed`."""
+
+    num_images: int
+    seed: int
+    batch: int
+
+    @property
+    def labels(self) -> list[int]:
+        return [image_label(i, self.num_images, PRESET.class_num) for i in range(self.num_images)]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [image_seed(self.seed, i) for i in range(self.num_images)]
+
+    def images(self, model: GPT, tokenizer: VQModel, sampling: GPTSampling) -> np.ndarray:
+        """uint8 (N, 64, 64, 3)."""
+        parts = []
+        for start in range(0, self.num_images, self.batch):
+            part = slice(start, start + self.batch)
+            images = generate(
+                model, tokenizer, self.labels[part], self.seeds[part], sampling, PRESET.img_size
+            )
+            parts.append(to_uint8(images))
+        return np.concatenate(parts)
+
+    def score(self, images: np.ndarray) -> dict[str, float | int]:
+        """fid, is_mean, is_std, accuracy of the bundled classifier."""
+        return metrics.score(
+            Pictures(images),
+            self.num_images,
+            ScoreRequest(PRESET.features, PRESET.features_path, PRESET.fid_stats),
+            "cpu",
+            labels=self.labels,
+        )

@@ -1,0 +1,179 @@
+"""Speed and memory of the key-value cache at the real sizes, with random weights.
+
+    python -m benchmarks.line_latency --model gpt_xl --batches 1,16,64,128,256     # on a GPU: bf16
+    python -m benchmarks.line_latency --model gpt_b --batches 4,16 --device cpu --dtype bf16
+
+Per batch and budget: images per second of sample_tokens with guidance (a batch of B is 2B rows),
+bytes of the cache against theory, peak memory where the device counts it, and the bytes of weights
+and live keys and values that a step must read at least, per second: compare it with the memory
+bandwidth of the device. --max_batch looks for the largest batch that fits. Budgets take turns, so
+that a slow moment hits all of them. The last line is one JSON document.
+"""
+
+import argparse
+import json
+import math
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import markdown, origin, write_text
+from models import llamagen
+from models.line_cache import LineARConfig, LinePlan, make_cache
+from models.llamagen import GPT
+from util.device import DTYPES, pick_device, pick_dtype
+from util.errors import UserError, run_main
+from util.files import write_json
+
+
+def cache_bytes(model: GPT, config: LineARConfig, rows: int) -> tuple[int, int]:
+    """Bytes of keys and values, and of the workspace, as one decoded position allocates them."""
+    cache = make_cache(config, model.grid, len(model.layers))
+    x = model.cls_embedding(torch.zeros(rows, dtype=torch.long, device=model.device))
+    with torch.no_grad():
+        model.decode(x, model.rope()[:1], cache)
+    return cache.nbytes, cache.workspace_nbytes
+
+
+def theory_bytes(model: GPT, plan: LinePlan, rows: int) -> int:
+    """Condition + budget + one line, keys and values of all layers."""
+    width = model.n_head * model.head_dim * model.output.weight.itemsize
+    return rows * plan.slots * 2 * width * len(model.layers)
+
+
+def read_bytes(model: GPT, plan: LinePlan, rows: int) -> int:
+    """Weights once per step, and every live key and value, over all steps of an image."""
+    weights = sum(p.nbytes for p in model.layers.parameters()) + model.output.weight.nbytes
+    live = sum(
+        plan.condition + min(i, plan.budget + 1 + (i - 1) % plan.line)
+        for i in range(model.block_size)
+    )
+    return model.block_size * weights + live * theory_bytes(model, plan, rows) // plan.slots
+
+
+def seconds_of(model: GPT, config: LineARConfig, batch: int, cfg: float) -> float:
+    """One call of sample_tokens."""
+    labels = torch.arange(batch) % model.num_classes
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    model.sample_tokens(labels, cfg, seeds=range(batch), line_ar=config)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def largest_batch(model: GPT, config: LineARConfig, cfg: float) -> int:
+    """The largest power of two, or 1.5 times one, that can be sampled without running out of memory."""
+    best, batch = 0, 1
+    while True:
+        try:
+            torch.cuda.empty_cache()
+            seconds_of(model, config, batch, cfg)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return best
+        best = batch
+        batch = batch * 3 // 2 if batch & (batch - 1) == 0 and batch > 1 else (batch * 4 + 2) // 3
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.line_latency", description=__doc__)
+    parser.add_argument(
+        "--model", default="gpt_xl", help="gpt_b, gpt_l, gpt_xl, gpt_xxl, gpt_3b or gpt_tiny"
+    )
+    parser.add_argument("--lines", type=int, default=24, help="of a square grid: 24 is 384 pixels")
+    parser.add_argument("--batches", default="1,16,64", help="images per batch")
+    parser.add_argument(
+        "--budgets", default="1,1/4,1/6", help="the first is what others compare with"
+    )
+    parser.add_argument("--method", default="linear")
+    parser.add_argument("--cfg", type=float, default=1.75)
+    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--max_batch", action="store_true", help="look for the largest (CUDA)")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=tuple(DTYPES))
+    parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
+    args = parser.parse_args()
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    if args.max_batch and device.type != "cuda":
+        raise UserError(f"--max_batch needs a device that says when it is full, not {device}")
+    if not args.model.startswith("gpt_") or not hasattr(llamagen, args.model):
+        raise UserError(f"--model {args.model} is no GPT: use gpt_b to gpt_3b or gpt_tiny")
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = getattr(llamagen, args.model)(block_size=args.lines**2).to(dtype).eval()
+    budgets = args.budgets.split(",")
+    try:
+        configs = {b: LineARConfig(budget=float(Fraction(b)), method=args.method) for b in budgets}
+        plans = {b: config.plan(model.grid) for b, config in configs.items()}
+    except ValueError as error:
+        raise UserError(f"--budgets {args.budgets}: {error}") from error
+    rows_per_image = 2 if args.cfg > 1 else 1
+    rows = []
+    for batch in map(int, args.batches.split(",")):
+        seconds = dict.fromkeys(budgets, math.inf)
+        peaks = dict.fromkeys(budgets, None)
+        for _ in range(args.repeats):
+            for b, config in configs.items():
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                seconds[b] = min(seconds[b], seconds_of(model, config, batch, args.cfg))
+                if device.type == "cuda":
+                    peaks[b] = torch.cuda.max_memory_allocated() / 1e9
+        for b, config in configs.items():
+            held, workspace = cache_bytes(model, config, rows_per_image * batch)
+            theory = theory_bytes(model, plans[b], rows_per_image * batch)
+            rows.append(
+                {
+                    "batch": batch,
+                    "budget": b,
+                    "slots": plans[b].slots,
+                    "images_per_s": batch / seconds[b],
+                    "speedup": seconds[budgets[0]] / seconds[b],
+                    "seconds": seconds[b],
+                    "cache_gb": held / 1e9,
+                    "cache_over_theory": held / theory,
+                    "workspace_gb": workspace / 1e9,
+                    "peak_gb": peaks[b],
+                    "read_gb_per_s": read_bytes(model, plans[b], rows_per_image * batch)
+                    / seconds[b]
+                    / 1e9,
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+    largest = (
+        {b: largest_batch(model, c, args.cfg) for b, c in configs.items()} if args.max_batch else {}
+    )
+    about = {
+        **origin(),
+        "model": args.model,
+        "grid": list(model.grid),
+        "cfg": args.cfg,
+        "method": args.method,
+        "repeats": args.repeats,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seeds": "0 .. batch - 1; weights: torch.manual_seed(0)",
+    }
+    document = {"about": about, "rows": rows, "largest_batch": largest}
+    if args.output:
+        head = ["batch", "budget", "slots", "images_per_s", "speedup", "cache_gb", "workspace_gb"]
+        head += ["peak_gb", "read_gb_per_s"]
+        text = markdown(head, [[row[key] for key in head] for row in rows])
+        text += "".join(f"\nLargest batch at {b}: {n}" for b, n in largest.items())
+        text += "\n" + "\n".join(f"    {key}: {value}" for key, value in about.items()) + "\n"
+        write_text(args.output.with_suffix(".md"), text)
+        write_json(args.output.with_suffix(".json"), document)
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    run_main(main)

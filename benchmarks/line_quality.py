@@ -1,0 +1,181 @@
+"""What compression costs: FID and accuracy of the bundled GPT for every method and budget.
+
+    python -m benchmarks.line_quality --num_images 1000
+
+Every row has the labels and seeds of the first, so rows differ by the cache alone. A row is written
+when it is done; the same command goes on. Results: benchmarks/results/line_quality.{json,md,svg,png}.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.common import markdown, origin, write_text
+from benchmarks.line_common import (
+    BUDGETS,
+    PRESET,
+    RESULTS,
+    Run,
+    load_tiny,
+)
+from benchmarks.svg_plot import line_plot
+from models.gpt_images import GPTSampling, generate
+from models.line_cache import LineARConfig
+from models.line_methods import METHODS
+from models.llamagen import GPT
+from models.vq import VQModel
+from util.checkpoint import describe
+from util.device import DTYPES, pick_device, pick_dtype
+from util.errors import UserError, run_main
+from util.files import write_json
+from util.images import save_png, side_by_side_sheet, to_uint8
+
+FULL = "full cache"
+PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
+COLUMNS = 10  # images of the picture, one of each class
+SAME = (
+    "weights",
+    "images",
+    "seed",
+    "cfg",
+    "top_p",
+    "recent",
+    "device",
+    "dtype",
+)  # in all rows of a file
+
+
+def tables(rows: list[dict], about: dict) -> str:
+    """Markdown: FID and accuracy of all methods (rows) at all budgets (columns)."""
+    full = next(row for row in rows if row["method"] == FULL)
+    found = {(row["method"], row["budget"]): row for row in rows}
+    parts = []
+    for key, title, form in (("fid", "FID", ".3f"), ("accuracy", "Accuracy", ".1%")):
+        body = [
+            [
+                name,
+                *(
+                    format(found[name, b][key], form) if (name, b) in found else "-"
+                    for b in BUDGETS
+                ),
+            ]
+            for name in METHODS
+        ]
+        head = [f"{title} (full cache: {format(full[key], form)})", *BUDGETS]
+        parts.append(markdown(head, body))
+    text = "\n".join(parts)
+    return text + "\n" + "\n".join(f"    {key}: {value}" for key, value in about.items()) + "\n"
+
+
+def draw(rows: list[dict], output: Path) -> None:
+    """The plot of FID over budget."""
+    full = next(row for row in rows if row["method"] == FULL)
+    found = {(row["method"], row["budget"]): row["fid"] for row in rows}
+    series = {name: [found.get((name, budget)) for budget in BUDGETS] for name in METHODS}
+    plot = line_plot("FID over the budget of the cache", list(BUDGETS), series, (FULL, full["fid"]))
+    write_text(output.with_suffix(".svg"), plot)
+
+
+def plans(recent: int) -> list[tuple[str, str, LineARConfig | None]]:
+    """Every row: method, budget, configuration."""
+    rows: list[tuple[str, str, LineARConfig | None]] = [(FULL, "1", None)]
+    for name in METHODS:
+        for budget, share in BUDGETS.items():
+            rows.append((name, budget, LineARConfig(share, recent=recent, method=name)))
+    return rows
+
+
+def rows_of_before(output: Path, about: dict) -> list[dict]:
+    """Rows of an earlier call. UserError if they are of other images."""
+    if not output.exists():
+        return []
+    stored = json.loads(output.read_text())
+    for key in SAME:
+        if stored["about"][key] != about[key]:
+            raise UserError(
+                f"{output} has rows with {key} {stored['about'][key]}, this run has {about[key]}: "
+                "give another --output"
+            )
+    return stored["rows"]
+
+
+def picture(
+    run: Run, model: GPT, tokenizer: VQModel, plain: GPTSampling, rows: list[dict], recent: int
+) -> np.ndarray:
+    """The same ten images, one of each class, by some of the rows: uint8 (H, W, 3)."""
+    chosen = [(2 * i + 1) * run.num_images // (2 * COLUMNS) for i in range(COLUMNS)]
+    labels, seeds = ([values[i] for i in chosen] for values in (run.labels, run.seeds))
+    fid = {(row["method"], row["budget"]): row["fid"] for row in rows}
+    strips = {}
+    for method, budget, config in plans(recent):
+        if (method, budget) in PICTURE:
+            sampling = replace(plain, line_ar=config)
+            images = generate(model, tokenizer, labels, seeds, sampling, PRESET.img_size)
+            name = method if config is None else f"{method} {budget}"
+            strips[f"{name}: FID {fid[method, budget]:.3f}"] = to_uint8(images)
+    return side_by_side_sheet(strips, scale=2)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.line_quality", description=__doc__)
+    parser.add_argument("--num_images", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=250, help="images per batch")
+    parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
+    parser.add_argument("--cfg", type=float, default=PRESET.cfg)
+    parser.add_argument("--top_p", type=float, default=PRESET.top_p)
+    parser.add_argument("--recent", type=int, default=PRESET.line_recent, help="LineAR's lines")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=tuple(DTYPES))
+    parser.add_argument("--output", type=Path, default=RESULTS / "line_quality.json")
+    args = parser.parse_args()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    model, tokenizer = load_tiny(device, dtype)
+    run = Run(args.num_images, args.seed, args.batch)
+    plain = GPTSampling(args.cfg, top_p=args.top_p)
+    about = {
+        **origin(),
+        "weights": describe(PRESET.resume, use_ema=False),
+        "images": args.num_images,
+        "seed": args.seed,
+        "cfg": args.cfg,
+        "top_p": args.top_p,
+        "recent": args.recent,
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+    rows = rows_of_before(args.output, about)
+    done = {(row["method"], row["budget"]) for row in rows}
+    for method, budget, config in plans(args.recent):
+        if (method, budget) in done:
+            continue
+        began = time.perf_counter()
+        images = run.images(model, tokenizer, replace(plain, line_ar=config))
+        seconds = time.perf_counter() - began
+        row = {
+            "method": method,
+            "budget": budget,
+            "lines": LineARConfig.of(config).plan(model.grid).budget // model.grid[1],
+            **run.score(images),
+            "images_per_s": args.num_images / seconds,
+        }
+        rows.append(row)
+        write_json(args.output, {"about": about, "rows": rows})
+        print(json.dumps(row), flush=True)
+    write_text(args.output.with_suffix(".md"), tables(rows, about))
+    draw(rows, args.output)
+    sheet = picture(run, model, tokenizer, plain, rows, args.recent)
+    save_png(args.output.with_suffix(".png"), sheet)
+    print(json.dumps({"rows": len(rows), "output": str(args.output)}))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,106 @@
+"""From labels and seeds to pictures: LlamaGen's GPT, then its tokenizer's decoder, then its resizing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.line_cache import LineARConfig
+from models.llamagen import GPT
+from models.token_sampling import check_settings
+from models.vq import VQModel
+
+
+@dataclass(frozen=True)
+class GPTSampling:
+    """How codes are sampled: the arguments of GPT.sample_tokens that a whole run shares.
+
+    Raises ValueError if they make no sense.
+    """
+
+    cfg: float
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    cfg_interval: int = -1
+    line_ar: LineARConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self.cfg, self.temperature, self.top_k, self.top_p)
+
+    @property
+    def method(self) -> str:
+        """The cache in words: full cache, h2o 1/4, LineAR 1/6 and what differs from its defaults."""
+        config = self.line_ar
+        if config is None or config.method == "none":
+            return "full cache"
+        budget = Fraction(config.budget).limit_denominator(64)
+        if config.method != "linear":
+            return f"{config.method} {budget}"
+        changed = [
+            f"{name} {getattr(config, name)}"
+            for name in ("anchors", "recent", "pooling")
+            if getattr(config, name) != getattr(LineARConfig(), name)
+        ]
+        return ", ".join([f"LineAR {budget}", *changed])
+
+    def run_name(self, model: str, num_images: int) -> str:
+        """Folder name of a run, such as gpt_xl-line_ar_1-6-cfg1.75-50000."""
+        method = self.method.lower().replace("linear", "line_ar").replace("/", "-")
+        parts = [model, method.replace(", ", "-").replace(" ", "_"), f"cfg{self.cfg:g}"]
+        plain = GPTSampling(self.cfg)
+        for name in (field.name for field in fields(self) if field.name not in ("cfg", "line_ar")):
+            if getattr(self, name) != getattr(plain, name):
+                parts.append(f"{name}{getattr(self, name):g}")
+        return "-".join([*parts, str(num_images)])
+
+
+class GPTGenerator:
+    """A GPT and its tokenizer as a util.generation.ImageGenerator, in the precision of each."""
+
+    def __init__(self, model: GPT, tokenizer: VQModel, sampling: GPTSampling, size: int) -> None:
+        """Pictures of size x size pixels."""
+        self.model, self.tokenizer, self.sampling, self.size = model, tokenizer, sampling, size
+
+    def prepare(
+        self, labels: Sequence[int], seeds: Sequence[int]
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Nothing has to be done ahead: an image draws one number per code."""
+        return labels, seeds
+
+    def generate(self, prepared: tuple[Sequence[int], Sequence[int]]) -> Tensor:
+        """Images (B, 3, size, size) float32, about [-1, 1]."""
+        return generate(self.model, self.tokenizer, *prepared, self.sampling, self.size)
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    tokenizer: VQModel,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    sampling: GPTSampling,
+    size: int,
+) -> Tensor:
+    """Pictures (B, 3, size, size), about [-1, 1], each from its own label and seed.
+
+    The tokenizer decodes in its own precision. Pictures of another size are resized by bicubic
+    interpolation before they are clamped (LlamaGen, sample_c2i_ddp.py).
+    """
+    codes = model.sample_tokens(
+        torch.tensor(labels),
+        sampling.cfg,
+        sampling.temperature,
+        sampling.top_k,
+        sampling.top_p,
+        sampling.cfg_interval,
+        line_ar=sampling.line_ar,
+        seeds=seeds,
+    )
+    images = tokenizer.decode(codes.unflatten(1, model.grid)).float()
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, size=(size, size), mode="bicubic")
+    return images

@@ -1,0 +1,246 @@
+"""Key-value caches of raster-order generation: the full one, and LineAR's few lines.
+
+LineAR (Qin et al., arXiv 2512.04857): tokens form lines of a grid. The first tokens (anchors) and
+the newest lines stay; between them, each completed line evicts for good as many tokens as it
+brought, those its own queries attended to least, because the next line looks at similar places.
+Which tokens go is decided per layer, sequence and head; how many is a Python number known before
+the first token.
+
+The buffer holds the condition, the budget and one line. Keys carry their position (RoPE), so the
+order of slots means nothing: the new line's rows move into the slots of evicted tokens, and the
+live slots are always a prefix of the buffer, attended to as a view, without a mask.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.line_methods import METHODS, POOLINGS, LineView, Method
+
+NONE = "none"  # the full cache, whatever the budget
+CONDITION = 1  # positions in front of the image: the class token
+
+
+@dataclass(frozen=True)
+class LinePlan:
+    """Every count of a run: of image tokens, but for `condition`.
+
+    line, lines: the grid. budget: tokens kept when a line begins. anchors, recent: the first and
+    the newest ones, never evicted; `budget - anchors - recent` others are kept by their score.
+    """
+
+    line: int
+    lines: int
+    budget: int
+    anchors: int
+    recent: int
+    condition: int = CONDITION
+
+    @property
+    def slots(self) -> int:
+        """Rows of the buffer per head; the image's last token is never fed."""
+        tokens = self.line * self.lines - 1
+        return self.condition + min(tokens, self.budget + self.line)
+
+
+@dataclass(frozen=True)
+class LineARConfig:
+    """How the cache is compressed.
+
+    budget: share of the image's tokens in (0, 1], rounded to whole lines (the nearest, half
+        upwards, at least one), or a number of lines above 1. All lines are the full cache.
+    anchors: first image tokens that are never evicted. recent: newest lines that are never evicted,
+        the completed one included. Both are LineAR's; the other methods have their own.
+    method: "linear", "none" (the full cache), or a rival, see models/line_methods.py.
+    pooling: of the attention over the queries of a line: "mean", "max" or "last".
+
+    The paper gives no anchors, recent lines or pooling; benchmarks/line_ablation.py measures them.
+    """
+
+    budget: float = 1 / 6
+    anchors: int = 8
+    recent: int = 2
+    method: str = "linear"
+    pooling: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.method != NONE and self.method not in METHODS:
+            known = ", ".join((NONE, *METHODS))
+            raise ValueError(f"the method of LineAR is {self.method!r}; use one of {known}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling is {self.pooling!r}; use one of {', '.join(POOLINGS)}")
+        whole = self.budget > 1 and float(self.budget).is_integer()
+        if not (0 < self.budget <= 1 or whole):
+            raise ValueError(
+                f"budget is {self.budget}; it must be a share in (0, 1] or a whole number of lines"
+            )
+        for name, least in (("anchors", 0), ("recent", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number from {least}")
+
+    @classmethod
+    def of(cls, line_ar: "LineARConfig | bool | None") -> "LineARConfig":
+        """The argument of sample_tokens: None or False is the full cache, True the defaults."""
+        if line_ar is None or line_ar is False:
+            return cls(method=NONE)
+        if line_ar is True:
+            return cls()
+        if not isinstance(line_ar, cls):
+            raise ValueError(f"line_ar is {line_ar!r}; give a LineARConfig, True, False or None")
+        return line_ar
+
+    def plan(self, grid: tuple[int, int]) -> LinePlan:
+        """The counts on a grid of (lines, tokens per line). ValueError if the budget is too small."""
+        lines, line = grid
+        kept = self.budget if self.budget > 1 else math.floor(self.budget * lines + 0.5)
+        kept = min(lines, max(1, int(kept)))
+        if self.method == NONE or kept == lines:
+            return LinePlan(line, lines, lines * line, 0, lines * line)
+        budget = kept * line
+        method = METHODS[self.method]
+        anchors, recent = method.protected(self.anchors, self.recent, line, budget)
+        if anchors + recent > budget:
+            raise ValueError(
+                f"the budget of {budget} tokens ({kept} lines of {line}) is too small for "
+                f"{anchors} anchors and {recent} recent tokens of method {self.method}: "
+                "raise the budget or lower anchors and recent"
+            )
+        return LinePlan(line, lines, budget, anchors, recent)
+
+
+class KVCache:
+    """Keys and values of all layers, (rows, H, slots, d) each, allocated once in the model's dtype.
+
+    `update` is called by every layer for each position, then `advance` once.
+    """
+
+    def __init__(self, layers: int, slots: int) -> None:
+        self.slots = slots
+        self.live = 0  # slots in use: a prefix
+        self.k: list[Tensor | None] = [None] * layers
+        self.v: list[Tensor | None] = [None] * layers
+
+    def update(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k, v (rows, H, 1, d) of the next position; what to attend to: views of the live slots."""
+        if self.k[layer] is None:
+            self._allocate(layer, k)
+        stop = self.live + 1
+        self.k[layer][:, :, self.live : stop] = k
+        self.v[layer][:, :, self.live : stop] = v
+        return self.k[layer][:, :, :stop], self.v[layer][:, :, :stop]
+
+    def advance(self) -> None:
+        """All layers have seen this position."""
+        self.live += 1
+
+    def _allocate(self, layer: int, k: Tensor) -> None:
+        shape = (k.shape[0], k.shape[1], self.slots, k.shape[3])
+        self.k[layer], self.v[layer] = k.new_empty(shape), k.new_empty(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(t.nbytes for t in (*self.k, *self.v) if t is not None)
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes held besides."""
+        return 0
+
+
+class LineCache(KVCache):
+    """A cache that is compressed to its budget whenever a line is complete."""
+
+    def __init__(self, layers: int, plan: LinePlan, method: Method, pooling: str) -> None:
+        super().__init__(layers, plan.slots)
+        self.plan = plan
+        self.method = method
+        self.pooling = pooling
+        self.count = 0  # positions seen, the condition included
+        self.queries: list[Tensor | None] = [None] * layers  # (rows, H, line, d), of this line
+        self.positions: list[Tensor | None] = [None] * layers  # (rows, H, slots): which token it is
+        self.scores: list[Tensor | None] = [None] * layers  # (rows, H, slots), if they accumulate
+
+    def update(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        kv = super().update(layer, q, k, v)
+        token = self.count - self.plan.condition
+        if token >= 0 and self.method.needs_queries:
+            self.queries[layer][:, :, token % self.plan.line] = q[:, :, 0]
+        return kv
+
+    def advance(self) -> None:
+        super().advance()
+        self.count += 1
+        tokens = self.count - self.plan.condition
+        if tokens > 0 and tokens % self.plan.line == 0:
+            full = self.live == self.plan.condition + self.plan.budget + self.plan.line
+            for layer in range(len(self.k)):
+                self._end_line(layer, full)
+            if full:
+                self.live -= self.plan.line
+
+    def _allocate(self, layer: int, k: Tensor) -> None:
+        super()._allocate(layer, k)
+        rows, heads, _, width = k.shape
+        shape = (rows, heads, self.slots)
+        index = torch.arange(self.slots, device=k.device, dtype=torch.int32)
+        self.positions[layer] = index.repeat(rows, heads, 1)  # until the first eviction
+        if self.method.needs_queries:
+            self.queries[layer] = k.new_empty(rows, heads, self.plan.line, width)
+        if self.method.cumulative:
+            self.scores[layer] = torch.zeros(shape, device=k.device)
+
+    def _end_line(self, layer: int, full: bool) -> None:
+        """Score the live tokens of a layer where that is needed; if it is full, evict one line."""
+        line, live = self.plan.line, self.live
+        position = self.positions[layer]
+        newest = torch.arange(self.count - line, self.count, device=position.device)
+        position[:, :, live - line : live] = newest
+        if not (full or self.method.cumulative):
+            return
+        view = LineView(
+            self.queries[layer], self.k[layer][:, :, :live], position[:, :, :live], self.pooling
+        )
+        with torch.autocast(position.device.type, enabled=False):
+            score = self.method.score(view)
+        if self.method.cumulative:
+            score = self.scores[layer][:, :, :live].add_(score)
+        if full:
+            self._evict(layer, self._holes(score, view.positions))
+
+    def _holes(self, score: Tensor, position: Tensor) -> Tensor:
+        """Slots (rows, H, line) of the tokens to evict: the worst ones that nothing protects."""
+        image = position - self.plan.condition  # < 0: the condition
+        newest = self.count - self.plan.condition - self.plan.recent
+        protected = (image < self.plan.anchors) | (image >= newest)
+        score = score.masked_fill(protected, torch.inf)
+        return score.topk(self.plan.line, dim=-1, largest=False, sorted=False).indices
+
+    def _evict(self, layer: int, holes: Tensor) -> None:
+        """Move the rows of the newest line into the holes; its own slots are free then."""
+        line = self.plan.line
+        for buffer in (self.k[layer], self.v[layer]):
+            at = holes[..., None].expand(-1, -1, -1, buffer.shape[-1])
+            buffer.scatter_(2, at, buffer[:, :, -line:])
+        self.positions[layer].scatter_(2, holes, self.positions[layer][:, :, -line:])
+        if self.method.cumulative:
+            self.scores[layer].scatter_(2, holes, self.scores[layer][:, :, -line:])
+            self.scores[layer][:, :, -line:] = 0
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes of the line's queries, the positions and the accumulated scores."""
+        held = (*self.queries, *self.positions, *self.scores)
+        return sum(t.nbytes for t in held if t is not None)
+
+
+def make_cache(line_ar: LineARConfig | bool | None, grid: tuple[int, int], layers: int) -> KVCache:
+    """An empty cache for one call. ValueError if the budget does not fit the grid."""
+    config = LineARConfig.of(line_ar)
+    plan = config.plan(grid)
+    if plan.budget == plan.line * plan.lines:
+        return KVCache(layers, plan.slots)
+    return LineCache(layers, plan, METHODS[config.method], config.pooling)

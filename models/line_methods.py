@@ -1,0 +1,152 @@
+"""What a compressed cache forgets: LineAR's score, and those of the methods it is compared with.
+
+The cache owns budget and movement of rows; a method says how many tokens it protects at both ends
+and scores the others, (rows, H, live) float32: the lowest go. A new method is a class with these
+two, and a line in METHODS. All see the same moments (a complete line), the same budget, and decide per
+layer, sequence and head.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+POOLINGS = ("mean", "max", "last")
+
+
+@dataclass(frozen=True)
+class LineView:
+    """What a method may look at: queries (rows, H, line, d) of the completed line; keys (rows, H, live, d)
+    and positions (rows, H, live) of all live tokens in no particular order."""
+
+    queries: Tensor | None
+    keys: Tensor
+    positions: Tensor
+    pooling: str
+
+    def attention(self) -> Tensor:
+        """softmax(q k / sqrt d) over all live keys, (rows, H, line, live) float32."""
+        scale = self.keys.shape[-1] ** -0.5
+        logits = self.queries.float() * scale @ self.keys.float().transpose(-1, -2)
+        return logits.softmax(dim=-1)
+
+    def pooled(self) -> Tensor:
+        """The attention pooled over the queries of the line, (rows, H, live)."""
+        attention = self.attention()
+        if self.pooling == "mean":
+            return attention.mean(dim=2)
+        return attention.amax(dim=2) if self.pooling == "max" else attention[:, :, -1]
+
+
+class Method:
+    """What the cache needs to know of a method; `cumulative`: scores of all lines are added up."""
+
+    needs_queries = True
+    cumulative = False
+
+    def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
+        """First and newest tokens that are never evicted, at least one line of the newest.
+
+        anchors, recent: LineAR's constants, the second in lines.
+        """
+        raise NotImplementedError
+
+    def score(self, view: LineView) -> Tensor:
+        """How much each live token is worth, (rows, H, live)."""
+        raise NotImplementedError
+
+
+class LineAR(Method):
+    """Attention of the line just completed (Qin et al., arXiv 2512.04857): inter-line attention."""
+
+    def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
+        return anchors, recent * line
+
+    def score(self, view: LineView) -> Tensor:
+        return view.pooled()
+
+
+class StreamingLLM(Method):
+    """The first four tokens and the newest (Xiao et al., arXiv 2309.17453)."""
+
+    needs_queries = False
+    SINKS = 4  # section 3.1: four initial tokens
+
+    def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
+        return self.SINKS, line
+
+    def score(self, view: LineView) -> Tensor:
+        return view.positions.float()
+
+
+class H2O(Method):
+    """Heavy hitters: accumulated attention; half of the budget are the newest tokens.
+
+    Zhang et al., arXiv 2306.14048: equal shares of heavy hitters and of recent tokens.
+    """
+
+    cumulative = True
+
+    def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
+        return 0, max(line, budget // 2)
+
+    def score(self, view: LineView) -> Tensor:
+        return view.attention().sum(dim=2)
+
+
+class H2OLast(H2O):
+    """Its variant without memory: the attention of the newest query alone (TOVA, arXiv 2401.06104)."""
+
+    cumulative = False
+
+    def score(self, view: LineView) -> Tensor:
+        return view.attention()[:, :, -1]
+
+
+class SnapKV(Method):
+    """Attention of an observation window, here a line, smoothed along the sequence.
+
+    Li et al., arXiv 2404.14469: pooling keeps the neighbours of what is attended to.
+    """
+
+    KERNEL = 5  # the published code's kernel_size, with avgpool
+
+    def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
+        return 0, line
+
+    def score(self, view: LineView) -> Tensor:
+        order = view.positions.argsort(dim=-1)
+        score = view.attention().mean(dim=2).gather(-1, order)
+        smooth = F.avg_pool1d(score, self.KERNEL, stride=1, padding=self.KERNEL // 2)
+        return score.scatter(-1, order, smooth)
+
+
+class RKV(Method):
+    """Attention minus redundancy (Cai et al., arXiv 2505.24133).
+
+    Redundancy of a key is the softmax of its mean cosine similarity to the other live keys of its
+    sequence and head; the published code looks at the first sequence of a batch alone. Its
+    exception for the newest of several similar keys is left out: the newest line is protected.
+    """
+
+    LAMBDA = 0.07  # the published code's mix_lambda: weight of attention
+
+    def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
+        return 0, line
+
+    def score(self, view: LineView) -> Tensor:
+        direction = F.normalize(view.keys.float(), dim=-1)
+        total = direction.sum(dim=2, keepdim=True)  # mean_j cos(i, j) = k_i . sum_j k_j / live
+        similarity = ((direction * total).sum(-1) - 1) / direction.shape[2]
+        attention = view.attention().mean(dim=2)
+        return self.LAMBDA * attention - (1 - self.LAMBDA) * similarity.softmax(dim=-1)
+
+
+METHODS: dict[str, Method] = {
+    "linear": LineAR(),
+    "streaming": StreamingLLM(),
+    "h2o": H2O(),
+    "rkv": RKV(),
+    "snapkv": SnapKV(),
+    "h2o_last": H2OLast(),
+}

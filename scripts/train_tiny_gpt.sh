@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Trains gpt_tiny from nothing on one CPU core: tokenizer, codes, model, bundled weights. About 70 minutes.
+# Stopped anywhere, the same command goes on. The bundled files of a finished part are not made again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+OUT=${OUT:-output_dir/gpt_tiny}
+BUNDLE=pretrained_models/gpt_tiny
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
+
+[ -f "$BUNDLE/tokenizer.safetensors" ] || python -m util.tiny_vq --output_dir "$OUT/tokenizer"
+python -m util.tiny_gpt --output_dir "$OUT/model"
