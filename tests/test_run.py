@@ -129,6 +129,7 @@ def test_the_manifest_says_what_made_the_images(run, weights):
     assert call["arguments"]["resume"] == str(weights / "official")
     assert call["torch"] == torch.__version__
     assert call.keys() >= {"commit", "device_name", "processes", "eval_bsz", "command"}
+    assert call["threads"] == 1
 
 
 def test_what_may_change_is_told_and_recorded(run, monkeypatch):

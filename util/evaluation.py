@@ -210,8 +210,8 @@ def _open(run: Run, folder: RunDir, world: dist.World, device: torch.device) -> 
         **provenance(),
         "device_name": device_name(device),
         "processes": world.size,
-        "eval_bsz": run.arguments["eval_bsz"],
-        "vae_bsz": run.arguments["vae_bsz"],
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        **{name: run.arguments[name] for name in ("no_compile", "eval_bsz", "vae_bsz")},
         "arguments": dict(run.arguments),
     }
     changes = folder.open(run.config, call, run.num_images, run.overwrite)

@@ -35,7 +35,7 @@ Json = Mapping[str, object]
 
 MANIFEST = "manifest.json"
 # What a call may change without changing images, but for rounding; the user is told.
-MAY_DIFFER = ("commit", "torch", "device_name", "eval_bsz", "vae_bsz")
+MAY_DIFFER = ("commit", "torch", "device_name", "threads", "no_compile", "eval_bsz", "vae_bsz")
 
 
 class RunDir:
