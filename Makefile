@@ -20,8 +20,8 @@ $(READY): requirements.txt requirements-dev.txt
 	@touch $@
 
 demo: $(READY)
-	$(PY) eval.py --model mar_tiny --num_images $(IMAGES) --eval_bsz 50 --output_dir $(DEMO)
-	$(PY) eval.py --model mar_tiny --num_images $(IMAGES) --eval_bsz 50 --output_dir $(DEMO) --lazy_mar
+	$(PY) eval.py --model mar_tiny --num_images $(IMAGES) --eval_bsz 50 --threads 2 --output_dir $(DEMO)
+	$(PY) eval.py --model mar_tiny --num_images $(IMAGES) --eval_bsz 50 --threads 2 --output_dir $(DEMO) --lazy_mar
 	$(PY) -m util.report $(DEMO)/mar_tiny-mar-* $(DEMO)/mar_tiny-lazy_mar_* \
 		--sheet $(DEMO)/sheet.png --table $(DEMO)/table.md
 

@@ -49,23 +49,13 @@ def device_name(device: torch.device) -> str:
 
 
 def set_threads(stated: int | None) -> None:
-    """CPU threads of this process: the stated number, else its share of the cores it may use.
+    """CPU threads of this process: the stated number, else 1.
 
-    torchrun tells each process to use one; on a machine with many cores that wastes most of them.
-    Without torchrun, OMP_NUM_THREADS of the user counts.
+    The number decides in which order products are summed. If it followed from the machine or from
+    the number of processes, so would the last bits of an image; processes use more cores as well,
+    and small products run slower in two threads than in one.
     """
-    environment = os.environ
-    if (
-        stated is None
-        and "OMP_NUM_THREADS" in environment
-        and "LOCAL_WORLD_SIZE" not in environment
-    ):
-        return
-    if stated is None:
-        affinity = getattr(os, "sched_getaffinity", None)  # Linux
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        stated = max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", 1)))
-    torch.set_num_threads(stated)
+    torch.set_num_threads(stated or 1)
 
 
 def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:

@@ -347,7 +347,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=1, help="of everything random")
     add("--device", help="cpu, cuda, cuda:1, mps; without it cuda if there is one, else cpu")
     add("--dtype", choices=tuple(DTYPES), help="without it bf16 on cuda, float32 elsewhere")
-    add("--threads", type=int, help="CPU threads per process; without it its share of the cores")
+    add("--threads", type=int, help="CPU threads per process (1)")
     add("--world_size", type=int, default=1, help="accepted; torchrun starts the processes")
     add("--local_rank", type=int, default=-1, help="accepted; torchrun sets LOCAL_RANK")
     add("--dist_on_itp", action="store_true", help="take the ranks from Open MPI's environment")
