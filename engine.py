@@ -238,6 +238,8 @@ def evaluate(
         scale = scale_of(tokenizer, args)
         vae_dtype = DTYPES[args.vae_dtype] if args.vae_dtype else dtype
         fast = device.type == "cuda" and not args.no_compile
+        compile = fast and can_compile(device, show=meeting.world.is_main)
+        args.no_compile |= fast and not compile  # recorded as it was done
         generator = MarGenerator(
             model,
             tokenizer,
@@ -247,7 +249,7 @@ def evaluate(
             dtype,
             args.vae_bsz,
             vae_dtype,
-            compile=fast and can_compile(device, show=meeting.world.is_main),
+            compile=compile,
             graphs=fast,
         )
         flops, num_iter = flops_per_image(model, sampling), args.num_iter

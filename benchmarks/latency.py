@@ -12,11 +12,11 @@ with a head of 4 steps (--memory). The last line is one JSON document.
 
 import argparse
 import concurrent.futures
+import itertools
 import multiprocessing
 import re
 import statistics
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from benchmarks.common import (
     seconds_of,
     write_result,
 )
-from benchmarks.mar_work import MODES, build, count_work
+from benchmarks.mar_work import HEADS, MODES, build, count_work
 from models.sampler import Sampler
 from util.device import DTYPES, can_compile, pick_device, pick_dtype
 from util.errors import UserError, run_main
@@ -40,13 +40,18 @@ from util.errors import UserError, run_main
 def sampling(
     sampler: Sampler, mode: str, batch: int, args: argparse.Namespace
 ) -> Callable[[], Tensor]:
-    """A call that samples images 0 .. batch-1, each of its own class."""
-    labels = [i % sampler.model.class_num for i in range(batch)]
+    """A call that samples images 0 .. batch-1, each of its own class, other classes at each call."""
+    first = itertools.count(step=batch)
     noise = sampler.model.image_noise(range(batch)).to(sampler.device)
-    return partial(
-        sampler.sample_tokens, batch, args.num_iter, args.cfg, labels=labels,
-        lazy_mar=MODES[mode], noise=noise,
-    )  # fmt: skip
+
+    def call() -> Tensor:
+        start = next(first)
+        labels = [(start + i) % sampler.model.class_num for i in range(batch)]
+        return sampler.sample_tokens(
+            batch, args.num_iter, args.cfg, labels=labels, lazy_mar=MODES[mode], noise=noise
+        )
+
+    return call
 
 
 def peak_of_a_process(name: str, mode: str, batch: int, args: argparse.Namespace) -> float:
@@ -140,6 +145,11 @@ def parse() -> argparse.Namespace:
         args.dtype = next(name for name, value in DTYPES.items() if value == dtype)
     if args.warmup is None:
         args.warmup = 3 if device.type == "cuda" else 0
+    for name in args.models.split(","):
+        if name not in (*HEADS, "mar_tiny"):
+            raise UserError(f"--models {name} is no model; use {', '.join(HEADS)} or mar_tiny")
+    if not all(batch.isdigit() and int(batch) > 0 for batch in args.batches.split(",")):
+        raise UserError(f"--batches {args.batches} are no numbers of images, such as 1,8,64")
     for mode in args.modes.split(","):
         if mode not in MODES:
             raise UserError(f"--modes {mode} is unknown; use some of {','.join(MODES)}")

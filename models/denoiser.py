@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffusion.gaussian import GaussianDiffusion
 from models.adaln_mlp import SimpleMLPAdaLN
+from models.graphs import compiled
 from models.sampling_copy import sampling_linear
 
 # Rows per product of a modulation table: enough for the full rate, few enough to stay in cache.
@@ -66,7 +67,7 @@ class PlainDenoiser:
         self.times = times.flip(0)  # in the order of a run
         columns = [(b, name) for b in range(len(net.res_blocks)) for name in ADALN_OUTPUTS]
         self.modulations = ModulationTable(net, times, columns + FINAL_COLUMNS)
-        self._network = torch.compile(self._step, dynamic=True) if compile else self._step
+        self._network = compiled(self._step) if compile else self._step
 
     @torch.no_grad()
     def __call__(self, z: Tensor, noise: Tensor, cfg: float | Tensor, temperature: float) -> Tensor:
@@ -75,7 +76,7 @@ class PlainDenoiser:
         ahead = self.modulations.ahead(condition, self.times, len(self.modulations.column))
 
         def model(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            return guide(self._network(x, next(ahead)).float(), len(x), cfg)[:2]
+            return guide(self._network(x.contiguous(), next(ahead)).float(), len(x), cfg)[:2]
 
         return self.diffusion.sample(model, noise, temperature)
 

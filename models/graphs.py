@@ -1,8 +1,18 @@
-"""CUDA graphs of the calls of a decoding loop, which always come in the same order."""
+"""torch.compile and CUDA graphs for the calls of a decoding loop."""
 
 from collections.abc import Callable, Hashable
 
 import torch
+
+VARIANTS = 64  # of one function: row counts, with guidance or not, memory layouts
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile for any number of rows; the default limit of 8 variants ends in eager mode."""
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    setattr(config, limit, max(getattr(config, limit), VARIANTS))
+    return torch.compile(function, dynamic=True)
 
 
 class CudaGraphs:
@@ -27,7 +37,9 @@ class CudaGraphs:
             return
         if key not in self._graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Calls to CUDA by other threads, such as a data loader's, are none of our business.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
                 call()
             self._graphs[key] = graph
         self._graphs[key].replay()

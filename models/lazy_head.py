@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion.gaussian import GaussianDiffusion
 from models.adaln_mlp import SimpleMLPAdaLN
 from models.denoiser import ADALN_OUTPUTS, FINAL_COLUMNS, ModulationTable, guide, time_table
+from models.graphs import compiled
 from models.lazy_mar import LazyMARConfig
 
 Segment = tuple[bool, list[int]]  # (skipped, blocks)
@@ -61,8 +62,8 @@ class LazyDenoiser:
         self.times = {kind: _times_of(kind, self.kinds, times) for kind in self.columns}
         self._full_step, self._lazy_step = self._full, self._lazy
         if compile:
-            self._full_step = torch.compile(self._full, dynamic=True)
-            self._lazy_step = torch.compile(self._lazy, dynamic=True)
+            self._full_step = compiled(self._full)
+            self._lazy_step = compiled(self._lazy)
 
     @torch.no_grad()
     def __call__(self, z: Tensor, noise: Tensor, cfg: float | Tensor, temperature: float) -> Tensor:
@@ -77,7 +78,7 @@ class LazyDenoiser:
         cache = HeadCache()
 
         def model(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            kind = self.kinds[i]
+            kind, x = self.kinds[i], x.contiguous()
             reused = self.reuse_adaln and kind != "full"
             modulation = cache.modulation if reused else next(ahead[kind])
             if kind == "full":

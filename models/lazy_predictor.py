@@ -1,6 +1,6 @@
 """LazyPredictor: z of each decoding step with LazyMAR's token cache and condition cache.
 
-Stands in for models.mar.PlainPredictor and drives the same, untouched MAR.
+Stands in for models.predictor.PlainPredictor and drives the same, untouched MAR.
 """
 
 from functools import partial

@@ -1,11 +1,13 @@
 """Sampler: many batches of images from one model, as fast as its device allows."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from models.decoding import Decoding
+from models.graphs import compiled
 from models.lazy_mar import LazyMARConfig
 from models.noise import ImageNoise
 from models.plan import DecodingPlan
@@ -15,7 +17,7 @@ from models.sampling_copy import sampling_copy
 class Sampler:
     """Holds a copy of the model for sampling; MAR.sample_tokens makes one for a single batch.
 
-    The weights are those of the moment it was made.
+    Make another one after the weights have changed: the copy shares some and holds others.
     """
 
     def __init__(
@@ -31,12 +33,14 @@ class Sampler:
         compile: blocks and head with torch.compile. graphs (CUDA alone): from the second batch of a
         kind on, replay CUDA graphs; batches of another kind make their own.
         """
+        if graphs and model.fake_latent.device.type != "cuda":
+            raise ValueError(f"graphs need a model on CUDA, not on {model.fake_latent.device}")
         self.model = sampling_copy(model, dtype, whole=model.diffloss, pack=not compile)
         self.device = model.fake_latent.device
         self.compile, self.graphs = compile, graphs
         if compile:
             for block in (*self.model.encoder_blocks, *self.model.decoder_blocks):
-                block.finish = torch.compile(block.finish, dynamic=True)
+                block.finish = compiled(block.finish)
         self._last: tuple[tuple, Decoding] | None = None  # (what it decodes, its Decoding)
 
     @torch.no_grad()
@@ -63,9 +67,15 @@ class Sampler:
             noise = model.image_noise(torch.randint(0, 2**32, (bsz,)).tolist())
         noise.check(bsz, model.seq_len, model.diffloss.num_sampling_steps, model.token_dim)
         if labels is not None:
-            labels = torch.as_tensor(labels).tolist()
+            labels = torch.as_tensor(labels)
+            if labels.shape != (bsz,):
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)}; this batch needs ({bsz},)"
+                )
+            labels = labels.tolist()
         what = (bsz, plan, LazyMARConfig.of(lazy_mar), temperature)
-        with torch.autocast(self.device.type, enabled=False):
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with on_device, torch.autocast(self.device.type, enabled=False):
             if self._last is None or self._last[0] != what:
                 self._last = None  # free its memory first
                 self._last = what, Decoding(model, *what, self.compile, self.graphs)

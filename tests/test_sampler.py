@@ -152,3 +152,33 @@ def test_compiled_sampling_equals_the_recorded_latents(file, key):
         2, 64, 3.0, labels=labels, noise=noise, lazy_mar=key.startswith("lazy")
     )
     assert relative_error(latents, golden(file)[key]) < 1e-4
+
+
+def test_compiled_sampling_is_the_same_in_all_its_variants(monkeypatch):
+    """With the compiler's front end alone; `slow` tests take its back end too."""
+    config, compile = torch._dynamo.config, torch.compile
+    if not hasattr(config, "fail_on_recompile_limit_hit"):
+        pytest.skip("this PyTorch falls back to eager mode in silence")
+    monkeypatch.setattr(config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile(f, backend="eager", **kwargs))
+    torch._dynamo.reset()
+    model = small_mar(num_sampling_steps="ddim10")
+    sampler = Sampler(model, torch.float32, compile=True)
+    for cfg in (3.0, 1.0):
+        for seeds in ((3,), (3, 4), (3, 4, 5)):
+            for lazy_mar in (None, CONFIGS["all"]):
+                arguments = {"labels": [1] * len(seeds), "lazy_mar": lazy_mar}
+                arguments["noise"] = noise_of(model, seeds)
+                compiled = sampler.sample_tokens(len(seeds), 6, cfg, **arguments)
+                plain = model.sample_tokens(len(seeds), 6, cfg, **arguments)
+                assert relative_error(compiled, plain) < CLOSE
+
+
+def test_graphs_without_cuda_are_refused():
+    with pytest.raises(ValueError, match="graphs need a model on CUDA, not on cpu"):
+        Sampler(small_mar(), torch.float32, graphs=True)
+
+
+def test_labels_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"labels have shape \(\); this batch needs \(2,\)"):
+        small_mar().sample_tokens(2, labels=torch.tensor(1))

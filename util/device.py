@@ -91,7 +91,7 @@ def to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]
 
 
 def can_compile(device: torch.device, show: bool) -> bool:
-    """Whether torch.compile wins on this device, and works; `show` says on stderr what happens.
+    """Whether torch.compile wins on this device, and works; `show` says on stderr that it will.
 
     On CPUs it gained at most 20% and cost a minute (benchmarks/README.md). Compiled code is kept in
     ~/.cache/torchinductor unless TORCHINDUCTOR_CACHE_DIR names another folder.
@@ -103,9 +103,8 @@ def can_compile(device: torch.device, show: bool) -> bool:
     try:
         torch.compile(torch.add)(*torch.ones(2, 8, device=device))
     except Exception as error:  # whatever a missing compiler, driver or Triton raises
-        if show:
-            reason = str(error).strip().splitlines()[0]
-            print(f"torch.compile does not work here ({reason}); going on without", file=sys.stderr)
+        reason = str(error).strip().splitlines()[0]
+        print(f"torch.compile does not work here ({reason}); going on without", file=sys.stderr)
         return False
     if show:
         print("compiling during the first batch (--no_compile goes without) ...", file=sys.stderr)

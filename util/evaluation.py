@@ -8,7 +8,7 @@ its sums into the run's folder, and process 0 adds them up. All need to see that
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from util.errors import UserError
 from util.files import atomic_path, write_json
 from util.generation import FeatureSink, ImageGenerator, PngSink, Production, produce
 from util.image_source import open_source
+from util.images import list_images
 from util.metrics import Scorer
 from util.run_dir import MAY_DIFFER, RunDir, provenance
 from util.score_request import SCORES, ScoreRequest
@@ -114,6 +115,8 @@ def evaluate(
 
     began = time.perf_counter()
     if run.save and run.request:
+        if world.size > 1:
+            _patiently(lambda: len(list_images(folder.images)) >= run.num_images)
         images = open_source(folder.images, run.num_images)
         scorer = Scorer(run.request, run.num_images, device, run.all_labels())
         scorer.add(images, _part(run.num_images, world))
@@ -231,13 +234,20 @@ def _open(run: Run, folder: RunDir, world: dist.World, device: torch.device) -> 
 
 def _check_shared(folder: RunDir, world: dist.World) -> None:
     """UserError in a process that does not see what process 0 has made (NFS may take a while)."""
-    for _ in range(30):
-        if folder.manifest():
-            return
+    if not _patiently(lambda: bool(folder.manifest())):
+        raise UserError(
+            f"process {world.rank} does not see {folder.path}: give an --output_dir that all "
+            "machines share"
+        )
+
+
+def _patiently(seen: Callable[[], bool], seconds: int = 30) -> bool:
+    """Whether `seen` comes true in time: a shared folder shows files of other machines late."""
+    for _ in range(seconds):
+        if seen():
+            return True
         time.sleep(1)
-    raise UserError(
-        f"process {world.rank} does not see {folder.path}: give an --output_dir that all machines share"
-    )
+    return seen()
 
 
 def _comparable(former: Mapping, scores: Mapping) -> dict[str, object]:
@@ -270,6 +280,10 @@ def _merge(scorer: Scorer, folder: Path, meeting: dist.Meeting) -> None:
     others = range(1, world.size)
     meeting.wait("scored", others)
     for rank in others:
+        if not _patiently(file_of(rank).exists):
+            raise UserError(
+                f"process 0 does not see {file_of(rank)}: all machines must share the run's folder"
+            )
         scorer.sums.merge(load_file(file_of(rank)))
         file_of(rank).unlink()
 
