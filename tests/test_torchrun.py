@@ -27,11 +27,14 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def agent(nodes: int, processes: int, port: int, argv: list[str]) -> subprocess.Popen:
-    """One machine's torchrun."""
+def agent(
+    nodes: int, processes: int, port: int, argv: list[str], hosts: bool = True
+) -> subprocess.Popen:
+    """One machine's torchrun; one of them `hosts` the place where they meet."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
     command += [f"--nproc_per_node={processes}", "--rdzv-backend=c10d"]
-    command += [f"--rdzv-endpoint=127.0.0.1:{port}", "eval.py", *argv]
+    command += [f"--rdzv-endpoint=127.0.0.1:{port}"]
+    command += [f"--rdzv-conf=is_host={int(hosts)}", "eval.py", *argv]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -94,7 +97,7 @@ def test_a_machine_that_dies_hangs_nobody_and_two_machines_complete_the_run(
 ):
     argv = flags_for(weights / "official", tmp_path, *FLAGS, "--patience", 5)
     port = free_port()
-    machines = [agent(2, 1, port, argv) for _ in range(2)]
+    machines = [agent(2, 1, port, argv, hosts) for hosts in (True, False)]
     deadline = time.monotonic() + LIMIT
     while not any(tmp_path.rglob("*.png")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -107,7 +110,7 @@ def test_a_machine_that_dies_hangs_nobody_and_two_machines_complete_the_run(
     assert "error: process" in survivor[2] and "start the same command again" in survivor[2]
 
     port = free_port()
-    again = [agent(2, 1, port, argv) for _ in range(2)]
+    again = [agent(2, 1, port, argv, hosts) for hosts in (True, False)]
     result = result_of(*(finish(machine) for machine in again))
     assert images_of(result) == images_of(alone)
     assert scores(result) == pytest.approx(scores(alone), rel=1e-6)
