@@ -3,7 +3,8 @@
     python -m benchmarks.line_quality --num_images 1000
 
 Every row has the labels and seeds of the first, so rows differ by the cache alone. A row is written
-when it is done; the same command goes on. Results: benchmarks/results/line_quality.{json,md,svg,png}.
+when it is done, with the commit that made it; the same command goes on.
+Results: benchmarks/results/line_quality.{json,md,svg,png}.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from util.images import save_png, side_by_side_sheet, to_uint8
 
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
+EVERY = (",".join(METHODS), ",".join(BUDGETS))  # methods and budgets of the whole table
 COLUMNS = 10  # images of the picture, one of each class
 SAME = (
     "weights",
@@ -81,12 +83,17 @@ def draw(rows: list[dict], output: Path) -> None:
     write_text(output.with_suffix(".svg"), plot)
 
 
-def plans(recent: int) -> list[tuple[str, str, LineARConfig | None]]:
-    """Every row: method, budget, configuration."""
+def plans(methods: str, budgets: str, recent: int) -> list[tuple[str, str, LineARConfig | None]]:
+    """Rows: method, budget, configuration. UserError for a name that the table does not have."""
     rows: list[tuple[str, str, LineARConfig | None]] = [(FULL, "1", None)]
-    for name in METHODS:
-        for budget, share in BUDGETS.items():
-            rows.append((name, budget, LineARConfig(share, recent=recent, method=name)))
+    for name in methods.split(","):
+        for budget in budgets.split(","):
+            if name not in METHODS or budget not in BUDGETS:
+                raise UserError(
+                    f"there is no row {name} {budget}: methods are {', '.join(METHODS)}, budgets "
+                    f"{', '.join(BUDGETS)}"
+                )
+            rows.append((name, budget, LineARConfig(BUDGETS[budget], recent=recent, method=name)))
     return rows
 
 
@@ -112,8 +119,8 @@ def picture(
     labels, seeds = ([values[i] for i in chosen] for values in (run.labels, run.seeds))
     fid = {(row["method"], row["budget"]): row["fid"] for row in rows}
     strips = {}
-    for method, budget, config in plans(recent):
-        if (method, budget) in PICTURE:
+    for method, budget, config in plans(*EVERY, recent):
+        if (method, budget) in PICTURE and (method, budget) in fid:
             sampling = replace(plain, line_ar=config)
             images = generate(model, tokenizer, labels, seeds, sampling, PRESET.img_size)
             name = method if config is None else f"{method} {budget}"
@@ -125,6 +132,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.line_quality", description=__doc__)
     parser.add_argument("--num_images", type=int, default=1000)
+    parser.add_argument("--methods", default=EVERY[0], help="rows to add; others stay as they are")
+    parser.add_argument("--budgets", default=EVERY[1])
     parser.add_argument("--batch", type=int, default=250, help="images per batch")
     parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
     parser.add_argument("--cfg", type=float, default=PRESET.cfg)
@@ -154,7 +163,7 @@ def main() -> None:
     }
     rows = rows_of_before(args.output, about)
     done = {(row["method"], row["budget"]) for row in rows}
-    for method, budget, config in plans(args.recent):
+    for method, budget, config in plans(args.methods, args.budgets, args.recent):
         if (method, budget) in done:
             continue
         began = time.perf_counter()
@@ -166,6 +175,7 @@ def main() -> None:
             "lines": LineARConfig.of(config).plan(model.grid).budget // model.grid[1],
             **run.score(images),
             "images_per_s": args.num_images / seconds,
+            "commit": about["commit"],
         }
         rows.append(row)
         write_json(args.output, {"about": about, "rows": rows})
