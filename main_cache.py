@@ -17,6 +17,7 @@ import engine
 from models.presets import PRESETS
 from util import dist
 from util.data import ImageFolder, in_one_sentence, to_unit_range
+from util.data_check import check_files
 from util.device import pick_device, set_threads
 from util.errors import UserError, run_main
 from util.flags import make_parser, resolve
@@ -29,6 +30,7 @@ def cache(args: argparse.Namespace, world: dist.World, device: torch.device) -> 
     if args.cached_path is None:
         raise UserError("--cached_path DIR is missing: the folder for the latents")
     images = ImageFolder(Path(args.data_path) / "train", args.img_size)
+    check_files(images, world, args.check_data, args.num_workers)
     targets = [
         Path(args.cached_path) / f"{images.relative_path(i)}.npz" for i in range(len(images))
     ]

@@ -70,7 +70,7 @@ def test_pixels_map_to_the_range_from_minus_one_to_one():
 
 def test_labels_are_the_sorted_class_folders_and_flips_mirror(folder):
     data = ImageFolder(folder, 8)
-    assert (len(data), data.class_count) == (7, 2)
+    assert (len(data), data.files.classes) == (7, ("cat", "dog"))
     image, label = data[(3, False)]
     assert (label, data.relative_path(3)) == (1, "dog/0.png")
     assert torch.equal(data[(3, True)][0], image.flip(-1))

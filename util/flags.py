@@ -142,7 +142,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--vae_dtype", choices=tuple(DTYPES), help="of the tokenizer; without it --dtype")
     add("--no_compile", action="store_true", help="on CUDA: no torch.compile, no CUDA graphs")
     add("--no_ema", action="store_true", help="evaluate model instead of model_ema")
-    add("--overwrite", action="store_true", help="discard images of another configuration")
+    add(
+        "--overwrite", action="store_true", help="discard images of another configuration, or a run"
+    )
     add("--no_save", action="store_true", help="score images as they come and keep none")
     add("--save_npz", action="store_true", help="write ADM's sample batch, samples.npz, too")
     add("--dry_run", action="store_true", help="say what would be done and how long it takes")
@@ -334,6 +336,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="read all latents into memory first; without the flag if they are below 4 GiB",
     )
+    add("--check_data", action="store_true", help="read every file before the beginning")
     add("--num_workers", type=int, default=10, help="processes that read data")
     add("--pin_mem", action="store_true", default=True, help="page-locked batches for CUDA")
     add("--no_pin_mem", action="store_false", dest="pin_mem")
