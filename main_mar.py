@@ -88,6 +88,10 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
     engine.SamplingConfig.from_args(args)  # before hours of training, not at the first evaluation
     if args.dry_run and not args.evaluate:
         raise UserError("--dry_run is for evaluations: use it with eval.py or with --evaluate")
+    if args.start_epoch >= args.epochs:
+        raise UserError(
+            f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}"
+        )
     if args.online_eval:
         Run.from_args(args, "", {}, {}, world.size)  # refuses flags that disagree
     if (args.online_eval or args.evaluate) and not args.no_score:
@@ -127,7 +131,10 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
         check_same_classes(checkpoint.find_checkpoint(resumed).parent, data.files.classes)
         first_epoch, first_step = resume(state, plan, resumed, world)
         if first_epoch >= args.epochs:
-            note(f"{resumed} has all {args.epochs} epochs; more are trained with --epochs N", world)
+            note(
+                f"{resumed} has {first_epoch} epochs, --epochs is {args.epochs}: no more to train",
+                world,
+            )
         elif args.max_steps is not None and state.step >= args.max_steps:
             note(f"{resumed} has {state.step} steps, --max_steps is {args.max_steps}", world)
             return

@@ -128,7 +128,7 @@ def test_a_finished_run_says_so_and_evaluates_nothing_again(train, tmp_path):
     out, _ = train("--epochs", "2")
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != "log.jsonl"}
     _, printed = train("--epochs", "2", "--resume", out)
-    assert "has all 2 epochs; more are trained with --epochs N" in printed.err
+    assert "has 2 epochs, --epochs is 2: no more to train" in printed.err
     after = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.name != "log.jsonl"}
     assert {p.name for p in after if after[p] != before[p]} <= {"classes.json", "out"}
 

@@ -35,6 +35,8 @@ def open_data(args: argparse.Namespace, world: World | None = None) -> TrainingD
     """Training data, checked against the model's geometry. UserError if they disagree."""
     world = world or World()
     if not args.use_cached:
+        if args.cached_path:
+            note("--cached_path has no effect without --use_cached: training from images", world)
         data = ImageFolder(Path(args.data_path) / "train", args.img_size)
     else:
         if args.cached_path is None:
@@ -117,6 +119,8 @@ def check_files(
             bar.update(len(part))
     if len(errors) == 1:
         raise UserError(errors[0][1])
+    if len(errors) == len(mine) > 0:
+        raise UserError(f"{errors[0][1]} (so it is with all {len(mine)} files read)")
     if errors:
         raise UserError(
             f"{len(errors)} of {len(mine)} files cannot be used: {name_some([p for p, _ in errors])}; "
@@ -139,7 +143,10 @@ def _error_of(
 
 def record_classes(folder: str | Path, classes: Sequence[str]) -> None:
     """Write which class each label is, classes.json, beside the checkpoints."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder} ({error.strerror})") from error
     write_json(Path(folder) / CLASSES, classes)
 
 

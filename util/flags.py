@@ -52,12 +52,16 @@ LEAST: dict[str, float] = {
     **dict.fromkeys(("diffloss_d", "diffloss_w", "max_steps", "world_size", "vae_bsz"), 1),
     "patience": 1,
     **dict.fromkeys(("seed", "num_workers", "start_epoch", "warmup_epochs", "lr", "blr"), 0),
-    **dict.fromkeys(("min_lr", "weight_decay", "grad_clip", "ema_rate", "temperature"), 0),
-    "latent_scale": 1e-6,
+    **dict.fromkeys(("min_lr", "weight_decay", "ema_rate", "temperature", "save_minutes"), 0),
+    **dict.fromkeys(("latent_scale", "grad_clip"), 1e-6),
     "image_size_eval": 1,
     "top_k": 0,
     **dict.fromkeys(("label_drop_prob", "attn_dropout", "proj_dropout", "aux_weight"), 0),
 }
+# The largest sensible value of shares and probabilities.
+MOST: dict[str, float] = dict.fromkeys(
+    ("label_drop_prob", "attn_dropout", "proj_dropout", "ema_rate"), 1
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -423,6 +427,9 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
         value = getattr(args, name)
         if value is not None and not (least <= value < math.inf):
             raise UserError(f"--{name} is {value}; it must be a number of at least {least:g}")
+    for name, most in MOST.items():
+        if getattr(args, name) > most:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at most {most:g}")
     if args.image_size_eval is None:
         args.image_size_eval = args.img_size
     return preset

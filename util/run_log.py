@@ -26,11 +26,14 @@ class RunLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             _drop_after(path, step)
             self._file = path.open("a", encoding="utf-8")
+            self._board = None
+            if SummaryWriter:
+                path = Path(log_dir)
+                self._board = SummaryWriter(str(log_dir), purge_step=step + 1)
         except OSError as error:
             raise UserError(
-                f"cannot write {path} ({error.strerror}): choose another --output_dir"
+                f"cannot write {path} ({error.strerror}): choose another --output_dir or --log_dir"
             ) from error
-        self._board = SummaryWriter(str(log_dir), purge_step=step + 1) if SummaryWriter else None
         self._told = False
 
     def close(self) -> None:
