@@ -3,7 +3,8 @@
     python main_cache.py --model mar_tiny --data_path data/shapes --cached_path data/shapes_latents
 
 ROOT/train/CLASS/NAME becomes CACHED/CLASS/NAME.npz. Files that are there already are kept, so the
-same command goes on after an interruption. Several processes (torchrun) share the images.
+same command goes on after an interruption. Several processes (torchrun) share the images. At the end
+it says which --latent_scale would give the latents the standard deviation of 1 that training needs.
 """
 
 import argparse
@@ -41,13 +42,28 @@ def cache(args: argparse.Namespace, world: dist.World, device: torch.device) -> 
     write_note(args.cached_path, args.vae_path, args.img_size)
     loader = DataLoader(images, batch_sampler=picks, num_workers=args.num_workers)
     batches = zip(groups, in_one_sentence(loader), strict=True)
+    count, total, squares = 0, 0.0, 0.0  # of all latents written here
     bar = tqdm(batches, total=len(groups), unit="batch", disable=None)
     for group, (batch, _) in bar:
         x = to_unit_range(batch.to(device))
-        moments = tokenizer.encode(x).parameters.float().cpu()
+        posterior = tokenizer.encode(x)
+        moments = posterior.parameters.float().cpu()
         moments_flip = tokenizer.encode(x.flip(-1)).parameters.float().cpu()
         for i, index in enumerate(group):
+            if not torch.isfinite(moments[i]).all():
+                raise UserError(
+                    f"the tokenizer {args.vae_path} makes NaN or infinity of "
+                    f"{images.relative_path(index)}: is it the right --tokenizer and --vae_path?"
+                )
             write_moments(targets[index], moments[i], moments_flip[i])
+        mean, var = posterior.mean.double().cpu(), posterior.var.double().cpu()
+        count, total = count + mean.numel(), total + mean.sum()
+        squares = squares + (mean.square() + var).sum()
+    if count and world.is_main:
+        spread = (squares / count - (total / count) ** 2).sqrt().item()
+        print(
+            f"the latents' standard deviation is {spread:.4g}: --latent_scale {1 / spread:.4g} makes it 1"
+        )
     return len(missing)
 
 

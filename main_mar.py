@@ -73,6 +73,8 @@ def main() -> None:
                 dist.start(meeting, device)
             try:
                 run(args, meeting, device)
+            except RuntimeError as error:
+                raise meeting.blame(error) from error
             finally:
                 dist.stop()
     except Stopped:
