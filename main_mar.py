@@ -150,8 +150,7 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
     if args.resume:
         first_epoch, first_step = resume(state, plan, args.resume)
     if args.compile:
-        for part in (*model.encoder_blocks, *model.decoder_blocks, model.diffloss.net):
-            part.compile(dynamic=True)  # token counts change with every step's mask ratio
+        mar.compile_for_training(model)
     if world.size > 1:
         ids = [device.index] if device.type == "cuda" else None
         state.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)

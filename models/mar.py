@@ -195,6 +195,15 @@ class MAR(MaskedTransformer):
         )  # fmt: skip
 
 
+def compile_for_training(model: MAR) -> None:
+    """torch.compile blocks and head in place; names of weights stay. Before a DDP is put around it.
+
+    Token counts change with every step's mask ratio, so shapes are compiled as variables.
+    """
+    for part in (*model.encoder_blocks, *model.decoder_blocks, model.diffloss.net):
+        part.compile(dynamic=True)
+
+
 def mar_base(**kwargs: Any) -> MAR:
     """MAR-B: 207.9M parameters with diffloss_d=6, diffloss_w=1024."""
     return MAR(**_widths(768, 12, 12), **kwargs)

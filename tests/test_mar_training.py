@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from models.mar import compile_for_training
 from tests.test_sampling import small_mar
 
 LATENTS = (6, 4, 8, 8)  # of small_mar
@@ -128,3 +129,23 @@ def test_the_noise_of_a_step_is_a_function_of_its_seed_and_can_be_dealt_out():
         model(latents[i:j], labels[i:j], noise.part(i, j)) for i, j in ((0, 2), (2, 4), (4, 6))
     ]
     assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_training_has_the_same_gradients():
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = small_mar(attn_dropout=0.0, proj_dropout=0.0).train()
+        names = list(model.state_dict())
+        if compiled:
+            compile_for_training(model)
+        assert list(model.state_dict()) == names
+        latents, labels = torch.randn(LATENTS), torch.arange(6) % 5
+        for seed in (1, 2, 3):  # other mask ratios
+            loss = model(latents, labels, model.training_noise(6, seed=seed))
+            loss.backward()
+        results.append((loss, [p.grad for p in model.parameters()]))
+    (plain, gradients), (compiled, others) = results
+    assert torch.allclose(plain, compiled, rtol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, others, strict=True))
