@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +47,16 @@ SHEET_COLUMNS = 10
 
 def latents_from(
     args: argparse.Namespace, tokenizer: nn.Module | None, scale: float
-) -> Callable[[Tensor], Tensor]:
-    """Function from a batch on the device to scaled latents: a draw from each image's posterior."""
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Function from a batch and its noise to scaled latents: a draw from each image's posterior."""
 
     @torch.no_grad()
-    def from_moments(moments: Tensor) -> Tensor:
-        return DiagonalGaussianDistribution(moments).sample() * scale
+    def from_moments(moments: Tensor, noise: Tensor) -> Tensor:
+        return DiagonalGaussianDistribution(moments).sample(noise=noise) * scale
 
     @torch.no_grad()
-    def from_images(images: Tensor) -> Tensor:
-        return tokenizer.encode(to_unit_range(images)).sample() * scale
+    def from_images(images: Tensor, noise: Tensor) -> Tensor:
+        return tokenizer.encode(to_unit_range(images)).sample(noise=noise) * scale
 
     return from_moments if args.use_cached else from_images
 
@@ -74,7 +75,7 @@ def main() -> None:
             try:
                 run(args, meeting, device)
             except RuntimeError as error:
-                raise meeting.blame(error) from error
+                raise meeting.blame(error) from None
             finally:
                 dist.stop()
     except Stopped:
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
         return
     scale = engine.scale_of(tokenizer, args)
     data = open_data(args, world)
-    plan = BatchPlan(len(data), args.batch_size, args.seed, world.rank, world.size)
+    plan = BatchPlan(len(data), args.batch_size, args.seed, world.rank, world.size, args.accum_iter)
     peak = scaled_lr(args.lr, args.blr, plan.images_per_step)
     schedule = LRSchedule(
         peak, args.min_lr, args.warmup_epochs, args.epochs, shape=args.lr_schedule
@@ -140,10 +141,14 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
         elif args.max_steps is not None and state.step >= args.max_steps:
             note(f"{resumed} has {state.step} steps, --max_steps is {args.max_steps}", world)
             return
+    if args.compile:
+        mar.compile_for_training(model)
     if world.size > 1:
         ids = [device.index] if device.type == "cuda" else None
         state.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    config = training.StepConfig(schedule, args.grad_clip, args.seed, world.rank, device, dtype)
+    config = training.StepConfig(
+        schedule, args.grad_clip, args.seed, world.rank, device, dtype, args.accum_iter
+    )
     if world.is_main:
         count = sum(p.numel() for p in model.parameters())
         print(
@@ -158,7 +163,9 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
     if world.is_main:
         record_classes(args.output_dir, data.files.classes)
         if not resumed:
-            check_spread(to_latents(some_items(data).to(device)), scale, world)
+            items, side = some_items(data).to(device), args.img_size // args.vae_stride
+            noise = torch.randn(len(items), args.vae_embed_dim, side, side, device=device)
+            check_spread(to_latents(items, noise), scale, world)
     with StopRequest() as stop_request, Watch(args, state, plan, world, stop_request) as watch:
 
         def evaluate_if_due(done: int) -> None:
@@ -178,6 +185,7 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
                 first_step,
                 plan.steps,
                 to_latents,
+                partial(model.training_noise, plan.images_per_step),
                 config,
                 watch.after_step,
             )
@@ -185,10 +193,8 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
             done = epoch + 1
             if stopped or watch.must_stop:
                 break
-            due = (
-                args.online_eval and done % args.eval_freq == 0
-            )  # an evaluation may be interrupted
-            if due or done % args.save_last_freq == 0 or done == args.epochs:
+            evaluated = args.online_eval and done % args.eval_freq == 0  # or interrupted in it
+            if evaluated or done % args.save_last_freq == 0 or done == args.epochs:
                 watch.save(done, 0)
             evaluate_if_due(done)
     dist.barrier(world)
@@ -280,7 +286,8 @@ def resume(
     if step_in_epoch and progress["images_per_step"] != plan.images_per_step:
         raise UserError(
             f"{path} stopped inside an epoch with {progress['images_per_step']} images per step, "
-            f"this run has {plan.images_per_step}: give the same --batch_size and processes"
+            f"this run has {plan.images_per_step}: give --batch_size and --accum_iter so that "
+            "they and the processes make as many"
         )
     images = progress.get("images", plan.item_count)
     if step_in_epoch and images != plan.item_count:

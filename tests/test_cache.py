@@ -136,8 +136,8 @@ def test_a_picture_that_breaks_off_is_named_when_it_comes_and_the_last_checkpoin
     for i in range(10, 47):
         shutil.copy(dogs / "0.png", dogs / f"{i}.png")
     step = 4
-    unread = set(range(43)) - set(np.linspace(0, 42, 16).astype(int))  # see data_check.some_items
-    index = next(i for i, _ in BatchPlan(43, 2, seed=1).epoch(0)[step] if i in unread)
+    read = {0, 3, *np.linspace(0, 42, 16).astype(int).tolist()}  # before training, see data_check
+    index = next(i for i, _ in BatchPlan(43, 2, seed=1).epoch(0)[step] if i not in read)
     path = Path(ImageFolder(dogs.parent, 8).files.samples[index][0])
     path.write_bytes(path.read_bytes()[:60])
     flags = ["--output_dir", str(root / "out"), "--save_minutes", "1e-9"]

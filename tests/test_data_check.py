@@ -86,7 +86,7 @@ def test_empty_files_and_links_to_nothing_are_named_without_opening_any(pictures
 
 def test_skipped_files_and_untrained_classes_are_told_once(pictures, capsys):
     (pictures / "cat" / "readme.txt").write_text("x")
-    args = args_for(pictures, use_cached=False, class_num=1000)
+    args = args_for(pictures, use_cached=False, cached_path=None, class_num=1000)
     open_data(args, World(rank=1, size=2))
     assert capsys.readouterr().err == ""
     open_data(args, World(rank=0, size=2))

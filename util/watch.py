@@ -111,10 +111,9 @@ class Watch:
         args, state = self.args, self.state
         if self.bar is not None:
             self.bar.update()
-        if self.log:
-            self.losses.append(result.loss)
-            if state.step % args.log_freq == 0:
-                self._write_log(result, done)
+        self.losses.append(result.loss)
+        if state.step % args.log_freq == 0:
+            self._write_log(result, done)
         asked = dist.any_rank(self.stop_request.requested, self.world, result.loss.device)
         self.must_stop = asked or (args.max_steps is not None and state.step >= args.max_steps)
         late = args.save_minutes and time.monotonic() - self.saved > 60 * args.save_minutes
@@ -142,17 +141,19 @@ class Watch:
             self.log.show(self.state.step, "samples", sheet)
 
     def _write_log(self, result: training.StepResult, done: int) -> None:
+        loss = dist.mean(torch.stack(self.losses).mean(), self.world).item()
         now = time.monotonic()
-        self.log.write(
-            self.state.step,
-            epoch=round(self.epoch + done / self.plan.steps, 4),
-            loss=torch.stack(self.losses).mean().item(),
-            lr=result.lr,
-            grad_norm=result.grad_norm.item(),
-            images_per_s=len(self.losses) * self.plan.images_per_step / (now - self.logged),
-            memory_gb=memory_gb(result.loss.device),
-            skipped=self.state.skipped,
-        )
+        if self.log:
+            self.log.write(
+                self.state.step,
+                epoch=round(self.epoch + done / self.plan.steps, 4),
+                loss=loss,
+                lr=result.lr,
+                grad_norm=result.grad_norm.item(),
+                images_per_s=len(self.losses) * self.plan.images_per_step / (now - self.logged),
+                memory_gb=memory_gb(result.loss.device),
+                skipped=self.state.skipped,
+            )
         self.losses.clear()
         self.logged = now
 
