@@ -15,7 +15,8 @@ import main_mar
 from models import mar
 from tests.conftest import ROOT
 from tests.test_torchrun import free_port
-from tests.test_training import WIDTHS, assert_same
+from tests.test_training import assert_same
+from tests.train_small import WIDTHS
 from util import generation
 from util.checkpoint import read_pickle
 from util.errors import run_main
@@ -144,9 +145,15 @@ def test_without_saving_or_scoring_there_is_what_remains(train):
 
 def test_two_processes_evaluate_together(pictures, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={free_port()}", "main_mar.py", *FLAGS, "--data_path", str(pictures)]
+    command += [
+        f"--master_port={free_port()}",
+        "tests/train_small.py",
+        *FLAGS,
+        "--data_path",
+        str(pictures),
+    ]
     command += ["--output_dir", str(tmp_path), "--epochs", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     results = results_of(tmp_path)
