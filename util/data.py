@@ -4,6 +4,7 @@ All randomness of the data (order and flips) is drawn before an epoch from (seed
 run can go on in the middle of an epoch with the same batches, whatever the number of workers.
 """
 
+import signal
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -179,8 +180,20 @@ def batches(
     """Batches (images or moments, labels) in the order of `picks`."""
     if isinstance(data, CachedTensors):
         return _indexed(data.batch, picks)
-    loader = DataLoader(data, batch_sampler=picks, num_workers=num_workers, pin_memory=pin_memory)
+    loader = DataLoader(
+        data,
+        batch_sampler=picks,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_run,
+    )
     return in_one_sentence(loader)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Schedulers and Ctrl-C signal all processes; the run still needs its workers to end its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def in_one_sentence(loader: Iterable[Item]) -> Iterator[Item]:
