@@ -5,10 +5,7 @@ import torch
 
 from models.line_cache import KVCache, LineARConfig, LineCache, make_cache
 from models.line_methods import METHODS, LineView
-from tests.line_oracle import Oracle
-from tests.llamagen_data import golden_gpt, random_codes, small_gpt
-
-GRIDS = [(8, 8), (6, 4), (6, 7), (9, 3)]
+from tests.llamagen_data import random_codes, small_gpt
 
 
 def linear(**kwargs: object) -> LineARConfig:
@@ -45,50 +42,6 @@ def test_a_small_budget_gives_other_codes(method):
     full = model.sample_tokens(labels, cfg=2.0, seeds=[1, 2])
     config = linear(budget=2, method=method)
     assert not torch.equal(model.sample_tokens(labels, 2.0, seeds=[1, 2], line_ar=config), full)
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-def test_logits_equal_those_of_the_oracle_that_masks_what_was_evicted(grid):
-    model, labels = small_gpt(grid), torch.tensor([0, 4, 2])
-    codes = random_codes(model, 3)
-    config = linear()
-    oracle = Oracle(model, 3, budget=3 * grid[1], anchors=2, recent=grid[1])
-    torch.testing.assert_close(
-        model.cached_logits(codes, labels, config),
-        oracle.logits(codes, labels),
-        rtol=1e-4,
-        atol=1e-4,
-    )
-    assert any(len(alive) < oracle.count - 1 for alive in oracle.alive[0][0])
-
-
-@pytest.mark.parametrize("method", ["linear", "streaming", "h2o", "h2o_last"])
-def test_greedy_codes_with_guidance_equal_those_of_the_oracle(method):
-    model, labels = golden_gpt(), torch.tensor([8, 9])
-    config = LineARConfig(budget=1 / 2, anchors=5, recent=2, method=method)
-    plan = config.plan(model.grid)
-    oracle = Oracle(model, 4, plan.budget, plan.anchors, plan.recent, method)
-    tokens = model.sample_tokens(labels, cfg=2.0, greedy=True, line_ar=config)
-    assert torch.equal(tokens, oracle.greedy(labels, cfg=2.0))
-    assert not torch.equal(tokens, model.sample_tokens(labels, cfg=2.0, greedy=True))
-
-
-def test_the_cache_holds_the_tokens_that_the_oracle_holds():
-    model, labels = small_gpt((7, 5)), torch.tensor([0, 4])
-    codes = random_codes(model, 2)
-    oracle = Oracle(model, 2, budget=15, anchors=2, recent=5)
-    oracle.logits(codes, labels)
-    cache = make_cache(linear(), model.grid, 2)
-    rope = oracle.rope
-    x = torch.cat([model.cls_embedding(labels), model.tok_embeddings(codes)], dim=1)
-    for i in range(x.shape[1]):
-        model.decode(x[:, i : i + 1], rope[i : i + 1], cache)
-        if i and i % 5 == 0:
-            for layer, rows in enumerate(oracle.history[i // 5 - 1]):
-                for row, heads in enumerate(rows):
-                    for head, alive in enumerate(heads):
-                        held = cache.positions[layer][row, head, : cache.live].tolist()
-                        assert sorted(held) == [0, *(1 + token for token in sorted(alive))]
 
 
 @pytest.mark.parametrize("method", METHODS)
