@@ -35,12 +35,14 @@ ROPE_TABLE = "freqs_cis"  # some published GPT files hold it; ours is computed
 
 
 def build_model(args: argparse.Namespace) -> mar.MAR | llamagen.GPT:
-    """The model that resolved flags describe, with fresh weights, on the CPU."""
+    """The model that resolved flags describe, on the CPU: MAR with fresh weights, a GPT without any."""
     try:
         if args.family == "gpt":
             lines, line = gpt_grid(args)
             build = llamagen.__dict__[args.model]
-            return build(block_size=lines * line, num_classes=args.class_num)
+            with torch.device("meta"):  # drawing billions of weights takes minutes
+                model = build(block_size=lines * line, num_classes=args.class_num)
+            return model.to_empty(device="cpu")
         return mar.__dict__[args.model](
             img_size=args.img_size,
             vae_stride=args.vae_stride,

@@ -37,7 +37,8 @@ class GPTSampling:
         config = self.line_ar
         if config is None or config.method == "none":
             return "full cache"
-        budget = Fraction(config.budget).limit_denominator(64)
+        simple = Fraction(config.budget).limit_denominator(64)
+        budget = simple if float(simple) == config.budget else f"{config.budget:g}"
         if config.method != "linear":
             return f"{config.method} {budget}"
         changed = [

@@ -200,7 +200,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def sample_tokens(
         self,
-        labels: Tensor,
+        labels: Tensor | Sequence[int],
         cfg: float = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -222,9 +222,11 @@ class GPT(nn.Module):
         Raises ValueError for settings that do not fit, before anything is computed.
         """
         check_settings(cfg, temperature, top_k, top_p)
-        labels = torch.as_tensor(labels, device=self.device).long()
-        if labels.dim() != 1 or not bool(((labels >= 0) & (labels < self.num_classes)).all()):
+        labels = torch.as_tensor(labels, device=self.device)
+        classes = labels.dim() == 1 and not (labels.is_floating_point() and len(labels))
+        if not classes or not bool(((labels >= 0) & (labels < self.num_classes)).all()):
             raise ValueError(f"labels must be (B,) classes from 0 to {self.num_classes - 1}")
+        labels = labels.long()
         sampler = TokenSampler(
             len(labels), self.block_size, temperature, top_k, top_p, greedy, seeds, self.device
         )
@@ -250,11 +252,15 @@ class GPT(nn.Module):
     def cached_logits(
         self, idx: Tensor, labels: Tensor, line_ar: LineARConfig | bool | None = None
     ) -> Tensor:
-        """`forward`, position by position through a cache: what sampling would see after `idx`.
+        """`forward`, position by position through a cache: what sampling would see after idx (B, n < N).
 
         With the full cache the logits (B, 1 + n, vocab) are those of `forward`; the difference is what a
         compressed one costs. Arguments as in `forward` and `sample_tokens`.
         """
+        if idx.shape[1] >= self.block_size:
+            raise ValueError(
+                f"{idx.shape[1]} tokens: an image of {self.block_size} never feeds its last one"
+            )
         cache = make_cache(line_ar, self.grid, len(self.layers))
         rope = self.rope()
         x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(idx)], dim=1)

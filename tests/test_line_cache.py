@@ -144,6 +144,23 @@ def test_memory_of_the_published_setting_is_the_published_one():
     assert LineARConfig(1).plan((24, 24)).slots == 576  # the last token is never fed
 
 
+@pytest.mark.parametrize(("grid", "size"), [((24, 24), 2), ((200, 200), 4)])
+def test_a_position_takes_two_bytes_where_that_is_enough(grid, size):
+    cache = make_cache(linear(method="streaming"), grid, 1)
+    cache.update(0, *torch.zeros(3, 1, 1, 1, 4))
+    assert cache.workspace_nbytes == size * cache.slots
+    assert cache.positions[0].max() == cache.slots - 1
+
+
+def test_a_position_beyond_the_buffer_is_refused():
+    cache = make_cache(None, (2, 3), 1)
+    for _ in range(6):
+        cache.update(0, *torch.zeros(3, 1, 1, 1, 4))
+        cache.advance()
+    with pytest.raises(ValueError, match="the cache is full: it has 6 slots"):
+        cache.update(0, *torch.zeros(3, 1, 1, 1, 4))
+
+
 def test_buffers_stay_where_they_are_and_as_large_as_they_are():
     seen = set()
     for cache in run_cache(linear(), grid=(9, 4)):
@@ -180,6 +197,8 @@ def test_a_budget_that_does_not_fit_is_refused_with_its_three_numbers():
         ({"budget": 2.5}, "budget is 2.5"),
         ({"budget": float("nan")}, "budget is nan"),
         ({"budget": float("inf")}, "budget is inf"),
+        ({"budget": "1/6"}, "budget is '1/6'"),
+        ({"budget": True}, "budget is True"),
         ({"anchors": -1}, "anchors is -1"),
         ({"recent": 0}, "recent is 0"),
         ({"method": "magic"}, "'magic'; use one of none, linear, streaming"),
