@@ -136,8 +136,8 @@ class RKV(Method):
 
     def score(self, view: LineView) -> Tensor:
         direction = F.normalize(view.keys.float(), dim=-1)
-        others = direction.sum(dim=2, keepdim=True) - direction  # (rows, H, live, d)
-        similarity = (direction * others).sum(-1) / direction.shape[2]  # mean cosine to the others
+        total = direction.sum(dim=2, keepdim=True)  # mean_j cos(i, j) = k_i . sum_j k_j / live
+        similarity = ((direction * total).sum(-1) - 1) / direction.shape[2]
         attention = view.attention().mean(dim=2)
         return self.LAMBDA * attention - (1 - self.LAMBDA) * similarity.softmax(dim=-1)
 
