@@ -89,6 +89,13 @@ def test_the_folder_is_named_after_model_method_and_settings(sample):
     assert "/gpt_tiny-h2o_3-cfg2-top_k9-3/" in result["images_dir"]
 
 
+def test_the_tokenizer_may_decode_fewer_pictures_at_once(sample, tmp_path):
+    together = images_of(sample("--eval_bsz", 3, "--image_size_eval", 20))
+    flags = ("--eval_bsz", 3, "--image_size_eval", 20, "--vae_bsz", 2)
+    for a, b in zip(together, images_of(sample(*flags, out=tmp_path / "few")), strict=True):
+        assert abs(a.astype(int) - b).max() <= 1
+
+
 def test_pictures_are_resized_to_the_size_of_evaluation(sample):
     assert images_of(sample("--image_size_eval", 20))[0].shape == (20, 20, 3)
 
