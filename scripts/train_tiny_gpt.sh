@@ -10,4 +10,5 @@ BUNDLE=pretrained_models/gpt_tiny
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
 
 [ -f "$BUNDLE/tokenizer.safetensors" ] || python -m util.tiny_vq --output_dir "$OUT/tokenizer"
-[ -f "$BUNDLE/model.safetensors" ] || python -m util.tiny_gpt --output_dir "$OUT/model"
+[ ! -f "$BUNDLE/model.safetensors" ] || exit 0
+python -m util.tiny_gpt --output_dir "$OUT/model"
