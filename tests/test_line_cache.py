@@ -5,6 +5,7 @@ import torch
 
 from models.line_cache import KVCache, LineARConfig, LineCache, make_cache
 from models.line_methods import METHODS, LineView
+from models.llamagen import gpt_xl
 from tests.llamagen_data import random_codes, small_gpt
 
 
@@ -142,6 +143,22 @@ def test_memory_of_the_published_setting_is_the_published_one():
     assert LineARConfig(1 / 6).plan((24, 24)).slots == 121
     assert LineARConfig(1 / 4).plan((24, 24)).slots == 169
     assert LineARConfig(1).plan((24, 24)).slots == 576  # the last token is never fed
+
+
+@pytest.mark.parametrize(
+    ("budget", "gb", "besides"), [(1, 54.36, 0), (1 / 4, 15.95, 0.0788), (1 / 6, 11.42, 0.1070)]
+)
+def test_bytes_of_gpt_xl_at_batch_256_are_those_of_the_manual(budget, gb, besides):
+    """Sixteen bits, both branches; the queries of a line are what LineAR holds besides."""
+    with torch.device("meta"):
+        model = gpt_xl(block_size=24 * 24).to(torch.bfloat16)
+    cache = make_cache(LineARConfig(budget), model.grid, len(model.layers))
+    model.decode(
+        torch.empty(512, 1, 1280, dtype=torch.bfloat16, device="meta"), model.rope()[:1], cache
+    )
+    assert cache.nbytes == 512 * cache.slots * 2 * 1280 * 2 * 36
+    assert cache.nbytes / 1e9 == pytest.approx(gb, abs=0.01)
+    assert cache.workspace_nbytes / cache.nbytes == pytest.approx(besides, abs=1e-3)
 
 
 @pytest.mark.parametrize(("grid", "size"), [((24, 24), 2), ((200, 200), 4)])
