@@ -100,7 +100,8 @@ def generate(
     """Pictures (B, 3, size, size), about [-1, 1], each from its own label and seed.
 
     The tokenizer decodes in its own precision, vae_bsz images at once. Pictures of another size are
-    resized by bicubic interpolation before they are clamped (LlamaGen, sample_c2i_ddp.py).
+    resized by bicubic interpolation before they are clamped (LlamaGen, sample_c2i_ddp.py). One that the
+    GPT could not compute is NaN.
     """
     codes = model.sample_tokens(
         torch.tensor(labels),
@@ -114,7 +115,8 @@ def generate(
     )
     parts = []
     for part in codes.unflatten(1, model.grid).split(vae_bsz or max(1, len(codes))):
-        images = tokenizer.decode(part).float()
+        broken = (part < 0).any((1, 2))[:, None, None, None]
+        images = tokenizer.decode(part.clamp(min=0)).float().masked_fill(broken, torch.nan)
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bicubic")
         parts.append(images)

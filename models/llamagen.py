@@ -217,7 +217,7 @@ class GPT(nn.Module):
         token after next to this index on there is no guidance any more; -1: always. line_ar: how
         the key-value cache is compressed; None keeps all of it. seeds: one per image, which then
         does not depend on its batch; None draws from torch's global generator. greedy: the most
-        likely code instead of a draw.
+        likely code instead of a draw. An image whose logits became NaN or infinite has codes of -1.
 
         Raises ValueError for settings that do not fit, before anything is computed.
         """
@@ -246,7 +246,8 @@ class GPT(nn.Module):
             x = self.tok_embeddings(tokens[-1])[:, None]
             if guided:
                 x = torch.cat([x, x])
-        return torch.stack(tokens, dim=1)
+        broken = ~logits.isfinite().all(dim=-1, keepdim=True)  # what is NaN once stays so
+        return torch.stack(tokens, dim=1).masked_fill(broken, -1)
 
     @torch.no_grad()
     def cached_logits(

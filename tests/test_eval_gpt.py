@@ -183,6 +183,15 @@ def test_a_cache_is_named_by_its_budget_and_by_what_was_changed(config, name):
     assert GPTSampling(1.5, line_ar=config).method == name
 
 
+def test_weights_that_are_not_numbers_make_no_picture(refused, files, tmp_path):
+    state = torch.load(files / "bare.pt")
+    state["norm.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    flags = ("--model", "gpt_tiny", "--img_size", 16, "--no_score")
+    sentence = refused(*flags, resume=tmp_path / "nan.pt")
+    assert "1 of 1 decoded images contain NaN or infinity" in sentence
+
+
 def test_settings_of_line_ar_reach_the_configuration_of_the_run(sample):
     result = sample("--line_ar", "--line_recent", 1, "--line_anchors", 0, "--line_pooling", "max")
     config = json.loads((Path(result["images_dir"]).parent / "manifest.json").read_text())["config"]

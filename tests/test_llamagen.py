@@ -126,6 +126,16 @@ def test_seeds_leave_the_global_generator_alone_and_without_them_it_decides():
     assert torch.equal(model.sample_tokens(labels), first)
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_an_image_that_cannot_be_computed_has_no_codes_and_spoils_no_other(greedy):
+    model = small_gpt((4, 4))
+    model.cls_embedding.embedding_table.weight[3] = float("nan")
+    codes = model.sample_tokens([1, 3], cfg=2.0, seeds=[0, 1], greedy=greedy)
+    assert (codes[1] == -1).all()
+    assert torch.equal(codes[:1], model.sample_tokens([1], cfg=2.0, seeds=[0], greedy=greedy))
+    assert (codes[0] >= 0).all()
+
+
 def test_without_guidance_the_unconditional_branch_has_no_say():
     model, labels = small_gpt((4, 4)), torch.tensor([1, 2])
     plain = model.sample_tokens(labels, cfg=1.0, seeds=[0, 1])
