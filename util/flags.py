@@ -43,6 +43,17 @@ FROM_MODEL = (
 # What --score_only takes from the run that it scores, unless given.
 SCORED_AS = ("model", "num_images", "class_num", "features", "features_path", "fid_stats")
 
+# Flags of sampling that one family alone has, with the value that means nothing was asked for.
+GPT_ONLY: dict[str, object] = {"top_k": 0, "top_p": 1.0, "cfg_interval": -1}
+MAR_ONLY: dict[str, object] = {
+    "num_iter": 64,
+    "cfg_schedule": "linear",
+    **dict.fromkeys(("patch_size", "buffer_size", "diffloss_d", "diffloss_w")),
+    **dict.fromkeys(("num_sampling_steps", "vae_embed_dim", "latent_scale")),
+}
+# LineAR's constants; its rivals have their own.
+LINEAR_ONLY = ("line_anchors", "line_recent", "line_pooling")
+
 TRAINING_CFG = 1.0  # MAR's main_mar.py; eval.py takes the preset's
 
 # The smallest sensible value of every number that could be nonsense.
@@ -251,7 +262,7 @@ def _budget(text: str) -> float:
     """1/6, 0.25 or 4."""
     try:
         return float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ArithmeticError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no budget like 1/6, 0.25 or 4") from error
 
 
@@ -407,10 +418,10 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
     for flag, fits in (("lazy_mar", not is_gpt), ("line_ar", is_gpt)):
         if getattr(args, flag) and not fits:
             raise UserError(f"--{flag} is not for --model {args.model}, which is a {preset.family}")
-    if not is_gpt:
-        for flag, off in (("top_k", 0), ("top_p", 1.0), ("cfg_interval", -1)):
-            if getattr(args, flag) not in (None, off):
-                raise UserError(f"--{flag} is for GPT models, --model {args.model} is none")
+    family, others = ("MAR", MAR_ONLY) if is_gpt else ("GPT", GPT_ONLY)
+    for flag, off in others.items():
+        if getattr(args, flag) not in (None, off):
+            raise UserError(f"--{flag} is for {family} models, --model {args.model} is none")
     args.family = preset.family
     if training and args.model != "mar_tiny":
         preset = type(preset)()
@@ -424,8 +435,13 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
         args.resume = preset.resume
     if args.lazy_mar and args.head_interval is None:
         args.head_interval = preset.head_interval
-    if args.line_ar and args.line_recent is None:
-        args.line_recent = preset.line_recent
+    if args.line_ar and args.line_method in (None, "linear"):
+        if args.line_recent is None:
+            args.line_recent = preset.line_recent
+    elif args.line_ar:
+        for flag in LINEAR_ONLY:
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} is LineAR's, --line_method {args.line_method} has none")
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not (least <= value < math.inf):
