@@ -97,13 +97,13 @@ def page(side: SideBySide, names: tuple[str, ...] | None, cfg: float) -> "gradio
 
     def sample(
         label: int | None, seed: float | None, num_iter: int, cfg: float
-    ) -> tuple[np.ndarray, np.ndarray, str]:
-        if label is None or seed is None or seed != int(seed):
-            raise gradio.Error("class and seed are whole numbers")
+    ) -> tuple[np.ndarray | None, np.ndarray | None, str]:
+        if label is None or seed is None:
+            return None, None, "Class and seed are whole numbers from 0."
         try:
-            plain, lazy = side.pair(int(label), int(seed), int(num_iter), float(cfg))
+            plain, lazy = side.pair(int(label), int(seed), int(num_iter), cfg)
         except (ValueError, UserError) as error:
-            raise gradio.Error(str(error)) from error
+            return None, None, f"Cannot draw this: {error}"
         return enlarged(plain), enlarged(lazy), caption(plain, lazy)
 
     with gradio.Blocks(title="LazyMAR", analytics_enabled=False) as blocks:

@@ -30,7 +30,7 @@ PICTURES = """[...document.querySelectorAll("img[src*='/file=']")]"""
 
 @pytest.fixture(scope="module")
 def bundled():
-    model = mar.mar_tiny().eval()
+    model = mar.mar_tiny(num_sampling_steps="ddim10").eval()
     load_into(model, ROOT / PRESET.resume)
     return model, LinearTokenizer.from_file(ROOT / PRESET.vae_path)
 
