@@ -249,7 +249,7 @@ def parse() -> argparse.Namespace:
     """Flags, checked."""
     parser = make_parser("eval")
     parser.prog, parser.description = "python -m benchmarks.redundancy", __doc__.splitlines()[0]
-    parser.set_defaults(model="mar_tiny", num_images=20)
+    parser.set_defaults(model="mar_tiny", num_images=10)
     files = "write PREFIX_tokens.png, ..._guidance.png, ..._strip.png, PREFIX.json and PREFIX.md"
     parser.add_argument("--output", type=Path, metavar="PREFIX", help=files)
     args = parser.parse_args()
