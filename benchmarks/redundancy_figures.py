@@ -116,42 +116,37 @@ def strip_figure(numbers: dict, image: np.ndarray) -> "Figure":
     """Per step a map of the tokens, and below it the pixels of those that are known."""
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    from matplotlib.patches import Patch, Rectangle
 
     grid, count = numbers["grid"], len(numbers["steps"])
     shown = np.unique(np.linspace(0, count - 1, min(count, STRIP_STEPS)).round().astype(int))
     columns = min(STRIP_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(0.62 * columns, 1.42 * rows + 0.45), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.0)
-    axes = figure.subplots(2 * rows, columns, squeeze=False)
-    for cell in axes.flat:
-        cell.set_axis_off()
+    figure = Figure(figsize=(0.62 * columns, 1.36 * rows + 0.35), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+    cells = figure.subplots(rows, columns, squeeze=False).flatten()
     colours = {state: to_rgb(colour) for state, (_, colour) in STATES.items()}
     ranks = np.array(numbers["ranks"]).reshape(grid, grid)
     size = image.shape[0] // grid, image.shape[1] // grid
-    for place, i in enumerate(shown):
-        row, column = divmod(place, columns)
-        above, below = axes[2 * row, column], axes[2 * row + 1, column]
+    for cell in cells[len(shown) :]:
+        cell.remove()
+    for cell, i in zip(cells, shown, strict=False):
+        cell.set_axis_off()
         states = np.array([colours[state] for state in numbers["maps"][i]])
-        above.imshow(states.reshape(grid, grid, 3), interpolation="nearest")
-        above.set_title(str(numbers["steps"][i]), fontsize=7, pad=2)
-        if numbers["refresh"][i]:
-            _frame(above, BLACK, 1.5)
         known = (ranks < numbers["known"][i]).repeat(size[0], 0).repeat(size[1], 1)
-        below.imshow(np.where(known[:, :, None], image, 255), interpolation="nearest")
-        _frame(below, GREY, 0.5)
+        pixels = np.where(known[:, :, None], image, 255)
+        for picture, bottom in ((states.reshape(grid, grid, 3), 1.06), (pixels, 0)):
+            extent = (0, 1, bottom, bottom + 1)
+            cell.imshow(picture, interpolation="nearest", extent=extent, aspect="auto")
+        cell.set(xlim=(-0.02, 1.02), ylim=(-0.02, 2.08), aspect="equal")
+        cell.add_patch(Rectangle((0, 0), 1, 1, fill=False, ec=GREY, lw=0.5))
+        if numbers["refresh"][i]:
+            cell.add_patch(Rectangle((0, 1.06), 1, 1, fill=False, ec=BLACK, lw=1.5))
+        cell.set_title(str(numbers["steps"][i]), fontsize=7, pad=1)
     patches = [Patch(color=colour, label=name) for name, colour in STATES.values()]
     patches.append(Patch(facecolor="white", edgecolor=BLACK, lw=1.5, label="refresh step"))
     figure.legend(handles=patches, loc="outside lower center", ncols=5)
     return figure
-
-
-def _frame(cell: "Axes", colour: str, width: float) -> None:
-    """Axes without ticks, in a frame."""
-    cell.set_axis_on()
-    cell.set(xticks=[], yticks=[])
-    cell.spines[:].set(visible=True, color=colour, linewidth=width)
 
 
 def _two_panels(sharey: bool = True) -> tuple["Figure", Sequence["Axes"]]:
