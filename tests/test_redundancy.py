@@ -137,9 +137,12 @@ def script(one_thread, monkeypatch, tmp_path):
     return call
 
 
-def test_the_script_writes_three_figures_beside_their_numbers(script, capsys, tmp_path):
+def test_the_script_writes_three_figures_beside_their_numbers(
+    script, monkeypatch, capsys, tmp_path
+):
     pytest.importorskip("matplotlib")
-    script()
+    monkeypatch.setattr(redundancy_figures, "DPI", 50)
+    script("--num_sampling_steps", "ddim10")
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document == json.loads((tmp_path / "red.json").read_text())
     assert {"command", "commit", "weights", "device", "dtype", "seed"} <= document["about"].keys()
