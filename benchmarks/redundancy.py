@@ -274,7 +274,7 @@ def main() -> None:
     tokenizer = engine.open_tokenizer(args, device)
     model = model.to(device).eval()
     plan = DecodingPlan.create(model.seq_len, args.num_iter, args.cfg, args.cfg_schedule)
-    if len(plan.steps) <= sampling.lazy_mar.interval:
+    if len(plan.steps) <= max(2, sampling.lazy_mar.interval):  # with 2, no token is decoded earlier
         raise UserError(
             f"--num_iter {args.num_iter} makes {len(plan.steps)} steps; features as old as --interval "
             f"{sampling.lazy_mar.interval} allows need more"

@@ -157,6 +157,7 @@ def test_the_script_writes_three_figures_beside_their_numbers(
     [
         (("--cfg", 1), "--cfg is 1"),
         (("--num_iter", 9), "features as old as --interval 9 allows need more"),
+        (("--num_iter", 2, "--interval", 1), "makes 2 steps"),
         (("--model", "gpt_tiny"), "is not for --model gpt_tiny"),
         (("--resume", "nowhere"), "no checkpoint at nowhere"),
     ],
