@@ -53,12 +53,16 @@ LEAST: dict[str, float] = {
     **dict.fromkeys(("diffloss_d", "diffloss_w", "max_steps", "world_size", "vae_bsz"), 1),
     "patience": 1,
     **dict.fromkeys(("seed", "num_workers", "start_epoch", "warmup_epochs", "lr", "blr"), 0),
-    **dict.fromkeys(("min_lr", "weight_decay", "grad_clip", "ema_rate", "temperature"), 0),
-    "latent_scale": 1e-6,
+    **dict.fromkeys(("min_lr", "weight_decay", "ema_rate", "temperature", "save_minutes"), 0),
+    **dict.fromkeys(("latent_scale", "grad_clip"), 1e-6),
     "image_size_eval": 1,
     "top_k": 0,
     **dict.fromkeys(("label_drop_prob", "attn_dropout", "proj_dropout", "aux_weight"), 0),
 }
+# The largest sensible value of shares and probabilities.
+MOST: dict[str, float] = dict.fromkeys(
+    ("label_drop_prob", "attn_dropout", "proj_dropout", "ema_rate"), 1
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,7 +147,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--vae_dtype", choices=tuple(DTYPES), help="of the tokenizer; without it --dtype")
     add("--no_compile", action="store_true", help="on CUDA: no torch.compile, no CUDA graphs")
     add("--no_ema", action="store_true", help="evaluate model instead of model_ema")
-    add("--overwrite", action="store_true", help="discard images of another configuration")
+    add(
+        "--overwrite", action="store_true", help="discard images of another configuration, or a run"
+    )
     add("--no_save", action="store_true", help="score images as they come and keep none")
     add("--save_npz", action="store_true", help="write ADM's sample batch, samples.npz, too")
     add("--dry_run", action="store_true", help="say what would be done and how long it takes")
@@ -337,6 +343,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="read all latents into memory first; without the flag if they are below 4 GiB",
     )
+    add("--check_data", action="store_true", help="read every file before the beginning")
     add("--num_workers", type=int, default=10, help="processes that read data")
     add("--pin_mem", action="store_true", default=True, help="page-locked batches for CUDA")
     add("--no_pin_mem", action="store_false", dest="pin_mem")
@@ -423,6 +430,9 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
         value = getattr(args, name)
         if value is not None and not (least <= value < math.inf):
             raise UserError(f"--{name} is {value}; it must be a number of at least {least:g}")
+    for name, most in MOST.items():
+        if getattr(args, name) > most:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at most {most:g}")
     if args.image_size_eval is None:
         args.image_size_eval = args.img_size
     return preset
