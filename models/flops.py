@@ -86,6 +86,7 @@ def image_work(
     """Operations for one image by MAR (no config) or LazyMAR, as published or as executed."""
     policies = step_policies(config, plan, geometry.buffer) if config else {}
     branches = 2 if plan.guided else 1
+    heads = {b: head_work(geometry, b, config, executed) for b in (1, branches)}
     work = Work()
     for step in plan.steps:
         policy = policies.get(step.index)
@@ -94,9 +95,8 @@ def image_work(
             work += _full_step(geometry, step, branches, rows)
         else:
             work += _lazy_step(geometry, step, branches, policy.kept, config, executed)
-        decoded = step.stop - step.start
-        head_branches = 1 if step.cfg == 1.0 else branches
-        work += Work(head=decoded * head_work(geometry, head_branches, config, executed))
+        head = heads[1 if step.cfg == 1.0 else branches]
+        work += Work(head=(step.stop - step.start) * head)
     return work
 
 

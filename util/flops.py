@@ -1,4 +1,4 @@
-"""The operations of LazyMAR's table 1, counted: all models and modes, by part and by cache.
+"""The operations that LazyMAR's paper states, counted: all models and modes, by part and by cache.
 
     python -m util.flops
 

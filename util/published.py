@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Published:
     """FID and IS of 50,000 images; seconds per image and operations where they were published.
 
-    num_iter, cfg, temperature: how it was sampled. LazyMAR's paper does not state its guidance; 3.25
-    is its eval.py's.
+    num_iter, cfg, temperature: how it was sampled. LazyMAR's paper names no guidance; 3.25 is that of
+    its eval.py.
     """
 
     model: str
@@ -24,12 +24,12 @@ class Published:
 
 
 def _mar(model: str, cfg: float, fid: float, inception: float) -> Published:
-    """MAR's table 4: 256 steps; without guidance at temperature 0.95 (its README)."""
+    """Li et al. 2024: 256 steps; without guidance at temperature 0.95 (MAR's README)."""
     return Published(model, False, 256, cfg, 0.95 if cfg == 1.0 else 1.0, fid, inception)
 
 
 def _lazymar(model: str, lazy_mar: bool, *results: float) -> Published:
-    """LazyMAR's table 1: 64 steps."""
+    """Yan et al. 2025: 64 steps."""
     return Published(model, lazy_mar, 64, 3.25, 1.0, *results)
 
 
