@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,16 +79,16 @@ def open_data(args: argparse.Namespace) -> ImageFolder | CachedFolder | CachedTe
 
 def latents_from(
     args: argparse.Namespace, tokenizer: nn.Module | None, scale: float
-) -> Callable[[Tensor], Tensor]:
-    """Function from a batch on the device to scaled latents: a draw from each image's posterior."""
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Function from a batch and its noise to scaled latents: a draw from each image's posterior."""
 
     @torch.no_grad()
-    def from_moments(moments: Tensor) -> Tensor:
-        return DiagonalGaussianDistribution(moments).sample() * scale
+    def from_moments(moments: Tensor, noise: Tensor) -> Tensor:
+        return DiagonalGaussianDistribution(moments).sample(noise=noise) * scale
 
     @torch.no_grad()
-    def from_images(images: Tensor) -> Tensor:
-        return tokenizer.encode(to_unit_range(images)).sample() * scale
+    def from_images(images: Tensor, noise: Tensor) -> Tensor:
+        return tokenizer.encode(to_unit_range(images)).sample(noise=noise) * scale
 
     return from_moments if args.use_cached else from_images
 
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
         return
     scale = engine.scale_of(tokenizer, args)
     data = open_data(args)
-    plan = BatchPlan(len(data), args.batch_size, args.seed, world.rank, world.size)
+    plan = BatchPlan(len(data), args.batch_size, args.seed, world.rank, world.size, args.accum_iter)
     peak = scaled_lr(args.lr, args.blr, plan.images_per_step)
     schedule = LRSchedule(
         peak, args.min_lr, args.warmup_epochs, args.epochs, shape=args.lr_schedule
@@ -148,10 +149,14 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
     state.step = first_epoch * plan.steps
     if args.resume:
         first_epoch, first_step = resume(state, plan, args.resume)
+    if args.compile:
+        mar.compile_for_training(model)
     if world.size > 1:
         ids = [device.index] if device.type == "cuda" else None
         state.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    config = training.StepConfig(schedule, args.grad_clip, args.seed, world.rank, device, dtype)
+    config = training.StepConfig(
+        schedule, args.grad_clip, args.seed, world.rank, device, dtype, args.accum_iter
+    )
     if world.is_main:
         count = sum(p.numel() for p in model.parameters())
         print(
@@ -174,6 +179,7 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
                 first_step,
                 plan.steps,
                 to_latents,
+                partial(model.training_noise, plan.images_per_step),
                 config,
                 watch.after_step,
             )
@@ -223,7 +229,8 @@ def resume(state: training.TrainState, plan: BatchPlan, path: str) -> tuple[int,
     if step_in_epoch and progress["images_per_step"] != plan.images_per_step:
         raise UserError(
             f"{path} stopped inside an epoch with {progress['images_per_step']} images per step, "
-            f"this run has {plan.images_per_step}: give the same --batch_size and processes"
+            f"this run has {plan.images_per_step}: give --batch_size and --accum_iter so that "
+            "they and the processes make as many"
         )
     state.step = progress.get("step", epoch * plan.steps)
     state.skipped = progress.get("skipped", 0)
@@ -295,10 +302,9 @@ class Watch:
         args, state = self.args, self.state
         if self.bar is not None:
             self.bar.update()
-        if self.log:
-            self.losses.append(result.loss)
-            if state.step % args.log_freq == 0:
-                self._write_log(result, done)
+        self.losses.append(result.loss)
+        if state.step % args.log_freq == 0:
+            self._write_log(result, done)
         asked = dist.any_rank(self.stop_request.requested, self.world, result.loss.device)
         self.must_stop = asked or (args.max_steps is not None and state.step >= args.max_steps)
         late = args.save_minutes and time.monotonic() - self.saved > 60 * args.save_minutes
@@ -313,16 +319,18 @@ class Watch:
         return self.must_stop
 
     def _write_log(self, result: training.StepResult, done: int) -> None:
+        loss = dist.mean(torch.stack(self.losses).mean(), self.world).item()
         now = time.monotonic()
-        self.log.write(
-            self.state.step,
-            epoch=round(self.epoch + done / self.plan.steps, 4),
-            loss=torch.stack(self.losses).mean().item(),
-            lr=result.lr,
-            grad_norm=result.grad_norm.item(),
-            images_per_s=len(self.losses) * self.plan.images_per_step / (now - self.logged),
-            skipped=self.state.skipped,
-        )
+        if self.log:
+            self.log.write(
+                self.state.step,
+                epoch=round(self.epoch + done / self.plan.steps, 4),
+                loss=loss,
+                lr=result.lr,
+                grad_norm=result.grad_norm.item(),
+                images_per_s=len(self.losses) * self.plan.images_per_step / (now - self.logged),
+                skipped=self.state.skipped,
+            )
         self.losses.clear()
         self.logged = now
 

@@ -13,6 +13,15 @@ from torch import Tensor
 
 EpsilonModel = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
+_BY_TIMESTEP = (
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_log_variance",
+    "log_betas",
+    "posterior_mean_coef_x0",
+    "posterior_mean_coef_xt",
+)
+
 
 class GaussianDiffusion:
     """The process over `kept` timesteps of a schedule with the given betas; all tables float64.
@@ -40,11 +49,19 @@ class GaussianDiffusion:
         self.log_betas = np.log(self.betas)
         self.posterior_mean_coef_x0 = self.betas * np.sqrt(abar_prev) / (1.0 - abar)
         self.posterior_mean_coef_xt = (1.0 - abar_prev) * np.sqrt(1.0 - self.betas) / (1.0 - abar)
+        # Training gathers rows of these by timestep; float32 copies are made once per device.
+        self._training_tables = {
+            "sqrt_alphas_cumprod": np.sqrt(abar),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - abar),
+            "timesteps": np.array(self.timestep_map),
+            **{name: value for name, value in vars(self).items() if name in _BY_TIMESTEP},
+        }
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) noise; x_start (n, C), t (n,) int64."""
-        abar = _rows(self.alphas_cumprod, t)
-        return abar.sqrt().float() * x_start + (1.0 - abar).sqrt().float() * noise
+        signal = self._rows("sqrt_alphas_cumprod", t)
+        return signal * x_start + self._rows("sqrt_one_minus_alphas_cumprod", t) * noise
 
     def training_losses(
         self,
@@ -61,7 +78,7 @@ class GaussianDiffusion:
         """
         noise = torch.randn_like(x_start) if noise is None else noise
         x_t = self.q_sample(x_start, t, noise)
-        timesteps = torch.tensor(self.timestep_map, device=t.device)[t]
+        timesteps = self._rows("timesteps", t)[:, 0]
         epsilon, fraction = model(x_t, timesteps, **(model_kwargs or {})).float().chunk(2, dim=-1)
         mse = (noise - epsilon).square().mean(dim=-1)
         vb = self._variational_bound(x_start, x_t, t, epsilon.detach(), fraction)
@@ -71,15 +88,15 @@ class GaussianDiffusion:
         self, x_start: Tensor, x_t: Tensor, t: Tensor, epsilon: Tensor, fraction: Tensor
     ) -> Tensor:
         """Bits per dimension of one step: KL to the posterior, or the likelihood of x_0 at t = 0."""
-        coef_x0 = _rows(self.posterior_mean_coef_x0, t).float()
-        coef_xt = _rows(self.posterior_mean_coef_xt, t).float()
+        coef_x0 = self._rows("posterior_mean_coef_x0", t)
+        coef_xt = self._rows("posterior_mean_coef_xt", t)
         true_mean = coef_x0 * x_start + coef_xt * x_t
-        x0 = _rows(self.sqrt_recip_alphas_cumprod, t).float() * x_t
-        x0 = x0 - _rows(self.sqrt_recipm1_alphas_cumprod, t).float() * epsilon
+        x0 = self._rows("sqrt_recip_alphas_cumprod", t) * x_t
+        x0 = x0 - self._rows("sqrt_recipm1_alphas_cumprod", t) * epsilon
         mean = coef_x0 * x0 + coef_xt * x_t
 
-        true_log_variance = _rows(self.posterior_log_variance, t).float()
-        upper = _rows(self.log_betas, t).float()
+        true_log_variance = self._rows("posterior_log_variance", t)
+        upper = self._rows("log_betas", t)
         share = (fraction + 1.0) / 2.0
         log_variance = share * upper + (1.0 - share) * true_log_variance
 
@@ -93,6 +110,14 @@ class GaussianDiffusion:
         likelihood = _discretized_log_likelihood(x_start, mean, 0.5 * log_variance)
         bound = torch.where(t == 0, -likelihood.mean(dim=-1), kl.mean(dim=-1))
         return bound / math.log(2.0)
+
+    def _rows(self, name: str, t: Tensor) -> Tensor:
+        """The table's entries at t (n,) as a float32 column (n, 1) on t's device."""
+        key = (name, t.device)
+        if key not in self._on_device:
+            table = torch.from_numpy(self._training_tables[name]).float()
+            self._on_device[key] = table.to(t.device)
+        return self._on_device[key][t, None]
 
     @torch.no_grad()
     def sample(self, model: EpsilonModel, noise: Tensor, temperature: float = 1.0) -> Tensor:
@@ -117,12 +142,6 @@ class GaussianDiffusion:
                 std = (float(half) * fraction + float(middle)).exp()
                 x = x + std * (noise[:, 1 + k] * temperature)
         return x
-
-
-def _rows(table: np.ndarray, t: Tensor) -> Tensor:
-    """table[t] as a float64 column (n, 1) on t's device (float32 where float64 is missing)."""
-    dtype = torch.float32 if t.device.type == "mps" else torch.float64
-    return torch.as_tensor(table, dtype=dtype, device=t.device)[t, None]
 
 
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -40,11 +40,22 @@ class DiffLoss(nn.Module):
         """Denoising steps per token."""
         return self.gen_diffusion.num_timesteps
 
-    def forward(self, target: Tensor, z: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mean loss of target (n, C) given z (n, D), weighted by mask (n,) if there is one."""
-        steps = self.train_diffusion.num_timesteps
-        t = torch.randint(0, steps, (target.shape[0],), device=target.device)
-        loss = self.train_diffusion.training_losses(self.net, target, t, {"c": z})["loss"]
+    def forward(
+        self,
+        target: Tensor,
+        z: Tensor,
+        mask: Tensor | None = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Mean loss of target (n, C) given z (n, D), weighted by mask (n,) if there is one.
+
+        Timesteps t (n,) int64 and noise (n, C) are drawn from torch's generator if None.
+        """
+        if t is None:
+            steps = self.train_diffusion.num_timesteps
+            t = torch.randint(0, steps, (target.shape[0],), device=target.device)
+        loss = self.train_diffusion.training_losses(self.net, target, t, {"c": z}, noise)["loss"]
         if mask is None:
             return loss.mean()
         return (loss * mask).sum() / mask.sum()

@@ -5,6 +5,7 @@ each token given its z. Generation decodes the tokens in a random order, several
 """
 
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from models.diffloss import DiffLoss
 from models.lazy_mar import LazyMARConfig
-from models.noise import ImageNoise
+from models.noise import ImageNoise, TrainingNoise
 from models.presets import PRESETS
 from models.sampler import Sampler
 from models.sampling_copy import sampling_dtype
@@ -104,34 +105,59 @@ class MAR(MaskedTransformer):
             grad_checkpointing,
         )
 
-    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        """Latents (B, C, H, W), labels (B,) int64 -> the scalar diffusion loss on masked tokens."""
+    def training_noise(self, bsz: int, seed: int | None = None) -> TrainingNoise:
+        """Draw what a training step of `bsz` images needs, from torch's generator without a seed."""
+        device, length = self.fake_latent.device, self.seq_len
+        if seed is None:
+            seed = int(torch.randint(2**62, ()))
+        ratio = float(self.mask_ratio.ppf(random.Random(seed).random()))
+        masked = min(length, max(1, math.ceil(length * ratio)))
+        known = length - masked
+        stop = known + max(1, round(masked * self.masked_keep))
+        chance = torch.Generator(device).manual_seed(seed)
+        side = self.grid_size * self.patch_size
+        draws = (bsz, self.diffusion_batch_mul, stop - known)
+        levels = self.diffloss.train_diffusion.num_timesteps
+        on = {"generator": chance, "device": device}
+        return TrainingNoise(
+            known,
+            stop,
+            orders=torch.rand(bsz, length, **on).argsort(dim=1),
+            dropped=torch.rand(bsz, **on) < self.label_drop_prob,
+            latents=torch.randn(bsz, self.vae_embed_dim, side, side, **on),
+            timesteps=torch.randint(levels, draws, **on),
+            head=torch.randn(*draws, self.token_dim, **on),
+        )
+
+    def forward(
+        self, latents: Tensor, labels: Tensor, noise: TrainingNoise | None = None
+    ) -> Tensor:
+        """Latents (B, C, H, W), labels (B,) int64 -> the scalar diffusion loss on masked tokens.
+
+        noise: of these images, drawn by `training_noise` without it.
+        """
         side = self.grid_size * self.patch_size
         if tuple(latents.shape[1:]) != (self.vae_embed_dim, side, side):
             raise ValueError(
                 f"latents are {tuple(latents.shape)}; this model trains on "
                 f"(B, {self.vae_embed_dim}, {side}, {side})"
             )
+        noise = self.training_noise(len(latents)) if noise is None else noise
+        known, order = noise.known, noise.orders[:, : noise.stop]
+        embedding = self.class_embedding(labels, len(latents))
+        embedding = torch.where(noise.dropped[:, None], self.fake_latent, embedding)
         tokens = self.patchify(latents)  # (B, L, c)
-        bsz, length = tokens.shape[:2]
-        order = torch.rand(bsz, length, device=tokens.device).argsort(dim=1)
-        ratio = float(self.mask_ratio.ppf(torch.rand((), dtype=torch.float64).item()))
-        masked = min(length, max(1, math.ceil(length * ratio)))
-        known = length - masked
-        stop = known + max(1, round(masked * self.masked_keep))  # ranks decoded
-
-        embedding = self.class_embedding(labels, bsz)
-        dropped = torch.rand(bsz, 1, device=tokens.device) < self.label_drop_prob
-        embedding = torch.where(dropped, self.fake_latent, embedding)
-
-        order = order[:, :stop]
         tokens = tokens.gather(1, order[:, :, None].expand(-1, -1, self.token_dim))
-        z = self.predict(tokens[:, :known], order, stop, embedding)
-        target, z = tokens[:, known:].flatten(0, 1), z.flatten(0, 1)  # (B * decoded, .)
-        mul = self.diffusion_batch_mul
-        loss = self.diffloss(target.repeat(mul, 1), z.repeat(mul, 1))
+        z = self.predict(tokens[:, :known], order, noise.stop, embedding)  # (B, n, D)
+        target = tokens[:, known:]
+
+        def each_level(x: Tensor) -> Tensor:  # (B, n, .) -> (B * m * n, .)
+            return x[:, None].expand(-1, self.diffusion_batch_mul, -1, -1).flatten(0, 2)
+
+        levels, head = noise.timesteps.flatten(), noise.head.flatten(0, 2)
+        loss = self.diffloss(each_level(target), each_level(z), t=levels, noise=head)
         if self.aux_weight:
-            read_out = F.linear(z, self.z_proj.weight.t())  # (B * decoded, c)
+            read_out = F.linear(z, self.z_proj.weight.t())  # (B, n, c)
             loss = loss + self.aux_weight * F.mse_loss(read_out.float(), target)
         return loss
 
@@ -167,6 +193,15 @@ class MAR(MaskedTransformer):
             bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress,
             lazy_mar=lazy_mar, noise=noise,
         )  # fmt: skip
+
+
+def compile_for_training(model: MAR) -> None:
+    """torch.compile blocks and head in place; names of weights stay. Before a DDP is put around it.
+
+    Token counts change with every step's mask ratio, so shapes are compiled as variables.
+    """
+    for part in (*model.encoder_blocks, *model.decoder_blocks, model.diffloss.net):
+        part.compile(dynamic=True)
 
 
 def mar_base(**kwargs: Any) -> MAR:

@@ -1,8 +1,8 @@
-"""ImageNoise: all the randomness of a batch of images, drawn image by image from their seeds.
+"""All the randomness of a batch: of images to sample (ImageNoise), of a training step (TrainingNoise).
 
-Each token is denoised exactly once, so one decoding order and one tensor of head noise are all that chance
-contributes to an image. Drawn from the image's own seed they make the picture independent of its
-batch, of the number of processes and of caching.
+Each token is denoised exactly once, so one decoding order and one tensor of head noise are all that
+chance contributes to an image that is sampled. Drawn from the image's own seed they make the picture
+independent of its batch, of the number of processes and of caching.
 """
 
 from collections.abc import Sequence
@@ -63,3 +63,31 @@ class ImageNoise:
                 f"the noise has orders {tuple(self.orders.shape)} and head {tuple(self.head.shape)}; "
                 f"this call needs {want_orders} and {want_head}"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingNoise:
+    """What chance, dropout apart, contributes to a training step of B images.
+
+    It is drawn for all images of a step and handed out in parts, so that the step does not depend
+    on how many processes or accumulated batches share it.
+
+    known, stop: of each image the first `known` positions of its order are given to the model, and
+        the n = stop - known behind them are decoded; the same numbers for all images.
+    orders (B, L) int64: a permutation each. dropped (B,) bool: trained without its label.
+    latents (B, C, H, W): draws the latents from the tokenizer's posterior.
+    timesteps (B, m, n) int64, head (B, m, n, c): m noise levels of each decoded token, and the noise.
+    """
+
+    known: int
+    stop: int
+    orders: Tensor
+    dropped: Tensor
+    latents: Tensor
+    timesteps: Tensor
+    head: Tensor
+
+    def part(self, start: int, stop: int) -> "TrainingNoise":
+        """The noise of images start..stop."""
+        tensors = (self.orders, self.dropped, self.latents, self.timesteps, self.head)
+        return TrainingNoise(self.known, self.stop, *(x[start:stop] for x in tensors))

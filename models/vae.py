@@ -32,12 +32,15 @@ class DiagonalGaussianDistribution:
         self.std = torch.exp(0.5 * self.logvar)
         self.var = torch.exp(self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw, (B, C, h, w). A generator may live on another device than the parameters."""
-        device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(
-            self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype
-        )
+    def sample(
+        self, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """One draw, (B, C, h, w), by `noise` of that shape, or by a generator on any device."""
+        if noise is None:
+            device = self.mean.device if generator is None else generator.device
+            noise = torch.randn(
+                self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype
+            )
         return self.mean + self.std * noise.to(self.mean.device)
 
     def mode(self) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from models.mar import compile_for_training
 from tests.test_sampling import small_mar
 
 LATENTS = (6, 4, 8, 8)  # of small_mar
@@ -19,9 +20,9 @@ def record(monkeypatch, model):
         seen.update(known=known.shape[1], order=order, stop=stop, embedding=embedding)
         return predict(known, order, stop, embedding)
 
-    def spy_head(target, z):
-        seen.update(target=target, z=z)
-        return head(target, z)
+    def spy_head(target, z, **noise):
+        seen.update(target=target, z=z, **noise)
+        return head(target, z, **noise)
 
     monkeypatch.setattr(model, "predict", spy_predict)
     monkeypatch.setattr(model.diffloss, "forward", spy_head)
@@ -41,8 +42,12 @@ def test_the_loss_is_on_the_masked_tokens_and_repeats_them(monkeypatch, seed):
     assert (seen["order"].sort(dim=1).values == torch.arange(64)).all()
     tokens = model.patchify(latents)
     hidden = seen["order"][:, seen["known"] :]
-    expected = tokens.gather(1, hidden[:, :, None].expand(-1, -1, 4)).flatten(0, 1)
-    assert torch.equal(seen["target"], expected.repeat(3, 1))
+    expected = tokens.gather(1, hidden[:, :, None].expand(-1, -1, 4))  # (6, n, 4)
+    repeated = expected[:, None].expand(-1, 3, -1, -1).flatten(0, 2)
+    assert torch.equal(seen["target"], repeated)
+    each = seen["noise"].view(6, 3, masked, 4)
+    assert not torch.equal(each[:, 0], each[:, 1])
+    assert seen["t"].shape == repeated.shape[:1]
 
 
 def test_masked_keep_decodes_only_a_share_of_them(monkeypatch):
@@ -111,3 +116,36 @@ def test_latents_of_another_shape_are_refused(shape):
 def test_impossible_models_are_refused(argument, named):
     with pytest.raises(ValueError, match=named):
         small_mar(**argument)
+
+
+def test_the_noise_of_a_step_is_a_function_of_its_seed_and_can_be_dealt_out():
+    model = small_mar(diffusion_batch_mul=2, attn_dropout=0.0, proj_dropout=0.0).train()
+    latents, labels = torch.randn(LATENTS), torch.arange(6) % 5
+    noise = model.training_noise(6, seed=3)
+    whole = model(latents, labels, noise)
+    assert torch.equal(whole, model(latents, labels, model.training_noise(6, seed=3)))
+    assert not torch.equal(whole, model(latents, labels, model.training_noise(6, seed=4)))
+    parts = [
+        model(latents[i:j], labels[i:j], noise.part(i, j)) for i, j in ((0, 2), (2, 4), (4, 6))
+    ]
+    assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_training_has_the_same_gradients():
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = small_mar(attn_dropout=0.0, proj_dropout=0.0).train()
+        names = list(model.state_dict())
+        if compiled:
+            compile_for_training(model)
+        assert list(model.state_dict()) == names
+        latents, labels = torch.randn(LATENTS), torch.arange(6) % 5
+        for seed in (1, 2, 3):  # other mask ratios
+            loss = model(latents, labels, model.training_noise(6, seed=seed))
+            loss.backward()
+        results.append((loss, [p.grad for p in model.parameters()]))
+    (plain, gradients), (compiled, others) = results
+    assert torch.allclose(plain, compiled, rtol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(gradients, others, strict=True))

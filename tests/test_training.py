@@ -17,6 +17,7 @@ from torch import nn
 import main_mar
 from models import mar
 from models.presets import PRESETS
+from tests.train_small import WIDTHS
 from util import dist, training
 from util.checkpoint import read_pickle
 from util.ema import EMA
@@ -29,11 +30,8 @@ ROOT = Path(__file__).parent.parent
 GEOMETRY = ["--img_size", "16", "--vae_stride", "4", "--vae_embed_dim", "4", "--class_num", "2"]
 GEOMETRY += ["--buffer_size", "2", "--diffloss_d", "1", "--diffloss_w", "16"]
 GEOMETRY += ["--latent_scale", "1", "--device", "cpu", "--num_workers", "0"]
-WIDTHS = {
-    f"{part}_{name}": value
-    for part in ("encoder", "decoder")
-    for name, value in (("embed_dim", 16), ("depth", 1), ("num_heads", 2))
-}
+SCHEDULE = ["--blr", "0.3", "--epochs", "4", "--warmup_epochs", "1", "--ema_rate", "0.9"]
+SCHEDULE += ["--log_freq", "1"]
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +58,7 @@ def train(latents, tmp_path):
     def run(*flags, out="out"):
         out = tmp_path / out
         args = [*GEOMETRY, "--use_cached", "--cached_path", str(latents), "--model", "mar_tiny"]
-        args += ["--output_dir", str(out), "--batch_size", "8", "--blr", "0.3", "--log_freq", "1"]
-        args += ["--epochs", "4", "--warmup_epochs", "1", "--ema_rate", "0.9"]
+        args += ["--output_dir", str(out), "--batch_size", "8", *SCHEDULE]
         args = make_parser("main_mar").parse_args([*args, *map(str, flags)])
         resolve(args, "main_mar", PRESETS)
         main_mar.run(args, dist.Meeting(), torch.device("cpu"))
@@ -203,7 +200,11 @@ def line():
     state = training.TrainState(model, model, EMA(model, 0.5), optimizer, scaler)
     device = torch.device("cpu")
     config = training.StepConfig(LRSchedule(0.1), 3.0, 1, 0, device, torch.float32)
-    return partial(training.train_step, state, labels=torch.zeros(1), lr=0.1, config=config), state
+
+    def step(latents):
+        return training.train_step(state, [(latents, torch.zeros(1))], 0.1, config)
+
+    return step, state
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(line):
@@ -252,19 +253,45 @@ def test_sigterm_saves_and_the_run_goes_on_exactly(train, tmp_path, monkeypatch)
     assert_same(whole["model_ema"], resumed["model_ema"])
 
 
-@pytest.mark.slow
-def test_two_processes_train_the_same_model_together(latents, tmp_path):
+NO_DROPOUT = ("--attn_dropout", "0", "--proj_dropout", "0")
+
+
+def assert_follows(run, other):
+    """The same loss curve and the same weights, within float noise."""
+    (content, log), (other_content, other_log) = run, other
+    assert len(log) == len(other_log)
+    for name in ("loss", "grad_norm", "lr"):
+        curves = [[line[name] for line in lines] for lines in (log, other_log)]
+        assert curves[0] == pytest.approx(curves[1], rel=2e-5), name
+    for name, weight in content["model_ema"].items():
+        if not name.endswith("qkv.bias"):  # softmax ignores the keys' bias: Adam walks by rounding
+            assert torch.allclose(weight, other_content["model_ema"][name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("accum_iter", [2, 4])
+def test_accumulated_batches_follow_the_whole_batch(train, accum_iter):
+    whole = train(*NO_DROPOUT, out="whole")
+    parts = train(
+        *NO_DROPOUT, "--batch_size", 8 // accum_iter, "--accum_iter", accum_iter, out="parts"
+    )
+    assert_follows(whole, parts)
+    assert parts[0]["progress"]["images_per_step"] == 8
+
+
+def test_two_processes_with_half_the_batch_follow_one_with_the_whole(train, latents, tmp_path):
+    whole = train(*NO_DROPOUT)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={port}", "main_mar.py", "--model", "mar_tiny", *GEOMETRY]
-    command += ["--use_cached", "--cached_path", str(latents), "--output_dir", str(tmp_path)]
-    command += ["--batch_size", "4", "--max_steps", "7", "--log_freq", "1"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += [f"--master_port={port}", "tests/train_small.py", *GEOMETRY, *NO_DROPOUT]
+    command += ["--model", "mar_tiny", "--use_cached", "--cached_path", str(latents)]
+    command += ["--output_dir", str(tmp_path / "2")]
+    command += ["--batch_size", "2", "--accum_iter", "2", *SCHEDULE]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    content = read_pickle(tmp_path / "checkpoint-last.pth")
-    assert content["progress"]["images_per_step"] == 8
+    content = read_pickle(tmp_path / "2" / "checkpoint-last.pth")
     assert not any(name.startswith("module.") for name in content["model"])
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 7
+    log = [json.loads(line) for line in (tmp_path / "2" / "log.jsonl").read_text().splitlines()]
+    assert_follows(whole, (content, log))

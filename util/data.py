@@ -7,6 +7,7 @@ run can go on in the middle of an epoch with the same batches, whatever the numb
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
@@ -144,8 +145,8 @@ class CachedTensors:
 class BatchPlan:
     """Which items, flipped or not, one process sees at every step of an epoch.
 
-    The epoch's order is cut into steps of batch_size * world_size items, of which each rank takes
-    its part; the incomplete rest is dropped.
+    The epoch's order is cut into steps of batch_size * accum_iter * world_size items, of which each
+    rank takes its part, in accum_iter batches; the incomplete rest is dropped.
     """
 
     item_count: int
@@ -153,6 +154,7 @@ class BatchPlan:
     seed: int
     rank: int = 0
     world_size: int = 1
+    accum_iter: int = 1
 
     def __post_init__(self) -> None:
         if self.steps == 0:
@@ -163,7 +165,7 @@ class BatchPlan:
     @property
     def images_per_step(self) -> int:
         """Images of one step in all processes."""
-        return self.batch_size * self.world_size
+        return self.batch_size * self.accum_iter * self.world_size
 
     @property
     def steps(self) -> int:
@@ -171,13 +173,14 @@ class BatchPlan:
         return self.item_count // self.images_per_step
 
     def epoch(self, epoch: int, first_step: int = 0) -> list[list[Pick]]:
-        """Picks of this process, step by step, from `first_step` to the end of the epoch."""
+        """Picks of this process, batch by batch, from `first_step` to the end of the epoch."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(self.item_count)
         flips = random.random(self.item_count) < 0.5
         picks = []
-        for step in range(first_step, self.steps):
-            start = step * self.images_per_step + self.rank * self.batch_size
+        for step, i in product(range(first_step, self.steps), range(self.accum_iter)):
+            place = self.rank * self.accum_iter + i
+            start = step * self.images_per_step + place * self.batch_size
             part = order[start : start + self.batch_size]
             picks.append(list(zip(part.tolist(), flips[part].tolist(), strict=True)))
         return picks

@@ -13,6 +13,7 @@ from types import TracebackType
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from util.errors import UserError
@@ -195,6 +196,15 @@ def barrier(world: World) -> None:
     """Wait for all processes."""
     if world.size > 1:
         dist.barrier()
+
+
+def mean(value: Tensor, world: World) -> Tensor:
+    """The mean of a tensor over all processes, in every process."""
+    if world.size == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / world.size
 
 
 def any_rank(flag: bool, world: World, device: torch.device) -> bool:

@@ -49,6 +49,7 @@ TRAINING_CFG = 1.0  # MAR's main_mar.py; eval.py takes the preset's
 LEAST: dict[str, float] = {
     **dict.fromkeys(("num_images", "num_iter", "eval_bsz", "batch_size", "epochs", "threads"), 1),
     **dict.fromkeys(("log_freq", "save_last_freq", "eval_freq", "diffusion_batch_mul"), 1),
+    "accum_iter": 1,
     **dict.fromkeys(("diffloss_d", "diffloss_w", "max_steps", "world_size", "vae_bsz"), 1),
     "patience": 1,
     **dict.fromkeys(("seed", "num_workers", "start_epoch", "warmup_epochs", "lr", "blr"), 0),
@@ -306,6 +307,7 @@ def lazy_mar_values(args: argparse.Namespace, fields: Iterable[str]) -> dict[str
 def _add_training(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--batch_size", type=int, default=16, help="images per step and process")
+    add("--accum_iter", type=int, default=1, help="batches per process whose gradients are added")
     add("--epochs", type=int, default=400, help="length of the schedule")
     add("--max_steps", type=int, help="stop after so many steps; the schedule stays")
     add("--lr", type=float, help="peak learning rate; without it blr * images per step / 256")
@@ -327,6 +329,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     add("--evaluate", action="store_true", help="only evaluate the checkpoint of --resume")
     add("--save_last_freq", type=int, default=5, help="epochs between two checkpoints")
     add("--save_minutes", type=float, help="also save a checkpoint every so many minutes")
+    add("--compile", action="store_true", help="torch.compile blocks and head for training")
     add("--log_freq", type=int, default=20, help="steps between two lines of the log")
 
 

@@ -1,13 +1,15 @@
 """Training without a word about the model: one step, one epoch, and the state of a run.
 
-Every training step is seeded by (seed, step, rank), so a run that was stopped anywhere goes on with
-the very same numbers, and no state of a random generator has to be kept.
+The noise of a step is seeded by (seed, step) and drawn for all its images, so a run that was stopped
+anywhere goes on with the very same numbers, and any number of processes and accumulated batches
+follows the same curve, dropout apart. No state of a random generator has to be kept.
 """
 
-import random
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -46,6 +48,7 @@ class StepConfig:
     rank: int
     device: torch.device
     dtype: torch.dtype
+    accum_iter: int = 1  # batches of this process in a step
 
 
 @dataclass(frozen=True)
@@ -57,24 +60,37 @@ class StepResult:
     lr: float
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch, numpy and python for one step of one process."""
-    word = int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint32)[0])
-    torch.manual_seed(word)
-    np.random.seed(word)
-    random.seed(word)
+class StepNoise(Protocol):
+    """Chance of all images of a step; `latents` is what turns a posterior into latents."""
+
+    latents: Tensor
+
+    def part(self, start: int, stop: int) -> "StepNoise":
+        """That of images start..stop."""
+
+
+def step_seed(*numbers: int) -> int:
+    """A seed from (seed, step) for the noise of a step, or (seed, step, rank) for dropout."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
 
 
 def train_step(
-    state: TrainState, latents: Tensor, labels: Tensor, lr: float, config: StepConfig
+    state: TrainState, batches: Iterable[tuple], lr: float, config: StepConfig
 ) -> StepResult:
-    """One step of AdamW and EMA on latents (B, C, h, w), skipped if a gradient is not finite."""
+    """One step of AdamW and EMA on config.accum_iter batches, skipped if a gradient is not finite.
+
+    A batch is the arguments of the model, which returns its mean loss; batches are of one size.
+    """
     for group in state.optimizer.param_groups:
         group["lr"] = lr
+    losses = []
     with attention_for_training(config.device):  # backward too: checkpointing recomputes there
-        with autocast(config.device, config.dtype):
-            loss = state.wrapped(latents, labels)
-        state.scaler.scale(loss).backward()
+        for i, batch in enumerate(batches):
+            with _gradients_exchanged(state.wrapped, i == config.accum_iter - 1):
+                with autocast(config.device, config.dtype):
+                    loss = state.wrapped(*batch) / config.accum_iter
+                state.scaler.scale(loss).backward()
+            losses.append(loss.detach())
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
     # A bad loss makes bad gradients, and gradients, being averaged, are bad in all processes alike.
@@ -93,7 +109,13 @@ def train_step(
             f"{MAX_SKIPPED_IN_A_ROW} steps in a row without a finite loss, up to {state.step}: "
             "resume from the last checkpoint with a lower --blr or with --dtype bf16 or float32"
         )
-    return StepResult(loss.detach(), norm.detach(), lr)
+    return StepResult(torch.stack(losses).sum(), norm.detach(), lr)
+
+
+def _gradients_exchanged(wrapped: nn.Module, wanted: bool) -> AbstractContextManager:
+    """Processes exchange gradients once per step, behind the last of the accumulated batches."""
+    is_distributed = isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    return wrapped.no_sync() if is_distributed and not wanted else nullcontext()
 
 
 @contextmanager
@@ -120,7 +142,8 @@ def train_one_epoch(
     epoch: int,
     first_step: int,
     steps_per_epoch: int,
-    to_latents: Callable[[Tensor], Tensor],
+    to_latents: Callable[[Tensor, Tensor], Tensor],
+    draw: Callable[[int], StepNoise],
     config: StepConfig,
     after_step: Callable[[StepResult, int], bool],
 ) -> bool:
@@ -128,20 +151,42 @@ def train_one_epoch(
 
     Args:
         state: changed in place.
-        batches: (images or moments, labels) of the steps from `first_step` on, on any device.
-        to_latents: turns a batch on the device into scaled latents (B, C, h, w).
+        batches: (images or moments, labels) of the steps from `first_step` on, on any device;
+            config.accum_iter of them make a step of this process.
+        to_latents: turns a batch on the device and its noise into scaled latents (B, C, h, w).
+        draw: the noise of all images of a step, in all processes, from a seed.
         after_step: called with the result and the number of steps done in this epoch; True stops.
 
     Returns:
         True if the epoch was stopped before its end.
     """
     state.wrapped.train()
-    for done, (data, labels) in enumerate(batches, start=first_step):
-        seed_step(config.seed, state.step, config.rank)
-        latents = to_latents(data.to(config.device, non_blocking=True))
+    source = iter(batches)
+    for done in range(first_step, steps_per_epoch):
+        batches_of_step = list(islice(source, config.accum_iter))  # loaders draw random numbers
+        torch.manual_seed(step_seed(config.seed, state.step, config.rank))  # dropout
+        noise = draw(step_seed(config.seed, state.step))
         lr = config.schedule.at(epoch + done / steps_per_epoch)
-        labels = labels.to(config.device, non_blocking=True)
-        result = train_step(state, latents, labels, lr, config)
+        parts = _parts_of_step(batches_of_step, noise, to_latents, config)
+        result = train_step(state, parts, lr, config)
         if after_step(result, done + 1):
             return done + 1 < steps_per_epoch
     return False
+
+
+def _parts_of_step(
+    batches: Sequence[tuple[Tensor, Tensor]],
+    noise: StepNoise,
+    to_latents: Callable[[Tensor, Tensor], Tensor],
+    config: StepConfig,
+) -> Iterator[tuple[Tensor, Tensor, StepNoise]]:
+    """This process's share of a step: latents, labels and noise, batch by batch."""
+    for i, (data, labels) in enumerate(batches):
+        start = (config.rank * config.accum_iter + i) * len(labels)
+        part = noise.part(start, start + len(labels))
+        data = data.to(config.device, non_blocking=True)
+        yield (
+            to_latents(data, part.latents),
+            labels.to(config.device, non_blocking=True),
+            part,
+        )

@@ -1,0 +1,162 @@
+"""Images per second of a training step, against the step as one would first write it.
+
+    python -m benchmarks.training --model mar_large --batch 64                   # on a GPU: bf16
+    python -m benchmarks.training --model mar_base --batch 4 --device cpu --dtype bf16 --memory
+
+Random weights and latents. After warm-up the rows take turns, so that a slow moment hits all of
+them; medians count. Every step of a row has the mask ratio of that step of the other rows, but for
+the eager one, which draws its own. --memory adds each row's peak in a process of its own: CUDA's
+count, or on a CPU that of the whole process (Linux). The last line is one JSON document.
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import device_name, markdown, origin, seconds_of, write_result
+from benchmarks.eager_training import EagerTraining
+from benchmarks.mar_work import HEADS, build
+from models import mar
+from util import training
+from util.device import DTYPES, pick_device, pick_dtype
+from util.ema import EMA
+from util.errors import UserError, run_main
+from util.lr import LRSchedule, make_optimizer
+
+ROWS = ("eager", "ours", "checkpointing", "compile", "compile + checkpointing")
+LR = 1e-4
+
+
+def stepper(row: str, args: argparse.Namespace) -> Callable[[int], object]:
+    """A call that takes step k of a fresh model, as `row` says."""
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    model = build(args.model, device, grad_checkpointing="checkpointing" in row)
+    model.requires_grad_(True).train()
+    torch.manual_seed(1)
+    side = model.grid_size * model.patch_size
+    latents = torch.randn(args.batch, model.vae_embed_dim, side, side, device=device)
+    labels = torch.randint(model.class_num, (args.batch,), device=device)
+    if row == "eager":
+        eager = EagerTraining(model, LR, dtype)
+        return lambda k: eager.step(latents, labels)
+    if "compile" in row:
+        mar.compile_for_training(model)
+    state = training.TrainState(
+        model,
+        model,
+        EMA(model, 0.9999),
+        make_optimizer(model, LR, weight_decay=0.02),
+        torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+    )
+    config = training.StepConfig(LRSchedule(LR), 3.0, 0, 0, device, dtype)
+
+    def step(k: int) -> object:
+        noise = model.training_noise(args.batch, training.step_seed(0, k))
+        return training.train_step(state, [(latents, labels, noise)], LR, config)
+
+    return step
+
+
+def peak_of_a_process(row: str, args: argparse.Namespace) -> float:
+    """Peak memory in GB of a fresh process that takes two steps; the second one has moments."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak, row, args).result()
+
+
+def _peak(row: str, args: argparse.Namespace) -> float:
+    torch.set_num_threads(args.threads)
+    step = stepper(row, args)
+    for k in range(2):
+        step(k)
+    if args.device != "cpu":
+        return torch.cuda.max_memory_allocated(args.device) / 1e9
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, object]]:
+    """One dictionary per row."""
+    device = torch.device(args.device)
+    peaks = {row: peak_of_a_process(row, args) if args.memory else None for row in args.rows}
+    steps = {row: stepper(row, args) for row in args.rows}
+    times: dict[str, list[float]] = {row: [] for row in args.rows}
+    for k in range(args.warmup + args.repeats):
+        for row, step in steps.items():
+            seconds = seconds_of(lambda step=step, k=k: step(k), device)
+            if k >= args.warmup:
+                times[row].append(seconds)
+            print(
+                f"{args.model} {args.dtype} batch {args.batch} {row}: {seconds:.3f} s", flush=True
+            )
+    first = statistics.median(times[args.rows[0]])
+    return [
+        {
+            "model": args.model,
+            "dtype": args.dtype,
+            "batch": args.batch,
+            "step": row,
+            "images_per_s": args.batch / statistics.median(times[row]),
+            "speedup": first / statistics.median(times[row]),
+            "all_s": times[row],
+            "peak_gb": peaks[row],
+        }
+        for row in args.rows
+    ]
+
+
+def parse() -> argparse.Namespace:
+    """Flags, checked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--model", default="mar_base", choices=(*HEADS, "mar_tiny"))
+    parser.add_argument("--batch", type=int, default=4, help="images per step")
+    parser.add_argument("--rows", default="eager,ours,checkpointing", help=f"of {','.join(ROWS)}")
+    parser.add_argument("--warmup", type=int, default=1, help="steps that do not count")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--memory", action="store_true", help="peak memory as well")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype", choices=tuple(DTYPES))
+    parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    if args.dtype is None:
+        dtype = pick_dtype(None, device)
+        args.dtype = next(name for name, value in DTYPES.items() if value == dtype)
+    args.rows, args.device = args.rows.split(","), str(device)
+    for row in args.rows:
+        if row not in ROWS:
+            raise UserError(f"--rows {row} is unknown; use some of {','.join(ROWS)}")
+    for name in ("batch", "repeats", "threads"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    rows = measure(args)
+    about = {
+        **origin(),
+        "device": device_name(torch.device(args.device)),
+        "threads": args.threads,
+        "seeds": "weights: torch.manual_seed(0); latents: 1; noise of step k: (0, k)",
+    }
+    head = ["model", "dtype", "batch", "step", "images_per_s", "speedup", "peak_gb"]
+    table = markdown(head, [[row[key] for key in head] for row in rows])
+    write_result(args.output, {"about": about, "rows": rows}, table)
+
+
+if __name__ == "__main__":
+    run_main(main)
