@@ -35,6 +35,8 @@ CHANGED = {  # group -> field of LazyMARConfig and its values; the default is am
 }
 KEEP_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
 Series = dict[str, list[Row]]
+# (row, configuration) -> steps with which that costs as much as the row; None: even one costs more.
+StepsAt = Callable[[Row, LazyMARConfig | None], int | None]
 
 
 def changed(base: LazyMARConfig, field: str, values: Iterable[object]) -> list[Row]:
@@ -80,21 +82,33 @@ def lazy_rows(base: LazyMARConfig) -> list[Row]:
     return [Row(f"LazyMAR, {steps} steps", base, steps) for steps in (STEPS, *FEWER_STEPS)]
 
 
-def equal_cost_rows(base: LazyMARConfig, mar_steps: Callable[[Row], int]) -> list[Row]:
-    """LazyMAR, and below each MAR with as many steps as cost the same: mar_steps says how many."""
+def rivals(base: LazyMARConfig) -> dict[str, LazyMARConfig | None]:
+    """What could save by fewer steps instead: MAR, whose head costs the same with any number of steps
+    (each token is denoised once), and MAR with the head cache."""
+    return {"MAR": None, "head cache alone": base.with_caches(["head"])}
+
+
+def equal_cost_rows(base: LazyMARConfig, steps_at: StepsAt) -> list[Row]:
+    """LazyMAR, and below each its rivals with as many steps as cost the same."""
     rows = []
     for lazy in lazy_rows(base):
-        steps = mar_steps(lazy)
-        rows += [lazy, Row(f"MAR, {steps} steps: the cost of {lazy.name}", None, steps)]
+        rows.append(lazy)
+        for name, config in rivals(base).items():
+            if steps := steps_at(lazy, config):
+                rows.append(Row(f"{name}, {steps} steps: the cost of {lazy.name}", config, steps))
     return rows
 
 
-def frontier_series(base: LazyMARConfig, mar_steps: Callable[[Row], int]) -> Series:
+def frontier_series(base: LazyMARConfig, steps_at: StepsAt) -> Series:
     """The lines of the plot of quality over cost; the same row may be on several."""
-    steps = sorted({*FEWER_STEPS, mar_steps(Row("LazyMAR", base))}, reverse=True)
-    fewer = [Row(f"MAR, {n} steps", None, n) for n in steps]
-    return {
-        "MAR, fewer steps": [MAR, *fewer],
+    series: Series = {}
+    for name, config in rivals(base).items():
+        equal = steps_at(Row("LazyMAR", base), config)
+        steps = sorted({STEPS, *FEWER_STEPS, *([equal] if equal else [])}, reverse=True)
+        rows = [Row(f"{name}, {n} steps", config, n) for n in steps]
+        series[f"{name}, fewer steps"] = rows
+    series["MAR, fewer steps"][0] = MAR
+    return series | {
         "LazyMAR, fewer steps": lazy_rows(base),
         "refresh interval": changed(base, *CHANGED["interval"]),
         "keep scale": keep_rows(base),
@@ -102,14 +116,29 @@ def frontier_series(base: LazyMARConfig, mar_steps: Callable[[Row], int]) -> Ser
     }
 
 
-def groups(base: LazyMARConfig, mar_steps: Callable[[Row], int]) -> dict[str, list[Row]]:
+def selection_rows(base: LazyMARConfig) -> list[Row]:
+    """Token selections, with all caches and with the token cache alone, where nothing else blurs."""
+    rows = changed(base, *CHANGED["token_selection"])
+    return rows + [
+        replace(
+            row, name=f"{row.name}, token cache alone", config=row.config.with_caches(["token"])
+        )
+        for row in rows
+    ]
+
+
+def groups(base: LazyMARConfig, steps_at: StepsAt) -> dict[str, list[Row]]:
     """Name of each group -> its rows. The first is MAR, which the others are compared with."""
     found = {"caches": cache_rows(base)}
     found |= {name: changed(base, *fields) for name, fields in CHANGED.items()}
-    found |= {"keep": keep_rows(base), "steps": equal_cost_rows(base, mar_steps)}
-    frontier = frontier_series(base, mar_steps)
-    unique = {row.task: row for rows in reversed(frontier.values()) for row in rows}
-    found["frontier"] = [
-        row for rows in frontier.values() for row in rows if unique[row.task] is row
-    ]
-    return {name: [MAR, *(row for row in rows if row != MAR)] for name, rows in found.items()}
+    found["token_selection"] = selection_rows(base)
+    found |= {"keep": keep_rows(base), "steps": equal_cost_rows(base, steps_at)}
+    frontier = frontier_series(base, steps_at)
+    found["frontier"] = [row for rows in frontier.values() for row in rows]
+    unique = {}
+    for name, rows in found.items():
+        first: dict[object, Row] = {}
+        for row in (MAR, *rows):
+            first.setdefault(row.task, row)
+        unique[name] = list(first.values())
+    return unique

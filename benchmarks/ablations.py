@@ -13,14 +13,14 @@ line is one JSON document.
 import argparse
 import copy
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
 import engine
-from benchmarks.ablation_rows import MAR, STEPS, Row, Series, frontier_series, groups
+from benchmarks.ablation_rows import STEPS, Row, Series, frontier_series, groups, rivals
 from benchmarks.common import markdown, origin, write_result, write_text
 from benchmarks.memory import peak_gb
 from benchmarks.svg_plot import xy_plot
@@ -35,7 +35,7 @@ from util.files import write_json
 from util.flags import make_parser, resolve
 
 RESULTS = Path("benchmarks/results")
-GROUPS = tuple(groups(LazyMARConfig(), lambda row: STEPS))
+GROUPS = tuple(groups(LazyMARConfig(), lambda row, config: None))
 TINY_IMAGES = 500
 HEAD = (
     "",
@@ -63,7 +63,7 @@ class Ablation:
         self.model = self.model.to(device).eval()
         self.geometry = MARGeometry.of(self.model)
         self.base = LazyMARConfig(head_interval=PRESETS[args.model].head_interval)
-        self.groups = groups(self.base, self.mar_steps)
+        self.groups = groups(self.base, self.steps_at)
 
     def tflops(self, row: Row, executed: bool) -> float:
         """Operations for one image, in T."""
@@ -72,18 +72,15 @@ class Ablation:
         )
         return image_work(self.geometry, plan, row.config, executed).total / 1e12
 
-    def mar_steps(self, row: Row) -> int:
-        """Steps of MAR that cost as much as this row, as executed."""
+    def steps_at(self, row: Row, config: LazyMARConfig | None) -> int | None:
+        """Steps with which `config` costs as much as the row, as executed; None if one costs more."""
         cost = self.tflops(row, executed=True)
-
-        def distance(steps: int) -> float:
-            return abs(self.tflops(replace(MAR, num_iter=steps), executed=True) - cost)
-
-        return min(range(1, STEPS + 1), key=distance)
+        costs = {n: self.tflops(Row("", config, n), executed=True) for n in range(1, STEPS + 1)}
+        return None if costs[1] > cost else min(costs, key=lambda n: abs(costs[n] - cost))
 
     def series(self) -> Series:
         """The lines of the frontier."""
-        return frontier_series(self.base, self.mar_steps)
+        return frontier_series(self.base, self.steps_at)
 
     def args_of(self, row: Row) -> argparse.Namespace:
         """The flags of eval.py that sample this row."""
@@ -178,7 +175,7 @@ def table(rows: list[Result]) -> str:
     for row in rows:
         inception = f"{row['is_mean']:.2f} ± {row['is_std']:.2f}"
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
-        psnr = "-" if row["psnr"] is None else f"{row['psnr']:.1f}"
+        psnr = "-" if row["psnr"] is None else f"{row['psnr']:.2f}"
         costs = [row["tflops_published"], row["tflops_executed"], row["s_per_image"]]
         quality = [row["name"], f"{row['fid']:.3f}", inception, accuracy, psnr]
         body.append([*quality, *costs, f"{row['speedup']:.2f}", row["peak_gb"]])
@@ -199,14 +196,17 @@ def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
     """What the frontier says, in sentences made from its numbers; `base` is the default row's."""
     default = STEPS, _key(asdict(base))
     lazy = next(row for row in rows if (row["num_iter"], _key(row["lazy_mar"])) == default)
-    plain = [row for row in rows if not row["lazy_mar"]]
-    equal = min(plain, key=lambda row: abs(row["tflops_executed"] - lazy["tflops_executed"]))
     lines = [
-        f"At {lazy['tflops_executed']:.3g} TFLOPs per image LazyMAR with {STEPS} steps has FID "
-        f"{lazy['fid']:.3f}; MAR with {equal['num_iter']} steps ({equal['tflops_executed']:.3g} "
-        f"TFLOPs) has FID {equal['fid']:.3f}, and with {STEPS} steps "
-        f"({rows[0]['tflops_executed']:.3g} TFLOPs) {rows[0]['fid']:.3f}."
+        f"LazyMAR with {STEPS} steps has FID {lazy['fid']:.3f} at {lazy['tflops_executed']:.3g} TFLOPs "
+        f"per image as executed, MAR {rows[0]['fid']:.3f} at {rows[0]['tflops_executed']:.3g}."
     ]
+    for name, config in rivals(base).items():
+        own = [row for row in rows if _key(row["lazy_mar"]) == _key(config and asdict(config))]
+        near = min(own, key=lambda row: abs(row["tflops_executed"] - lazy["tflops_executed"]))
+        lines.append(
+            f"Nearest to the cost of LazyMAR is, of {name}, the row with {near['num_iter']} steps: FID "
+            f"{near['fid']:.3f} at {near['tflops_executed']:.3g} TFLOPs."
+        )
     for cost, title in (("tflops_executed", "FLOPs"), ("s_per_image", "seconds")):
         names = "; ".join(row["name"] for row in undominated(rows, cost))
         lines.append(f"No row has both a lower FID and fewer {title} than: {names}.")
@@ -223,7 +223,7 @@ def draw(series: Series, rows: list[Result]) -> str:
     ):
         panels[title] = {}
         for name, line in series.items():
-            of = [found[r.num_iter, _key(asdict(r.config) if r.config else None)] for r in line]
+            of = [found[r.num_iter, _key(r.config and asdict(r.config))] for r in line]
             panels[title][name] = [(row[cost], row["fid"]) for row in of]
     return xy_plot("Quality over cost", "FID", panels)
 
@@ -232,14 +232,14 @@ def _key(config: Mapping[str, object] | None) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def parse() -> argparse.Namespace:
+def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line: --group and --results beside the flags of eval.py."""
     parser = make_parser("eval")
     parser.prog, parser.description = "python -m benchmarks.ablations", __doc__
     parser.add_argument("--group", default="all", help=f"all, or some of {', '.join(GROUPS)}")
     parser.add_argument("--results", default=str(RESULTS), help="folder of the tables")
     parser.set_defaults(num_images=None, eval_bsz=None, output_dir="./output_dir/ablations")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     constants = [field.name for field in fields(LazyMARConfig)]
     given = [name for name in constants if getattr(args, name) is not None]
     if args.lazy_mar or given or args.num_iter != STEPS:
@@ -264,7 +264,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Command line."""
-    args = parse()
+    args = parse_args()
     set_threads(args.threads)
     world = dist.world_from_env(args.dist_on_itp, args.world_size)
     device = pick_device(args.device, world.local_rank)

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from benchmarks import ablations
 from benchmarks.ablation_rows import Row, changed, frontier_series, groups, scaled
@@ -17,7 +18,7 @@ BASE = LazyMARConfig(head_interval=3)  # mar_tiny's
 LAZY = Row("LazyMAR, 2 steps", BASE, 2)
 SHORT = {
     "caches": [Row("MAR", None, 2), Row("head", BASE.with_caches(["head"]), 2), LAZY],
-    "frontier": [Row("MAR", None, 2), Row("MAR, 1 step", None, 1), LAZY],
+    "frontier": [Row("MAR", None, 2), Row("head, 1", BASE.with_caches(["head"]), 1), LAZY],
 }
 SERIES = {"MAR": SHORT["frontier"][:2], "LazyMAR": [LAZY]}
 
@@ -32,8 +33,8 @@ def ablate(one_thread, monkeypatch, weights, tmp_path, capsys):
         return 0.5
 
     monkeypatch.setattr(ablations, "STEPS", 2)
-    monkeypatch.setattr(ablations, "groups", lambda base, mar_steps: SHORT)
-    monkeypatch.setattr(ablations, "frontier_series", lambda base, mar_steps: SERIES)
+    monkeypatch.setattr(ablations, "groups", lambda base, steps_at: SHORT)
+    monkeypatch.setattr(ablations, "frontier_series", lambda base, steps_at: SERIES)
     monkeypatch.setattr(ablations, "peak_gb", peak_gb)
 
     def call(*more: str) -> tuple[dict, list]:
@@ -72,7 +73,7 @@ def test_rows_become_runs_and_tables_and_are_not_made_again(ablate, tmp_path):
     again, measured = ablate("--group", "frontier")
     assert again["rows"] == document["rows"]
     assert (snapshot(tmp_path / "out"), len(measured)) == (before, 4)
-    (tmp_path / "out" / runs[0] / "images" / "00003.png").unlink()
+    (tmp_path / "out" / mar["folder"] / "images" / "00003.png").unlink()
     assert ablate("--group", "caches")[0]["rows"]
     assert sorted(snapshot(tmp_path / "out")) == sorted(before)
     with pytest.raises(UserError, match="seed 1, this one has 2"):
@@ -102,14 +103,29 @@ def test_a_scaled_keep_schedule_stays_whole_where_it_is_whole():
 
 
 def test_the_frontier_has_all_rows_of_its_lines():
-    def mar_steps(row):
-        return 24
+    def steps_at(row, config):
+        return 20 if config else None
 
-    series = frontier_series(BASE, mar_steps)
-    rows = groups(BASE, mar_steps)["frontier"]
+    series = frontier_series(BASE, steps_at)
+    rows = groups(BASE, steps_at)["frontier"]
     tasks = {row.task for line in series.values() for row in line}
     assert {row.task for row in rows} == tasks
     assert sum(len(line) for line in series.values()) > len(rows)
+    head = BASE.with_caches(["head"])
+    assert {(head, 20), (head, 16), (None, 16)} < tasks
+    assert (None, 20) not in tasks
+
+
+def test_steps_at_equal_cost_cost_the_same(one_thread):
+    args = ablations.parse_args(["--model", "mar_tiny", "--device", "cpu"])
+    ablation = ablations.Ablation(args, torch.device("cpu"))
+    lazy, head = Row("", ablation.base), ablation.base.with_caches(["head"])
+    steps = ablation.steps_at(lazy, head)
+    near = [ablation.tflops(Row("", head, n), executed=True) for n in (steps - 1, steps, steps + 1)]
+    assert near[0] < ablation.tflops(lazy, executed=True) < near[2]
+    assert ablation.steps_at(Row("", None, 33), None) == 33
+    # mar_tiny's head alone costs more than LazyMAR, whatever the number of steps.
+    assert ablation.steps_at(lazy, None) is None
 
 
 def result(name, fid, cost, config=None, steps=64):
@@ -119,21 +135,23 @@ def result(name, fid, cost, config=None, steps=64):
 
 
 def test_the_conclusion_compares_at_equal_cost_and_names_the_undominated():
+    head = BASE.with_caches(["head"])
     rows = [
         result("MAR", 0.10, 9.0),
-        result("MAR, 24 steps", 0.40, 4.0, steps=24),
-        result("MAR, 8 steps", 2.0, 1.0, steps=8),
+        result("MAR, 24 steps", 0.40, 5.0, steps=24),
         result("LazyMAR", 0.12, 4.5, BASE),
-        result("slower", 0.12, 5.0, LazyMARConfig(interval=3)),
+        result("slower", 0.12, 4.6, LazyMARConfig(interval=3)),
+        result("head, 24 steps", 0.35, 4.4, head, steps=24),
+        result("head, 8 steps", 2.0, 1.0, head, steps=8),
     ]
     names = [row["name"] for row in ablations.undominated(rows, "s_per_image")]
-    assert names == ["MAR, 8 steps", "MAR, 24 steps", "LazyMAR", "MAR"]
-    text = ablations.conclusion(rows, BASE)
-    assert text.startswith(
-        "At 4.5 TFLOPs per image LazyMAR with 64 steps has FID 0.120; MAR with 24 steps (4 TFLOPs) has "
-        "FID 0.400, and with 64 steps (9 TFLOPs) 0.100."
-    )
-    assert "fewer FLOPs than: MAR, 8 steps; MAR, 24 steps; LazyMAR; MAR." in text
+    assert names == ["head, 8 steps", "head, 24 steps", "LazyMAR", "MAR"]
+    lines = ablations.conclusion(rows, BASE).split("\n\n")
+    cost = "at 4.5 TFLOPs per image as executed"
+    assert lines[0] == f"LazyMAR with 64 steps has FID 0.120 {cost}, MAR 0.100 at 9."
+    assert "of MAR, the row with 24 steps: FID 0.400 at 5 TFLOPs" in lines[1]
+    assert "of head cache alone, the row with 24 steps: FID 0.350 at 4.4 TFLOPs" in lines[2]
+    assert "fewer FLOPs than: head, 8 steps; head, 24 steps; LazyMAR; MAR." in lines[3]
 
 
 def test_a_plot_over_numbers_places_points_by_their_logarithms():

@@ -75,25 +75,20 @@ def test_the_head_of_a_published_row_states_its_numbers(name):
     assert ("without guidance" in head) == (row.cfg == 1.0)
 
 
-def parse(monkeypatch, words):
-    monkeypatch.setattr("sys.argv", ["ablations.py", *words])
-    return ablations.parse()
-
-
-def test_every_group_of_rows_has_its_script(monkeypatch):
+def test_every_group_of_rows_has_its_script():
     found = []
     for name in ABLATIONS:
         words = words_of(name, "--num_images", "20", MODEL="mar_tiny")
         assert words[1:4] == ["--nproc_per_node=1", "-m", "benchmarks.ablations"]
-        args = parse(monkeypatch, words[4:])
+        args = ablations.parse_args(words[4:])
         assert (args.model, args.num_images) == ("mar_tiny", 20)
         found += args.group
     assert sorted(found) == sorted(ablations.GROUPS)
-    assert parse(monkeypatch, words_of(ABLATIONS[0])[4:]).model == "mar_huge"
+    assert ablations.parse_args(words_of(ABLATIONS[0])[4:]).model == "mar_huge"
 
 
-def test_an_ablation_has_sizes_that_fit_its_model(monkeypatch):
-    tiny, huge = (parse(monkeypatch, ["--model", model]) for model in ("mar_tiny", "mar_huge"))
+def test_an_ablation_has_sizes_that_fit_its_model():
+    tiny, huge = (ablations.parse_args(["--model", model]) for model in ("mar_tiny", "mar_huge"))
     assert (tiny.num_images, tiny.eval_bsz, tiny.group) == (500, 100, list(ablations.GROUPS))
     assert (huge.num_images, huge.eval_bsz) == (50000, 128)
 
@@ -109,16 +104,16 @@ def test_an_ablation_has_sizes_that_fit_its_model(monkeypatch):
         (["--model", "gpt_tiny"], "gpt_tiny has no LazyMAR"),
     ],
 )
-def test_what_an_ablation_cannot_do_is_named(monkeypatch, words, named):
+def test_what_an_ablation_cannot_do_is_named(words, named):
     with pytest.raises(UserError, match=named):
-        parse(monkeypatch, ["--model", "mar_tiny", *words])
+        ablations.parse_args(["--model", "mar_tiny", *words])
 
 
 def test_rows_of_every_group_are_distinct_and_begin_with_mar():
     base = LazyMARConfig(head_interval=3)
-    for name, rows in ablations.groups(base, lambda row: 24 * row.num_iter // 64).items():
+    for name, rows in ablations.groups(base, lambda row, config: 24 * row.num_iter // 64).items():
         assert rows[0] == MAR, name
         assert len({row.task for row in rows}) == len(rows), name
         assert len({row.name for row in rows}) == len(rows), name
         assert any(row.task == (base, 64) for row in rows), name
-    assert len(ablations.groups(base, lambda row: 24)["caches"]) == 1 + 8
+    assert len(ablations.groups(base, lambda row, config: None)["caches"]) == 1 + 8
