@@ -37,17 +37,8 @@ from util.flags import make_parser, resolve
 RESULTS = Path("benchmarks/results")
 GROUPS = tuple(groups(LazyMARConfig(), lambda row, config: None))
 TINY_IMAGES = 500
-HEAD = (
-    "",
-    "FID",
-    "IS",
-    "accuracy",
-    "PSNR to MAR, dB",
-    "TFLOPs as published",
-    "executed",
-    "s / image",
-)
-HEAD += ("speed-up", "peak GB")
+QUALITY = ("", "FID", "IS", "accuracy", "PSNR to MAR, dB")
+COST = ("TFLOPs as published", "executed", "s / image", "speed-up", "peak GB")
 Result = dict[str, object]
 
 
@@ -119,20 +110,14 @@ class Ablation:
         return seconds
 
     def peak(self, row: Row) -> float:
-        """Peak memory of one batch in GB, measured once per folder and batch size."""
-        file, batch = self.folder(row) / "memory.json", self.args.eval_bsz
+        """Peak memory of one batch in GB, measured once per folder, batch size and dtype."""
+        batch, device = self.args.eval_bsz, str(self.device)
+        about = {"eval_bsz": batch, "dtype": str(self.dtype), "device": device}
+        file = self.folder(row) / "memory.json"
         found = json.loads(file.read_text()) if file.exists() else {}
-        if found.get("eval_bsz") != batch:
-            peak = peak_gb(
-                self.args.model,
-                row.config,
-                row.num_iter,
-                self.args.cfg,
-                batch,
-                self.dtype,
-                str(self.device),
-            )
-            found = {"eval_bsz": batch, "peak_gb": peak}
+        if not about.items() <= found.items():
+            settings = row.config, row.num_iter, self.args.cfg, batch, self.dtype, device
+            found = {**about, "peak_gb": peak_gb(self.args.model, *settings)}
             write_json(file, found)
         return found["peak_gb"]
 
@@ -179,7 +164,7 @@ def table(rows: list[Result]) -> str:
         costs = [row["tflops_published"], row["tflops_executed"], row["s_per_image"]]
         quality = [row["name"], f"{row['fid']:.3f}", inception, accuracy, psnr]
         body.append([*quality, *costs, f"{row['speedup']:.2f}", row["peak_gb"]])
-    return markdown(HEAD, body)
+    return markdown((*QUALITY, *COST), body)
 
 
 def undominated(rows: list[Result], cost: str) -> list[Result]:
