@@ -10,7 +10,7 @@ READY := $(VENV)/.installed
 DEMO := demo
 IMAGES := 100
 
-.PHONY: demo test test-slow test-gpu lint
+.PHONY: demo test test-slow test-gpu test-browser lint
 
 $(READY): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -33,6 +33,10 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(PY) -m pytest -q -m gpu
+
+test-browser: $(READY)  # Chromium comes from the system, such as apt-get install chromium
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[demo,browser]'
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m browser
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -35,12 +35,14 @@ ROPE_TABLE = "freqs_cis"  # some published GPT files hold it; ours is computed
 
 
 def build_model(args: argparse.Namespace) -> mar.MAR | llamagen.GPT:
-    """The model that resolved flags describe, with fresh weights, on the CPU."""
+    """The model that resolved flags describe, on the CPU: MAR with fresh weights, a GPT without any."""
     try:
         if args.family == "gpt":
             lines, line = gpt_grid(args)
             build = llamagen.__dict__[args.model]
-            return build(block_size=lines * line, num_classes=args.class_num)
+            with torch.device("meta"):  # drawing billions of weights takes minutes
+                model = build(block_size=lines * line, num_classes=args.class_num)
+            return model.to_empty(device="cpu")
         return mar.__dict__[args.model](
             img_size=args.img_size,
             vae_stride=args.vae_stride,
@@ -136,11 +138,8 @@ class SamplingConfig:
 
 def gpt_sampling(args: argparse.Namespace) -> GPTSampling:
     """From resolved flags. UserError if they do not make sense."""
-    for name in ("vae_bsz", "vae_dtype"):
-        if getattr(args, name) is not None:
-            raise UserError(
-                f"--{name} is for MAR's tokenizer: a GPT's decodes its batch in float32"
-            )
+    if args.vae_dtype is not None:
+        raise UserError("--vae_dtype is for MAR's tokenizer: a GPT's decodes in float32")
     values = line_ar_values(args, [field.name for field in fields(LineARConfig)])
     grid = gpt_grid(args)
     try:
@@ -233,7 +232,9 @@ def evaluate(
     scale = None
     if args.family == "gpt":
         vae_dtype = torch.float32
-        generator = GPTGenerator(model.to(dtype), tokenizer, sampling, args.image_size_eval)
+        generator = GPTGenerator(
+            model.to(dtype), tokenizer, sampling, args.image_size_eval, args.vae_bsz
+        )
         flops, num_iter = gpt_flops(model, sampling), model.block_size
         method, name = sampling.method, sampling.run_name(args.model, args.num_images)
     else:

@@ -18,7 +18,7 @@ import torch
 
 import engine
 from models.presets import PRESETS
-from util import dist, evaluation, metrics, report
+from util import checkpoint, dist, evaluation, metrics, report
 from util.device import pick_device, pick_dtype, set_threads
 from util.errors import run_main
 from util.flags import SCORED_AS, make_parser, resolve
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
     engine.sampling_of(args)
     if not args.no_score:  # before minutes of loading and hours of sampling
         metrics.check_ready(evaluation.request_of(args))
+    checkpoint.find_checkpoint(args.resume)
     model = engine.build_model(args)
     weights = engine.load_weights(model, args)
     model = model.to(device).eval()

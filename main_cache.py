@@ -3,7 +3,8 @@
     python main_cache.py --model mar_tiny --data_path data/shapes --cached_path data/shapes_latents
 
 ROOT/train/CLASS/NAME becomes CACHED/CLASS/NAME.npz. Files that are there already are kept, so the
-same command goes on after an interruption. Several processes (torchrun) share the images.
+same command goes on after an interruption. Several processes (torchrun) share the images. At the end
+it says which --latent_scale would give the latents the standard deviation of 1 that training needs.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import engine
 from models.presets import PRESETS
 from util import dist
 from util.data import ImageFolder, in_one_sentence, to_unit_range
+from util.data_check import check_files
 from util.device import pick_device, set_threads
 from util.errors import UserError, run_main
 from util.flags import make_parser, resolve
@@ -29,6 +31,7 @@ def cache(args: argparse.Namespace, world: dist.World, device: torch.device) -> 
     if args.cached_path is None:
         raise UserError("--cached_path DIR is missing: the folder for the latents")
     images = ImageFolder(Path(args.data_path) / "train", args.img_size)
+    check_files(images, world, args.check_data, args.num_workers)
     targets = [
         Path(args.cached_path) / f"{images.relative_path(i)}.npz" for i in range(len(images))
     ]
@@ -39,13 +42,28 @@ def cache(args: argparse.Namespace, world: dist.World, device: torch.device) -> 
     write_note(args.cached_path, args.vae_path, args.img_size)
     loader = DataLoader(images, batch_sampler=picks, num_workers=args.num_workers)
     batches = zip(groups, in_one_sentence(loader), strict=True)
+    count, total, squares = 0, 0.0, 0.0  # of all latents written here
     bar = tqdm(batches, total=len(groups), unit="batch", disable=None)
     for group, (batch, _) in bar:
         x = to_unit_range(batch.to(device))
-        moments = tokenizer.encode(x).parameters.float().cpu()
+        posterior = tokenizer.encode(x)
+        moments = posterior.parameters.float().cpu()
         moments_flip = tokenizer.encode(x.flip(-1)).parameters.float().cpu()
         for i, index in enumerate(group):
+            if not torch.isfinite(moments[i]).all():
+                raise UserError(
+                    f"the tokenizer {args.vae_path} makes NaN or infinity of "
+                    f"{images.relative_path(index)}: is it the right --tokenizer and --vae_path?"
+                )
             write_moments(targets[index], moments[i], moments_flip[i])
+        mean, var = posterior.mean.double().cpu(), posterior.var.double().cpu()
+        count, total = count + mean.numel(), total + mean.sum()
+        squares = squares + (mean.square() + var).sum()
+    if count and world.is_main:
+        spread = (squares / count - (total / count) ** 2).sqrt().item()
+        print(
+            f"the latents' standard deviation is {spread:.4g}: --latent_scale {1 / spread:.4g} makes it 1"
+        )
     return len(missing)
 
 

@@ -9,72 +9,40 @@ computes, on a CPU, the very same numbers as a run that was never stopped.
 
 import argparse
 import json
-import sys
-import time
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import engine
 from models import mar
 from models.presets import PRESETS
 from models.vae import DiagonalGaussianDistribution
 from util import checkpoint, dist, metrics, training
-from util.data import (
-    BatchPlan,
-    CachedFolder,
-    CachedTensors,
-    ImageFolder,
-    batches,
-    to_unit_range,
+from util.data import BatchPlan, batches, to_unit_range
+from util.data_check import (
+    check_same_classes,
+    check_spread,
+    note,
+    open_data,
+    record_classes,
+    some_items,
 )
 from util.device import pick_device, pick_dtype, set_threads
 from util.ema import EMA
 from util.errors import UserError, run_main
-from util.evaluation import request_of
+from util.evaluation import Run, request_of
 from util.flags import make_parser, resolve
-from util.latents import check_note
 from util.lr import LRSchedule, make_optimizer, scaled_lr
-from util.run_log import RunLog
-from util.signals import StopRequest
+from util.run_dir import RunDir
+from util.signals import Stopped, StopRequest
+from util.watch import Watch, sheet_of
 
-IN_MEMORY_BELOW = 4 << 30  # bytes of cached latents that are read into memory without being asked
-
-
-def open_data(args: argparse.Namespace) -> ImageFolder | CachedFolder | CachedTensors:
-    """Training data, checked against the model's geometry. UserError if they disagree."""
-    if not args.use_cached:
-        data = ImageFolder(Path(args.data_path) / "train", args.img_size)
-    else:
-        if args.cached_path is None:
-            raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
-        data = CachedFolder(args.cached_path)
-        check_note(args.cached_path, args.vae_path, args.img_size)
-        side = args.img_size // args.vae_stride
-        expected, found = (2 * args.vae_embed_dim, side, side), tuple(data[(0, False)][0].shape)
-        if found != expected:
-            raise UserError(
-                f"{args.cached_path} holds moments {found}, the model needs {expected}: "
-                "check --img_size, --vae_stride and --vae_embed_dim"
-            )
-        in_memory = args.cache_in_memory
-        if in_memory is None:
-            in_memory = data.memory_bytes() < IN_MEMORY_BELOW
-        if in_memory:
-            print(
-                f"reading {data.memory_bytes() / 2**30:.2f} GiB of latents into memory", flush=True
-            )
-            data = CachedTensors(data)
-    if data.class_count > args.class_num:
-        raise UserError(
-            f"the data have {data.class_count} classes, the model {args.class_num}: "
-            f"give --class_num {data.class_count}"
-        )
-    return data
+SHEET_COLUMNS = 10
 
 
 def latents_from(
@@ -100,13 +68,19 @@ def main() -> None:
     set_threads(args.threads)
     world = dist.world_from_env(args.dist_on_itp, args.world_size)
     device = pick_device(args.device, world.local_rank)
-    with dist.Meeting(world, args.dist_url, args.patience) as meeting:
-        if not args.evaluate:
-            dist.start(meeting, device)
-        try:
-            run(args, meeting, device)
-        finally:
-            dist.stop()
+    try:
+        with dist.Meeting(world, args.dist_url, args.patience) as meeting:
+            if not args.evaluate:
+                dist.start(meeting, device)
+            try:
+                run(args, meeting, device)
+            except RuntimeError as error:
+                raise meeting.blame(error) from None
+            finally:
+                dist.stop()
+    except Stopped:
+        if world.is_main:
+            print(f"stopped in an evaluation; go on with --resume {args.output_dir}", flush=True)
 
 
 def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -> None:
@@ -115,8 +89,17 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
     if args.score_only:
         raise UserError("--score_only belongs to eval.py: python eval.py --score_only DIR")
     engine.SamplingConfig.from_args(args)  # before hours of training, not at the first evaluation
-    if args.online_eval or (args.evaluate and not args.no_score):
+    if args.dry_run and not args.evaluate:
+        raise UserError("--dry_run is for evaluations: use it with eval.py or with --evaluate")
+    if args.start_epoch >= args.epochs:
+        raise UserError(
+            f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}"
+        )
+    if args.online_eval:
+        Run.from_args(args, "", {}, {}, world.size)  # refuses flags that disagree
+    if (args.online_eval or args.evaluate) and not args.no_score:
         metrics.check_ready(request_of(args))
+    resumed = "" if args.evaluate else starting_point(args, world)
     torch.manual_seed(args.seed)
     model = engine.build_model(args).to(device)
     tokenizer = None
@@ -132,7 +115,7 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
             print(json.dumps(results))
         return
     scale = engine.scale_of(tokenizer, args)
-    data = open_data(args)
+    data = open_data(args, world)
     plan = BatchPlan(len(data), args.batch_size, args.seed, world.rank, world.size, args.accum_iter)
     peak = scaled_lr(args.lr, args.blr, plan.images_per_step)
     schedule = LRSchedule(
@@ -147,8 +130,17 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
     )
     first_epoch, first_step = args.start_epoch, 0
     state.step = first_epoch * plan.steps
-    if args.resume:
-        first_epoch, first_step = resume(state, plan, args.resume)
+    if resumed:
+        check_same_classes(checkpoint.find_checkpoint(resumed).parent, data.files.classes)
+        first_epoch, first_step = resume(state, plan, resumed, world)
+        if first_epoch >= args.epochs:
+            note(
+                f"{resumed} has {first_epoch} epochs, --epochs is {args.epochs}: no more to train",
+                world,
+            )
+        elif args.max_steps is not None and state.step >= args.max_steps:
+            note(f"{resumed} has {state.step} steps, --max_steps is {args.max_steps}", world)
+            return
     if args.compile:
         mar.compile_for_training(model)
     if world.size > 1:
@@ -168,7 +160,21 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
             flush=True,
         )
     to_latents = latents_from(args, tokenizer, scale)
+    if world.is_main:
+        record_classes(args.output_dir, data.files.classes)
+        if not resumed:
+            items, side = some_items(data).to(device), args.img_size // args.vae_stride
+            noise = torch.randn(len(items), args.vae_embed_dim, side, side, device=device)
+            check_spread(to_latents(items, noise), scale, world)
     with StopRequest() as stop_request, Watch(args, state, plan, world, stop_request) as watch:
+
+        def evaluate_if_due(done: int) -> None:
+            if args.online_eval and done and (done % args.eval_freq == 0 or done == args.epochs):
+                with state.ema.swapped_into(model), stop_request.at_once(), watch.paused():
+                    evaluate_online(model, tokenizer, args, meeting, device, dtype, done, watch)
+
+        if resumed and first_step == 0:
+            evaluate_if_due(first_epoch)  # it may have been interrupted
         for epoch in range(first_epoch, args.epochs):
             picks = plan.epoch(epoch, first_step)
             watch.begin(epoch, first_step)
@@ -187,12 +193,32 @@ def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -
             done = epoch + 1
             if stopped or watch.must_stop:
                 break
-            if done % args.save_last_freq == 0 or done == args.epochs:
+            evaluated = args.online_eval and done % args.eval_freq == 0  # or interrupted in it
+            if evaluated or done % args.save_last_freq == 0 or done == args.epochs:
                 watch.save(done, 0)
-            if args.online_eval and (done % args.eval_freq == 0 or done == args.epochs):
-                with state.ema.swapped_into(model):
-                    evaluate_online(model, tokenizer, args, meeting, device, dtype, done)
+            evaluate_if_due(done)
     dist.barrier(world)
+
+
+def starting_point(args: argparse.Namespace, world: dist.World) -> str:
+    """What to resume, "" for a fresh start.
+
+    As in the original's commands, --resume may name the --output_dir of a run that has not begun.
+    UserError if another run's checkpoint would be overwritten.
+    """
+    last = Path(args.output_dir) / checkpoint.LAST
+    if args.resume and os.path.realpath(args.resume) == os.path.realpath(args.output_dir):
+        if last.exists() or (last.parent / "model.safetensors").exists():
+            return args.resume
+        note(f"no {checkpoint.LAST} in {args.output_dir} yet: starting at step 0", world)
+        return ""
+    same = args.resume and checkpoint.find_checkpoint(args.resume).resolve() == last.resolve()
+    if last.exists() and not same and not args.overwrite:
+        raise UserError(
+            f"{last} is of another run: go on with it by --resume {args.output_dir}, choose another "
+            "--output_dir, or replace it by --overwrite"
+        )
+    return args.resume
 
 
 def evaluate_online(
@@ -203,20 +229,51 @@ def evaluate_online(
     device: torch.device,
     dtype: torch.dtype,
     epoch: int,
+    watch: Watch,
 ) -> None:
-    """Score the averaged weights without guidance and, if --cfg asks for it, with it, as MAR does."""
+    """Score the averaged weights without guidance and, if --cfg asks for it, with it, as MAR does.
+
+    The same seeds each time, so that the sample sheets of the epochs compare. What an earlier call
+    has finished stays; of its images, as in the original, only the sheets are kept.
+    """
+    model.eval()
+    weights = f"epoch {epoch} {checkpoint.digest_of(model)}"
+    folder, sheet = (
+        str(Path(args.output_dir) / f"epoch{epoch:04d}"),
+        sheet_of(args.output_dir, epoch),
+    )
+    runs: dict[float, tuple[argparse.Namespace, RunDir]] = {}
     for cfg in sorted({1.0, args.cfg}):
-        folder = str(Path(args.output_dir) / f"epoch{epoch:04d}")
-        changes = {"cfg": cfg, "output_dir": folder, "overwrite": True, "dry_run": False}
-        ours = argparse.Namespace(**{**vars(args), **changes})
-        model.eval()
-        weights = f"epoch {epoch} {checkpoint.digest_of(model)}"
-        results = engine.evaluate(model, tokenizer, ours, meeting, device, dtype, weights)
+        ours = argparse.Namespace(**{**vars(args), "cfg": cfg, "output_dir": folder})
+        name = engine.run_name(args.model, args.num_images, engine.SamplingConfig.from_args(ours))
+        runs[cfg] = ours, RunDir(Path(folder) / name)
+    finished = [cfg for cfg, (_, run_dir) in runs.items() if run_dir.finished(weights)]
+    if len(finished) == len(runs) and (args.no_save or sheet.exists()):
+        return
+    scores: dict[str, float] = {}
+    rows: dict[str, np.ndarray] = {}
+    for cfg, (ours, run_dir) in runs.items():
+        if cfg not in finished:
+            results = engine.evaluate(model, tokenizer, ours, meeting, device, dtype, weights)
+            tokenizer.to(memory_format=torch.contiguous_format)  # as training has it
+            if meeting.world.is_main:
+                print(json.dumps(results), flush=True)
         if meeting.world.is_main:
-            print(json.dumps(results), flush=True)
+            results = run_dir.results()
+            for name, key in (("fid", "fid"), ("is", "is_mean")):
+                if results[key] is not None:
+                    scores[f"{name}_cfg{cfg:g}"] = results[key]
+            if not args.no_save:
+                rows[f"cfg {cfg:g}"] = run_dir.spread(args.num_images, SHEET_COLUMNS)
+    watch.evaluated(epoch, scores, rows)
+    if meeting.world.is_main:
+        for _, run_dir in runs.values():
+            run_dir.drop_images()
 
 
-def resume(state: training.TrainState, plan: BatchPlan, path: str) -> tuple[int, int]:
+def resume(
+    state: training.TrainState, plan: BatchPlan, path: str, world: dist.World
+) -> tuple[int, int]:
     """Restore a run; returns (epoch, step inside it) to go on with."""
     epoch, progress = checkpoint.restore_checkpoint(
         path,
@@ -232,107 +289,16 @@ def resume(state: training.TrainState, plan: BatchPlan, path: str) -> tuple[int,
             f"this run has {plan.images_per_step}: give --batch_size and --accum_iter so that "
             "they and the processes make as many"
         )
+    images = progress.get("images", plan.item_count)
+    if step_in_epoch and images != plan.item_count:
+        note(
+            f"there were {images} images, now {plan.item_count}: another order from here on", world
+        )
+        if step_in_epoch >= plan.steps:
+            epoch, step_in_epoch = epoch + 1, 0
     state.step = progress.get("step", epoch * plan.steps)
     state.skipped = progress.get("skipped", 0)
     return epoch, step_in_epoch
-
-
-class Watch:
-    """After every step: log, save, stop. A context manager; leaving it closes the log."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        state: training.TrainState,
-        plan: BatchPlan,
-        world: dist.World,
-        stop_request: StopRequest,
-    ) -> None:
-        self.args, self.state, self.plan, self.world = args, state, plan, world
-        self.stop_request, self.must_stop = stop_request, False
-        self.log = (
-            RunLog(args.output_dir, args.log_dir or args.output_dir) if world.is_main else None
-        )
-        self.losses: list[Tensor] = []
-        self.logged = self.saved = time.monotonic()
-        self.epoch, self.bar = 0, None
-
-    def __enter__(self) -> "Watch":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        if self.log:
-            self.log.close()
-
-    def begin(self, epoch: int, first_step: int) -> None:
-        """Start of an epoch."""
-        self.epoch = epoch
-        if self.bar is not None:
-            self.bar.close()
-        if self.world.is_main and sys.stderr.isatty():
-            self.bar = tqdm(
-                total=self.plan.steps, initial=first_step, desc=f"epoch {epoch}", unit="step"
-            )
-
-    def save(self, epoch: int, step_in_epoch: int) -> None:
-        """Write checkpoint-last.pth as seen from (epoch, step_in_epoch), the next step to take."""
-        self.saved = time.monotonic()
-        if not self.world.is_main:
-            return
-        checkpoint.save_checkpoint(
-            Path(self.args.output_dir) / checkpoint.LAST,
-            model=self.state.model,
-            ema=self.state.ema,
-            optimizer=self.state.optimizer,
-            scaler=self.state.scaler,
-            epochs_done=epoch,
-            args=self.args,
-            progress={
-                "step_in_epoch": step_in_epoch,
-                "step": self.state.step,
-                "images_per_step": self.plan.images_per_step,
-                "skipped": self.state.skipped,
-            },
-        )
-
-    def after_step(self, result: training.StepResult, done: int) -> bool:
-        """Called by train_one_epoch; True ends the run. `done` steps of this epoch are behind us."""
-        args, state = self.args, self.state
-        if self.bar is not None:
-            self.bar.update()
-        self.losses.append(result.loss)
-        if state.step % args.log_freq == 0:
-            self._write_log(result, done)
-        asked = dist.any_rank(self.stop_request.requested, self.world, result.loss.device)
-        self.must_stop = asked or (args.max_steps is not None and state.step >= args.max_steps)
-        late = args.save_minutes and time.monotonic() - self.saved > 60 * args.save_minutes
-        if self.must_stop or late:
-            ended = done == self.plan.steps
-            self.save(self.epoch + ended, 0 if ended else done)
-        if self.must_stop and self.world.is_main:
-            print(
-                f"stopped after step {state.step}; go on with --resume {args.output_dir}",
-                flush=True,
-            )
-        return self.must_stop
-
-    def _write_log(self, result: training.StepResult, done: int) -> None:
-        loss = dist.mean(torch.stack(self.losses).mean(), self.world).item()
-        now = time.monotonic()
-        if self.log:
-            self.log.write(
-                self.state.step,
-                epoch=round(self.epoch + done / self.plan.steps, 4),
-                loss=loss,
-                lr=result.lr,
-                grad_norm=result.grad_norm.item(),
-                images_per_s=len(self.losses) * self.plan.images_per_step / (now - self.logged),
-                skipped=self.state.skipped,
-            )
-        self.losses.clear()
-        self.logged = now
 
 
 if __name__ == "__main__":

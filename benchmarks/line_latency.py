@@ -1,31 +1,37 @@
 """Speed and memory of the key-value cache at the real sizes, with random weights.
 
     python -m benchmarks.line_latency --model gpt_xl --batches 1,16,64,128,256     # on a GPU: bf16
-    python -m benchmarks.line_latency --model gpt_b --batches 4,16 --device cpu --dtype bf16
+    python -m benchmarks.line_latency --model gpt_b --batches 16 --device cpu --dtype bf16
 
 Per batch and budget: images per second of sample_tokens with guidance (a batch of B is 2B rows),
-bytes of the cache against theory, peak memory where the device counts it, and the bytes of weights
-and live keys and values that a step must read at least, per second: compare it with the memory
-bandwidth of the device. --max_batch looks for the largest batch that fits. Budgets take turns, so
-that a slow moment hits all of them. The last line is one JSON document.
+bytes of the cache and of what LineAR holds besides, against theory, peak memory where the device
+counts it, and the bytes of weights and live keys and values that a step must read at least, per
+second: compare it with the rate at which the device adds up a large tensor, which is told below
+the table. --max_batch looks for the largest batch that fits. Budgets take turns, so that a slow
+moment hits all of them. On a CPU with one thread the clock counts the thread's own seconds, which
+other work on the machine does not lengthen. The last line is one JSON document.
 """
 
 import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import markdown, origin, write_text
+from benchmarks.common import device_name, markdown, origin, seconds_of, write_result
 from models import llamagen
 from models.line_cache import LineARConfig, LinePlan, make_cache
 from models.llamagen import GPT
-from util.device import DTYPES, pick_device, pick_dtype
+from util.device import DTYPES, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
-from util.files import write_json
+
+HEAD = ["batch", "budget", "slots", "images_per_s", "speedup", "cache_gb", "cache_over_theory"]
+HEAD += ["workspace_gb", "peak_gb", "read_gb_per_s"]
 
 
 def cache_bytes(model: GPT, config: LineARConfig, rows: int) -> tuple[int, int]:
@@ -53,16 +59,33 @@ def read_bytes(model: GPT, plan: LinePlan, rows: int) -> int:
     return model.block_size * weights + live * theory_bytes(model, plan, rows) // plan.slots
 
 
-def seconds_of(model: GPT, config: LineARConfig, batch: int, cfg: float) -> float:
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """The wall clock, or on one CPU thread the seconds that it has run."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call by the clock of the device."""
+    if device.type == "cuda":
+        return seconds_of(call, device)
+    clock = clock_of(device)
+    began = clock()
+    call()
+    return clock() - began
+
+
+def read_rate(device: torch.device) -> float:
+    """Bytes/s of adding up a tensor of 256 MB."""
+    x = torch.ones(1 << 26, device=device)
+    return x.nbytes / min(timed(x.sum, device) for _ in range(5))
+
+
+def sampling_seconds(model: GPT, config: LineARConfig, batch: int, cfg: float) -> float:
     """One call of sample_tokens."""
     labels = torch.arange(batch) % model.num_classes
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    model.sample_tokens(labels, cfg, seeds=range(batch), line_ar=config)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    sample = partial(model.sample_tokens, labels, cfg, seeds=range(batch), line_ar=config)
+    return timed(sample, model.device)
 
 
 def largest_batch(model: GPT, config: LineARConfig, cfg: float) -> int:
@@ -71,7 +94,7 @@ def largest_batch(model: GPT, config: LineARConfig, cfg: float) -> int:
     while True:
         try:
             torch.cuda.empty_cache()
-            seconds_of(model, config, batch, cfg)
+            sampling_seconds(model, config, batch, cfg)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return best
@@ -94,12 +117,12 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=1.75)
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
     parser.add_argument("--max_batch", action="store_true", help="look for the largest (CUDA)")
+    parser.add_argument("--threads", type=int, help="CPU threads (1)")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
     parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
     args = parser.parse_args()
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+    set_threads(args.threads)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     if args.max_batch and device.type != "cuda":
@@ -115,16 +138,22 @@ def main() -> None:
         plans = {b: config.plan(model.grid) for b, config in configs.items()}
     except ValueError as error:
         raise UserError(f"--budgets {args.budgets}: {error}") from error
+    try:
+        batches = [int(b) for b in args.batches.split(",")]
+    except ValueError as error:
+        raise UserError(f"--batches {args.batches}: give numbers like 1,16,64") from error
+    if min(*batches, args.repeats) < 1:
+        raise UserError(f"--batches {args.batches}, --repeats {args.repeats}: must be at least 1")
     rows_per_image = 2 if args.cfg > 1 else 1
     rows = []
-    for batch in map(int, args.batches.split(",")):
+    for batch in batches:
         seconds = dict.fromkeys(budgets, math.inf)
         peaks = dict.fromkeys(budgets, None)
         for _ in range(args.repeats):
             for b, config in configs.items():
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                seconds[b] = min(seconds[b], seconds_of(model, config, batch, args.cfg))
+                seconds[b] = min(seconds[b], sampling_seconds(model, config, batch, args.cfg))
                 if device.type == "cuda":
                     peaks[b] = torch.cuda.max_memory_allocated() / 1e9
         for b, config in configs.items():
@@ -158,21 +187,17 @@ def main() -> None:
         "cfg": args.cfg,
         "method": args.method,
         "repeats": args.repeats,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
+        "clock": "wall" if clock_of(device) is time.perf_counter else "seconds of the one thread",
+        "device_read_gb_per_s": read_rate(device) / 1e9,
         "seeds": "0 .. batch - 1; weights: torch.manual_seed(0)",
     }
     document = {"about": about, "rows": rows, "largest_batch": largest}
-    if args.output:
-        head = ["batch", "budget", "slots", "images_per_s", "speedup", "cache_gb", "workspace_gb"]
-        head += ["peak_gb", "read_gb_per_s"]
-        text = markdown(head, [[row[key] for key in head] for row in rows])
-        text += "".join(f"\nLargest batch at {b}: {n}" for b, n in largest.items())
-        text += "\n" + "\n".join(f"    {key}: {value}" for key, value in about.items()) + "\n"
-        write_text(args.output.with_suffix(".md"), text)
-        write_json(args.output.with_suffix(".json"), document)
-    print(json.dumps(document))
+    table = markdown(HEAD, [[row[key] for key in HEAD] for row in rows])
+    table += "".join(f"\nLargest batch at {b}: {n}" for b, n in largest.items())
+    write_result(args.output, document, table)
 
 
 if __name__ == "__main__":

@@ -180,6 +180,7 @@ def main() -> None:
         rows.append(row)
         write_json(args.output, {"about": about, "rows": rows})
         print(json.dumps(row), flush=True)
+    write_json(args.output, {"about": about, "rows": rows})  # of the command that made the tables
     write_text(args.output.with_suffix(".md"), tables(rows, about))
     draw(rows, args.output)
     sheet = picture(run, model, tokenizer, plain, rows, args.recent)

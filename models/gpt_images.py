@@ -37,7 +37,8 @@ class GPTSampling:
         config = self.line_ar
         if config is None or config.method == "none":
             return "full cache"
-        budget = Fraction(config.budget).limit_denominator(64)
+        simple = Fraction(config.budget).limit_denominator(64)
+        budget = simple if float(simple) == config.budget else f"{config.budget:g}"
         if config.method != "linear":
             return f"{config.method} {budget}"
         changed = [
@@ -61,9 +62,17 @@ class GPTSampling:
 class GPTGenerator:
     """A GPT and its tokenizer as a util.generation.ImageGenerator, in the precision of each."""
 
-    def __init__(self, model: GPT, tokenizer: VQModel, sampling: GPTSampling, size: int) -> None:
-        """Pictures of size x size pixels."""
-        self.model, self.tokenizer, self.sampling, self.size = model, tokenizer, sampling, size
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: VQModel,
+        sampling: GPTSampling,
+        size: int,
+        vae_bsz: int | None = None,
+    ) -> None:
+        """Pictures of size x size pixels; vae_bsz: images decoded at once, all without it."""
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        self.size, self.vae_bsz = size, vae_bsz
 
     def prepare(
         self, labels: Sequence[int], seeds: Sequence[int]
@@ -73,7 +82,9 @@ class GPTGenerator:
 
     def generate(self, prepared: tuple[Sequence[int], Sequence[int]]) -> Tensor:
         """Images (B, 3, size, size) float32, about [-1, 1]."""
-        return generate(self.model, self.tokenizer, *prepared, self.sampling, self.size)
+        return generate(
+            self.model, self.tokenizer, *prepared, self.sampling, self.size, self.vae_bsz
+        )
 
 
 @torch.no_grad()
@@ -84,11 +95,13 @@ def generate(
     seeds: Sequence[int],
     sampling: GPTSampling,
     size: int,
+    vae_bsz: int | None = None,
 ) -> Tensor:
     """Pictures (B, 3, size, size), about [-1, 1], each from its own label and seed.
 
-    The tokenizer decodes in its own precision. Pictures of another size are resized by bicubic
-    interpolation before they are clamped (LlamaGen, sample_c2i_ddp.py).
+    The tokenizer decodes in its own precision, vae_bsz images at once. Pictures of another size are
+    resized by bicubic interpolation before they are clamped (LlamaGen, sample_c2i_ddp.py). One that the
+    GPT could not compute is NaN.
     """
     codes = model.sample_tokens(
         torch.tensor(labels),
@@ -100,7 +113,11 @@ def generate(
         line_ar=sampling.line_ar,
         seeds=seeds,
     )
-    images = tokenizer.decode(codes.unflatten(1, model.grid)).float()
-    if images.shape[-2:] != (size, size):
-        images = F.interpolate(images, size=(size, size), mode="bicubic")
-    return images
+    parts = []
+    for part in codes.unflatten(1, model.grid).split(vae_bsz or max(1, len(codes))):
+        broken = (part < 0).any((1, 2))[:, None, None, None]
+        images = tokenizer.decode(part.clamp(min=0)).float().masked_fill(broken, torch.nan)
+        if images.shape[-2:] != (size, size):
+            images = F.interpolate(images, size=(size, size), mode="bicubic")
+        parts.append(images)
+    return torch.cat(parts)

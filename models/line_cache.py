@@ -13,6 +13,7 @@ live slots are always a prefix of the buffer, attended to as a view, without a m
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from models.line_methods import METHODS, POOLINGS, LineView, Method
 
 NONE = "none"  # the full cache, whatever the budget
 CONDITION = 1  # positions in front of the image: the class token
+MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ class LineARConfig:
             raise ValueError(f"the method of LineAR is {self.method!r}; use one of {known}")
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling is {self.pooling!r}; use one of {', '.join(POOLINGS)}")
-        whole = self.budget > 1 and float(self.budget).is_integer()
-        if not (0 < self.budget <= 1 or whole):
+        number = isinstance(self.budget, Real) and not isinstance(self.budget, bool)
+        whole = number and self.budget > 1 and float(self.budget).is_integer()
+        if not (number and 0 < self.budget <= 1 or whole):
             raise ValueError(
-                f"budget is {self.budget}; it must be a share in (0, 1] or a whole number of lines"
+                f"budget is {self.budget!r}; it must be a share in (0, 1] or a whole number of lines"
             )
         for name, least in (("anchors", 0), ("recent", 1)):
             value = getattr(self, name)
@@ -128,6 +131,8 @@ class KVCache:
         if self.k[layer] is None:
             self._allocate(layer, k)
         stop = self.live + 1
+        if stop > self.slots:
+            raise ValueError(f"the cache is full: it has {self.slots} slots")
         self.k[layer][:, :, self.live : stop] = k
         self.v[layer][:, :, self.live : stop] = v
         return self.k[layer][:, :, :stop], self.v[layer][:, :, :stop]
@@ -186,7 +191,9 @@ class LineCache(KVCache):
         super()._allocate(layer, k)
         rows, heads, _, width = k.shape
         shape = (rows, heads, self.slots)
-        index = torch.arange(self.slots, device=k.device, dtype=torch.int32)
+        last = self.plan.condition + self.plan.line * self.plan.lines
+        dtype = torch.int16 if last <= torch.iinfo(torch.int16).max else torch.int32
+        index = torch.arange(self.slots, device=k.device, dtype=dtype)
         self.positions[layer] = index.repeat(rows, heads, 1)  # until the first eviction
         if self.method.needs_queries:
             self.queries[layer] = k.new_empty(rows, heads, self.plan.line, width)
@@ -212,23 +219,29 @@ class LineCache(KVCache):
             self._evict(layer, self._holes(score, view.positions))
 
     def _holes(self, score: Tensor, position: Tensor) -> Tensor:
-        """Slots (rows, H, line) of the tokens to evict: the worst ones that nothing protects."""
+        """Slots (rows, H, line) of the tokens to evict: the worst ones that nothing protects.
+
+        Among equals the oldest goes, in whatever slot it lies.
+        """
         image = position - self.plan.condition  # < 0: the condition
         newest = self.count - self.plan.condition - self.plan.recent
         protected = (image < self.plan.anchors) | (image >= newest)
-        score = score.masked_fill(protected, torch.inf)
-        return score.topk(self.plan.line, dim=-1, largest=False, sorted=False).indices
+        bits = score.masked_fill(protected, torch.inf).view(torch.int32)
+        bits = torch.where(bits < 0, bits ^ MAGNITUDE, bits)  # ordered as the floats are
+        rank = (bits.long() << 32) | position
+        return rank.topk(self.plan.line, dim=-1, largest=False).indices
 
     def _evict(self, layer: int, holes: Tensor) -> None:
         """Move the rows of the newest line into the holes; its own slots are free then."""
-        line = self.plan.line
-        for buffer in (self.k[layer], self.v[layer]):
-            at = holes[..., None].expand(-1, -1, -1, buffer.shape[-1])
-            buffer.scatter_(2, at, buffer[:, :, -line:])
-        self.positions[layer].scatter_(2, holes, self.positions[layer][:, :, -line:])
+        buffers = [self.k[layer], self.v[layer], self.positions[layer]]
         if self.method.cumulative:
-            self.scores[layer].scatter_(2, holes, self.scores[layer][:, :, -line:])
-            self.scores[layer][:, :, -line:] = 0
+            buffers.append(self.scores[layer])
+        for buffer in buffers:
+            newest = buffer[:, :, -self.plan.line :]
+            at = holes if buffer.dim() == 3 else holes[..., None].expand_as(newest)
+            buffer.scatter_(2, at, newest.clone())
+        if self.method.cumulative:
+            self.scores[layer][:, :, -self.plan.line :] = 0
 
     @property
     def workspace_nbytes(self) -> int:

@@ -200,7 +200,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def sample_tokens(
         self,
-        labels: Tensor,
+        labels: Tensor | Sequence[int],
         cfg: float = 1.0,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -217,14 +217,16 @@ class GPT(nn.Module):
         token after next to this index on there is no guidance any more; -1: always. line_ar: how
         the key-value cache is compressed; None keeps all of it. seeds: one per image, which then
         does not depend on its batch; None draws from torch's global generator. greedy: the most
-        likely code instead of a draw.
+        likely code instead of a draw. An image whose logits became NaN or infinite has codes of -1.
 
         Raises ValueError for settings that do not fit, before anything is computed.
         """
         check_settings(cfg, temperature, top_k, top_p)
-        labels = torch.as_tensor(labels, device=self.device).long()
-        if labels.dim() != 1 or not bool(((labels >= 0) & (labels < self.num_classes)).all()):
+        labels = torch.as_tensor(labels, device=self.device)
+        classes = labels.dim() == 1 and not (labels.is_floating_point() and len(labels))
+        if not classes or not bool(((labels >= 0) & (labels < self.num_classes)).all()):
             raise ValueError(f"labels must be (B,) classes from 0 to {self.num_classes - 1}")
+        labels = labels.long()
         sampler = TokenSampler(
             len(labels), self.block_size, temperature, top_k, top_p, greedy, seeds, self.device
         )
@@ -244,17 +246,22 @@ class GPT(nn.Module):
             x = self.tok_embeddings(tokens[-1])[:, None]
             if guided:
                 x = torch.cat([x, x])
-        return torch.stack(tokens, dim=1)
+        broken = ~logits.isfinite().all(dim=-1, keepdim=True)  # what is NaN once stays so
+        return torch.stack(tokens, dim=1).masked_fill(broken, -1)
 
     @torch.no_grad()
     def cached_logits(
         self, idx: Tensor, labels: Tensor, line_ar: LineARConfig | bool | None = None
     ) -> Tensor:
-        """`forward`, position by position through a cache: what sampling would see after `idx`.
+        """`forward`, position by position through a cache: what sampling would see after idx (B, n < N).
 
         With the full cache the logits (B, 1 + n, vocab) are those of `forward`; the difference is what a
         compressed one costs. Arguments as in `forward` and `sample_tokens`.
         """
+        if idx.shape[1] >= self.block_size:
+            raise ValueError(
+                f"{idx.shape[1]} tokens: an image of {self.block_size} never feeds its last one"
+            )
         cache = make_cache(line_ar, self.grid, len(self.layers))
         rope = self.rope()
         x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(idx)], dim=1)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ def uniforms_from_seeds(seeds: Sequence[int], count: int) -> Tensor:
 
 def check_settings(cfg: float, temperature: float, top_k: int, top_p: float) -> None:
     """Raise ValueError for settings of sample_tokens that make no sense."""
-    if not math.isfinite(cfg):
+    if not (isinstance(cfg, Real) and math.isfinite(cfg)):
         raise ValueError(f"cfg is {cfg}; it must be a finite number")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature}; it must be above 0 (or use greedy)")

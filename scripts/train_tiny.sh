@@ -36,4 +36,5 @@ train --epochs "$EPOCHS" --warmup_epochs 0.5 --masked_keep 0.4 --aux_weight 1
 train --epochs $((EPOCHS + DECAY_EPOCHS)) --warmup_epochs "$EPOCHS" --lr_schedule cosine \
     --masked_keep 0.7 --aux_weight 0.2
 
-python -m util.checkpoint convert "$OUT" "$BUNDLE/model.safetensors"
+python -m util.checkpoint convert "$OUT" "$OUT/model.safetensors" --ema --overwrite
+cp "$OUT/model.safetensors" "$BUNDLE/model.safetensors"

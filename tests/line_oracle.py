@@ -3,6 +3,8 @@
 Independent of models/line_cache.py and of its slots; shares only the weights of the model.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,13 @@ from models.llamagen import GPT, rope_table, rotate
 Alive = list[list[list[set[int]]]]  # [layer][row][head]: image tokens
 
 
+def smooth(attention: Tensor, place: int) -> float:
+    """SnapKV's average over five neighbours of n in the order of the image, zeros beyond the ends."""
+    return attention[max(0, place - 2) : place + 3].sum().item() / 5
+
+
 class Oracle:
-    """Decodes position by position; method is linear, streaming, h2o or h2o_last."""
+    """Decodes position by position; method is one of models.line_methods.METHODS."""
 
     def __init__(
         self, model: GPT, rows: int, budget: int, anchors: int, recent: int, method: str = "linear"
@@ -86,6 +93,8 @@ class Oracle:
             "streaming": lambda place: seen[place],
             "h2o": lambda place: self.total[index, row, head, seen[place]].item(),
             "h2o_last": lambda place: attention[-1, place].item(),
+            "snapkv": lambda place: smooth(attention.mean(0), place),
+            "rkv": self.rkv(self.k[index, row, head, seen], attention.mean(0)),
         }[self.method]
         candidates = [
             (value(place), position - 1)
@@ -95,6 +104,12 @@ class Oracle:
         surplus = len(alive) - self.budget
         for _, token in sorted(candidates)[:surplus]:
             alive.remove(token)
+
+    def rkv(self, keys: Tensor, attention: Tensor) -> Callable[[int], float]:
+        """R-KV's score of each place: keys (n, d) and attention (n,) of the tokens still seen."""
+        pairs = torch.cosine_similarity(keys[:, None], keys[None], dim=-1)
+        redundancy = pairs.fill_diagonal_(0).mean(1).softmax(0)
+        return lambda place: (0.07 * attention[place] - 0.93 * redundancy[place]).item()
 
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
         """What GPT.cached_logits gives, (B, 1 + n, vocab)."""

@@ -2,11 +2,11 @@
 
 import argparse
 import os
+import resource
 import zipfile
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from util import checkpoint
@@ -90,17 +90,6 @@ def test_a_directory_may_hold_safetensors(tmp_path, model):
     assert torch.equal(load_state_dict_file(tmp_path)["bias"], model.bias)
 
 
-def test_converted_weights_say_which_they_are_and_plain_ones_are_not_taken_for_averages(saved):
-    checkpoint.convert(saved, saved / "ema.safetensors")
-    checkpoint.convert(saved, saved / "plain.safetensors", use_ema=False)
-    with safe_open(saved / "ema.safetensors", framework="pt") as file:
-        assert file.metadata() == {"weights": "model_ema"}
-    expected = load_state_dict_file(saved)
-    assert torch.equal(load_state_dict_file(saved / "ema.safetensors")["bias"], expected["bias"])
-    with pytest.raises(UserError, match="not the averaged ones"):
-        load_state_dict_file(saved / "plain.safetensors")
-
-
 def write_zip(path):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("readme.txt", "no weights here")
@@ -171,14 +160,11 @@ def test_the_first_wrong_name_or_shape_is_named_and_the_model_stays_as_it_was(tm
     assert torch.equal(model.weight, before)
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_rest(saved, monkeypatch, model):
-    def fail(content, path):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+@pytest.fixture
+def save_again(saved, model):
+    """Saves the next epoch over `saved`."""
 
-    before = (saved / "checkpoint-last.pth").read_bytes()
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(UserError, match="disk full"):
+    def save():
         save_checkpoint(
             saved / "checkpoint-last.pth",
             model=model,
@@ -189,8 +175,46 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(saved, monkeypatch, mode
             args=argparse.Namespace(),
             progress={},
         )
+
+    return save
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rest(saved, monkeypatch, save_again):
+    def fail(content, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    before = (saved / "checkpoint-last.pth").read_bytes()
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(UserError, match="disk full"):
+        save_again()
     assert (saved / "checkpoint-last.pth").read_bytes() == before
     assert [path.name for path in saved.iterdir()] == ["checkpoint-last.pth"]
+
+
+def test_a_disk_that_fills_up_under_torchs_own_writer_loses_nothing_but_the_new_file(
+    saved, save_again
+):
+    before = (saved / "checkpoint-last.pth").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (1000, hard)
+    )  # the write itself fails, as on a full disk
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*checkpoint-last\.pth .*free space"):
+            save_again()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (saved / "checkpoint-last.pth").read_bytes() == before
+    assert [path.name for path in saved.iterdir()] == ["checkpoint-last.pth"]
+    save_again()
+    assert (saved / "checkpoint-last.pth").read_bytes() != before
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, model):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        save_safetensors(tmp_path / "file" / "x.safetensors", model.state_dict())
 
 
 def test_weights_alone_cannot_be_resumed(tmp_path, model):

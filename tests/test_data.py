@@ -1,5 +1,8 @@
 """Data: crop, class folders, cached latents, and which picture is seen at which step."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -70,7 +73,7 @@ def test_pixels_map_to_the_range_from_minus_one_to_one():
 
 def test_labels_are_the_sorted_class_folders_and_flips_mirror(folder):
     data = ImageFolder(folder, 8)
-    assert (len(data), data.class_count) == (7, 2)
+    assert (len(data), data.files.classes) == (7, ("cat", "dog"))
     image, label = data[(3, False)]
     assert (label, data.relative_path(3)) == (1, "dog/0.png")
     assert torch.equal(data[(3, True)][0], image.flip(-1))
@@ -109,6 +112,20 @@ def test_a_damaged_latent_is_named(latents):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"1\.png\.npz is no cached latent"):
         CachedTensors(CachedFolder(latents))
+
+
+class Signalled(torch.utils.data.Dataset):
+    """Signals the process that reads it, as a scheduler does."""
+
+    def __getitem__(self, pick):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        return torch.zeros(1), pick[0]
+
+
+def test_workers_outlive_a_signal_to_all_processes():
+    labels = [label.tolist() for _, label in batches(Signalled(), [[(3, False)], [(4, False)]], 1)]
+    assert labels == [[3], [4]]
 
 
 def test_an_epoch_shows_every_picture_at_most_once_in_another_order_each_time():

@@ -66,6 +66,18 @@ def test_the_sentence_of_a_process_that_failed_reaches_the_others(meetings):
             first.wait("made", ranks=[1])
 
 
+def test_a_failed_collective_is_blamed_on_the_process_that_stopped(meetings, monkeypatch):
+    monkeypatch.setattr(dist, "_BLAME_WITHIN", 0.2)
+    first, second = meetings
+    error = RuntimeError("connection closed by peer")
+    with first:
+        assert first.blame(error) is error
+        with pytest.raises(UserError), second:
+            raise UserError("a.png cannot be read")
+        assert "process 1 of 2 has stopped: a.png cannot be read" in str(first.blame(error))
+    assert dist.Meeting().blame(error) is error
+
+
 def test_a_lost_store_is_a_sentence(meetings, monkeypatch):
     with meetings[0] as first:
 

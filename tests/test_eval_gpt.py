@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import engine
 from models.gpt_images import GPTSampling, generate
 from models.line_cache import LineARConfig
 from models.presets import PRESETS
@@ -88,6 +89,13 @@ def test_the_folder_is_named_after_model_method_and_settings(sample):
     assert "/gpt_tiny-h2o_3-cfg2-top_k9-3/" in result["images_dir"]
 
 
+def test_the_tokenizer_may_decode_fewer_pictures_at_once(sample, tmp_path):
+    together = images_of(sample("--eval_bsz", 3, "--image_size_eval", 20))
+    flags = ("--eval_bsz", 3, "--image_size_eval", 20, "--vae_bsz", 2)
+    for a, b in zip(together, images_of(sample(*flags, out=tmp_path / "few")), strict=True):
+        assert abs(a.astype(int) - b).max() <= 1
+
+
 def test_pictures_are_resized_to_the_size_of_evaluation(sample):
     assert images_of(sample("--image_size_eval", 20))[0].shape == (20, 20, 3)
 
@@ -105,7 +113,15 @@ def test_the_published_models_are_saved_at_256_pixels():
             "32 tokens (2 lines of 16) is too small for 8 anchors and 32 recent",
         ),
         (("--line_ar", "--line_budget", "2/0"), "'2/0' is no budget like 1/6, 0.25 or 4"),
+        (("--line_ar", "--line_budget", "1e400"), "'1e400' is no budget like 1/6, 0.25 or 4"),
         (("--line_ar", "--line_budget", "2.5"), "budget is 2.5"),
+        (
+            ("--line_ar", "--line_method", "h2o", "--line_anchors", 3),
+            "--line_anchors is LineAR's, --line_method h2o has none",
+        ),
+        (("--num_iter", "32"), "--num_iter is for MAR models, --model gpt_tiny is none"),
+        (("--cfg_schedule", "constant"), "--cfg_schedule is for MAR models"),
+        (("--latent_scale", "0.2"), "--latent_scale is for MAR models"),
         (("--line_ar", "--line_method", "magic"), "'magic'; use one of none, linear"),
         (("--line_anchors", "4"), "--line_anchors belongs to LineAR: add --line_ar"),
         (("--lazy_mar",), "--lazy_mar is not for --model gpt_tiny"),
@@ -128,7 +144,8 @@ def test_flags_of_a_gpt_are_refused_for_mar(refused):
 
 
 @pytest.mark.parametrize("name", ["gpt_b", "gpt_xl"])
-def test_a_missing_file_is_named_with_the_command_that_brings_it(refused, name):
+def test_a_missing_file_is_named_before_gigabytes_are_made_for_it(refused, name, monkeypatch):
+    monkeypatch.setattr(engine, "build_model", None)
     preset = PRESETS[name]
     sentence = refused("--model", name, "--no_score", resume=preset.resume)
     assert f"no checkpoint at {preset.resume}" in sentence
@@ -148,6 +165,31 @@ def test_a_file_of_another_size_is_refused(refused, tmp_path):
     sentence = refused("--model", "gpt_tiny", "--no_score", resume=tmp_path / "small.pt")
     assert "(11, 64)" in sentence
     assert "(11, 128)" in sentence
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (None, "full cache"),
+        (LineARConfig(method="none"), "full cache"),
+        (LineARConfig(1 / 6), "LineAR 1/6"),
+        (LineARConfig(0.01, 0, 1), "LineAR 0.01, anchors 0, recent 1"),
+        (LineARConfig(0.1666), "LineAR 0.1666"),
+        (LineARConfig(5, pooling="max"), "LineAR 5, pooling max"),
+        (LineARConfig(3 / 8, method="rkv"), "rkv 3/8"),
+    ],
+)
+def test_a_cache_is_named_by_its_budget_and_by_what_was_changed(config, name):
+    assert GPTSampling(1.5, line_ar=config).method == name
+
+
+def test_weights_that_are_not_numbers_make_no_picture(refused, files, tmp_path):
+    state = torch.load(files / "bare.pt")
+    state["norm.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    flags = ("--model", "gpt_tiny", "--img_size", 16, "--no_score")
+    sentence = refused(*flags, resume=tmp_path / "nan.pt")
+    assert "1 of 1 decoded images contain NaN or infinity" in sentence
 
 
 def test_settings_of_line_ar_reach_the_configuration_of_the_run(sample):

@@ -88,6 +88,21 @@ def test_the_full_cache_gives_the_logits_of_teacher_forcing(grid):
     torch.testing.assert_close(cached, model(codes, labels), rtol=1e-4, atol=1e-5)
 
 
+def test_the_last_code_is_never_fed_to_a_cache():
+    model, labels = small_gpt((2, 3)), torch.tensor([0])
+    with pytest.raises(ValueError, match="6 tokens: an image of 6 never feeds its last one"):
+        model.cached_logits(torch.zeros(1, 6, dtype=torch.long), labels)
+    assert model(torch.zeros(1, 6, dtype=torch.long), labels).shape == (1, 7, model.vocab_size)
+
+
+def test_labels_are_a_tensor_or_a_list():
+    model = small_gpt((2, 3))
+    wanted = model.sample_tokens(torch.tensor([1, 4]), seeds=[0, 1])
+    assert torch.equal(model.sample_tokens([1, 4], seeds=[0, 1]), wanted)
+    assert torch.equal(model.sample_tokens([1, 4], seeds=torch.tensor([0, 1])), wanted)
+    assert model.sample_tokens([], cfg=2.0, seeds=[]).shape == (0, 6)
+
+
 def test_an_image_is_the_same_alone_in_any_batch_and_in_any_order():
     model = small_gpt((4, 6))
     labels, seeds = torch.tensor([1, 0, 3, 3]), [5, 6, 7, 2**40]
@@ -109,6 +124,16 @@ def test_seeds_leave_the_global_generator_alone_and_without_them_it_decides():
     assert not torch.equal(model.sample_tokens(labels), first)
     torch.set_rng_state(state)
     assert torch.equal(model.sample_tokens(labels), first)
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_an_image_that_cannot_be_computed_has_no_codes_and_spoils_no_other(greedy):
+    model = small_gpt((4, 4))
+    model.cls_embedding.embedding_table.weight[3] = float("nan")
+    codes = model.sample_tokens([1, 3], cfg=2.0, seeds=[0, 1], greedy=greedy)
+    assert (codes[1] == -1).all()
+    assert torch.equal(codes[:1], model.sample_tokens([1], cfg=2.0, seeds=[0], greedy=greedy))
+    assert (codes[0] >= 0).all()
 
 
 def test_without_guidance_the_unconditional_branch_has_no_say():
@@ -176,6 +201,7 @@ def test_the_stream_of_uniform_numbers_is_frozen():
     ("settings", "message"),
     [
         ({"cfg": float("nan")}, "cfg is nan"),
+        ({"cfg": None}, "cfg is None"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, r"top_p is 0.0; it must be in \(0, 1\]"),
@@ -183,6 +209,7 @@ def test_the_stream_of_uniform_numbers_is_frozen():
         ({"seeds": [1, -2]}, "seed -2 is negative"),
         ({"labels": torch.tensor([0, 5])}, "from 0 to 4"),
         ({"labels": torch.tensor(1)}, r"labels must be \(B,\)"),
+        ({"labels": [0.7, 1.2]}, r"labels must be \(B,\)"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

@@ -29,7 +29,11 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 BUNDLES = {"mar_tiny": 25e6, "gpt_tiny": 15e6}  # bytes at most
-MANUALS = ("README.md", *(f"pretrained_models/{name}/README.md" for name in BUNDLES))
+MANUALS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"pretrained_models/{name}/README.md" for name in BUNDLES),
+)
 
 
 def read(name: str) -> str:

@@ -1,11 +1,16 @@
 """Names and shapes of the weights are those of the published checkpoints, whatever the options."""
 
+import argparse
+
 import pytest
 import torch
 
 from models import mar
 from models.presets import PRESETS
 from tests.golden_recipe import load_shapes
+from util import checkpoint
+from util.ema import EMA
+from util.lr import make_optimizer
 
 # MAR, table 1 of the paper's repository: parameters in millions, tensors
 SIZES = {"mar_base": (207.9, 364), "mar_large": (478.3, 476), "mar_huge": (942.4, 604)}
@@ -29,6 +34,43 @@ def shapes(model: mar.MAR) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("name", SIZES)
 def test_keys_and_shapes_are_those_of_the_published_checkpoint(name):
     assert shapes(build(name, **head_of(name))) == load_shapes(name)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_file_of_a_training_run_has_exactly_the_official_names_in_the_official_order(
+    name, tmp_path
+):
+    model, published = build(name, **head_of(name)), load_shapes(name)
+    optimizer = make_optimizer(model, 1e-4, 0.02)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    checkpoint.save_checkpoint(
+        tmp_path / "x.pth",
+        model=model,
+        ema=EMA(model, 0.9999),
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        epochs_done=1,
+        args=argparse.Namespace(),
+        progress={},
+    )
+    content = checkpoint.read_pickle(tmp_path / "x.pth")
+    assert set(content) - {"progress"} == {
+        *("model", "model_ema", "optimizer", "epoch", "scaler", "args")
+    }
+    for key in ("model", "model_ema"):
+        assert {k: tuple(tensor.shape) for k, tensor in content[key].items()} == published
+    # MAR's trainer numbers the parameters without weight decay first
+    plain = [k for k, shape in published.items() if len(shape) == 1 or "diffloss" in k]
+    order = [*plain, *(k for k in published if k not in set(plain))]
+    groups, state = (content["optimizer"][key] for key in ("param_groups", "state"))
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.02]
+    assert [len(group["params"]) for group in groups] == [len(plain), len(order) - len(plain)]
+    numbers = [number for group in groups for number in group["params"]]
+    assert numbers == list(range(len(order)))
+    for number, k in zip(numbers, order, strict=True):
+        assert tuple(state[number]["exp_avg"].shape) == published[k]
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -107,6 +107,7 @@ def test_a_stop_inside_an_epoch_leaves_a_checkpoint_of_the_epochs_before_it(trai
         "step_in_epoch": 2,
         "step": 7,
         "images_per_step": 8,
+        "images": 40,
         "skipped": 0,
     }
 

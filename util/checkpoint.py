@@ -2,14 +2,18 @@
 
 An official checkpoint is dict(model, model_ema, optimizer, epoch, scaler, args); evaluation uses
 `model_ema`. Nothing is unpickled but tensors and plain containers; every file is written under a
-temporary name and then renamed. `python -m util.checkpoint convert SRC DST` makes safetensors.
+temporary name and then renamed. For sharing, `python -m util.checkpoint convert SRC DST` writes one set of
+weights: DST.safetensors with DST.json beside it, or a DST.pth that the original loads.
 """
 
 import argparse
 import hashlib
+import json
+import os
 import pickle
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +23,11 @@ from torch import Tensor, nn
 from util.download import name_of
 from util.ema import EMA
 from util.errors import UserError, run_main
-from util.files import atomic_path, sha256_of
+from util.files import atomic_path, sha256_of, write_json
 
 LAST = "checkpoint-last.pth"
+# Flags whose values are words and still no paths; what is shared names no folder of its author's.
+SHARED_WORDS = ("model", "tokenizer", "num_sampling_steps", "lr_schedule", "pos_init")
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -155,10 +161,19 @@ def load_into(
     model.load_state_dict(weights)
 
 
-def _write(path: Path, save: Callable[[Path], None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _write(path: Path, save: Callable[[BinaryIO], None]) -> None:
+    """Atomically, and on the disk before the old file goes. UserError if it cannot be written."""
     with atomic_path(path) as temporary:
-        save(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            try:
+                save(file)
+            except RuntimeError as error:  # torch's writer says this when the file refuses
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def save_safetensors(
@@ -167,7 +182,7 @@ def save_safetensors(
     """Write weights by name as safetensors, atomically."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in state_dict.items()}
     # save_file would make a file that only its owner can read
-    _write(Path(path), lambda temporary: temporary.write_bytes(save(tensors, metadata)))
+    _write(Path(path), lambda file: file.write(save(tensors, metadata)))
 
 
 def save_checkpoint(
@@ -198,7 +213,7 @@ def save_checkpoint(
         "args": args,
         "progress": progress,
     }
-    _write(Path(path), lambda temporary: torch.save(content, temporary))
+    _write(Path(path), lambda file: torch.save(content, file))
 
 
 def restore_checkpoint(
@@ -234,25 +249,105 @@ def restore_checkpoint(
     return content["epoch"] + 1, dict(content.get("progress", {}))
 
 
-def convert(source: str | Path, target: str | Path, use_ema: bool = True) -> None:
-    """Write the weights of any supported file as safetensors; its metadata say which they are."""
-    weights = load_state_dict_file(source, use_ema)
-    save_safetensors(target, weights, {"weights": "model_ema" if use_ema else "model"})
+def _has_averages(path: Path, asked: bool | None) -> bool:
+    """Whether the weights to convert are averaged ones. UserError if nobody says, or both disagree."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            stated = (file.metadata() or {}).get("weights")
+        known = {"model_ema": True, "model": False}.get(stated)
+        if known is not None and asked not in (None, known):
+            raise UserError(f"{path} holds {stated}: leave out {'--ema' if asked else '--no_ema'}")
+        asked = known if asked is None else asked
+        reason = "does not say whether its weights are averaged"
+    else:
+        reason = "may hold averaged weights (model_ema) and those of the last step (model)"
+    if asked is None:
+        raise UserError(f"{path} {reason}: say --ema or --no_ema")
+    return asked
+
+
+def _about(path: Path) -> dict[str, object]:
+    """What a checkpoint tells of its weights besides them: epoch, step and the numbers of its flags."""
+    if path.suffix == ".safetensors":
+        sidecar = path.with_suffix(".json")
+        try:
+            found = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
+            return {name: found[name] for name in ("epoch", "step", "args") if name in found}
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{sidecar} cannot be read ({error}): restore or remove it") from error
+    content = read_pickle(path)
+    about = {}
+    if isinstance(content.get("epoch"), int):
+        about["epoch"] = content["epoch"]
+    if "progress" in content:
+        about["step"] = content["progress"]["step"]
+    if isinstance(content.get("args"), argparse.Namespace):
+        about["args"] = {
+            name: value
+            for name, value in vars(content["args"]).items()
+            if name in SHARED_WORDS or value is None or isinstance(value, (bool, int, float))
+        }
+    return about
+
+
+def convert(
+    source: str | Path, target: str | Path, use_ema: bool | None = None, overwrite: bool = False
+) -> list[Path]:
+    """Write one set of weights of a supported file for sharing; returns the files written.
+
+    Args:
+        source: as in `load_state_dict_file`.
+        target: *.safetensors, with a *.json beside it that says which weights they are and of what
+            model, or *.pth: the official dict without its training state, `model` being the same.
+        use_ema: True for the averaged weights, False for those of the last step. None is enough
+            where the file itself says which it holds.
+        overwrite: replace files that exist.
+
+    Raises:
+        UserError: nothing says which weights are meant, an unknown kind of file, a file that exists.
+    """
+    source, target = find_checkpoint(source), Path(target)
+    if target.suffix not in (".safetensors", ".pth"):
+        raise UserError(f"{target} must end in .safetensors or .pth")
+    shared = target.suffix == ".safetensors"
+    targets = [target, target.with_suffix(".json")] if shared else [target]
+    for path in targets:
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists: choose another name, or replace it by --overwrite")
+    weights = load_state_dict_file(source, use_ema is True)
+    use_ema = _has_averages(source, use_ema)
+    about, key = _about(source), "model_ema" if use_ema else "model"
+    if shared:
+        save_safetensors(target, weights, {"weights": key})
+        numbers = sum(tensor.numel() for tensor in weights.values())
+        digest = sha256_of(target)
+        write_json(targets[1], {"weights": key, "parameters": numbers, "sha256": digest, **about})
+    else:
+        content = {"model": weights, key: weights}
+        if "epoch" in about:
+            content["epoch"] = about["epoch"]
+        if "args" in about:
+            content["args"] = argparse.Namespace(**about["args"])
+        _write(target, lambda file: torch.save(content, file))
+    return targets
 
 
 def main() -> None:
     """Command line of `python -m util.checkpoint`."""
     parser = argparse.ArgumentParser(prog="python -m util.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("convert", help="write the weights of SRC as safetensors DST")
+    command = commands.add_parser("convert", help="write one set of weights of SRC as DST")
     command.add_argument("source", metavar="SRC", help="checkpoint file or directory")
-    command.add_argument("target", metavar="DST", help="file to write, *.safetensors")
-    command.add_argument(
-        "--no_ema", action="store_true", help="weights of the last step, not averaged"
+    command.add_argument("target", metavar="DST", help="*.safetensors (and *.json) or *.pth")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--ema", action="store_const", const=True, help="the averaged weights")
+    which.add_argument(
+        "--no_ema", action="store_const", const=False, dest="ema", help="those of the last step"
     )
+    command.add_argument("--overwrite", action="store_true", help="replace DST")
     args = parser.parse_args()
-    convert(args.source, args.target, use_ema=not args.no_ema)
-    print(f"wrote {args.target}")
+    for path in convert(args.source, args.target, args.ema, args.overwrite):
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ All randomness of the data (order and flips) is drawn before an epoch from (seed
 run can go on in the middle of an epoch with the same batches, whatever the number of workers.
 """
 
-import os
+import signal
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -17,13 +19,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from util.class_folders import ClassFolders
 from util.errors import UserError
-from util.latents import read_moments
+from util.latents import MOMENTS, read_moments
 
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 Pick = tuple[int, bool]  # index of an item, and whether to flip it
 Item = TypeVar("Item")
+# What Pillow raises for a damaged file, depending on the format.
+_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error)
+_UNREADABLE += (Image.DecompressionBombError,)
 _RAISED = "util.errors.UserError: "  # how a traceback begins its last line
 
 
@@ -48,66 +54,51 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1.0
 
 
-def list_files(root: str | Path, extensions: Sequence[str]) -> tuple[list[tuple[str, int]], int]:
-    """Files (path, label) below ROOT/CLASS, labels by sorted class name; the number of classes."""
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"no data folder at {root}")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    samples = []
-    for label, name in enumerate(classes):
-        files = [
-            os.path.join(folder, file)
-            for folder, _, files in os.walk(root / name, followlinks=True)
-            for file in files
-            if file.lower().endswith(tuple(extensions)) and not file.startswith(".")
-        ]
-        if not files:
-            raise UserError(f"{root / name} holds no files {', '.join(extensions)}")
-        samples += [(file, label) for file in sorted(files)]
-    if not samples:
-        raise UserError(f"{root} must hold one folder per class, it holds no folder")
-    return samples, len(classes)
-
-
 class ImageFolder(Dataset):
     """Images ROOT/CLASS/*; item ((index, flip)) is (uint8 (3, size, size), label)."""
 
     def __init__(self, root: str | Path, size: int) -> None:
-        self.root, self.size = Path(root), size
-        self.samples, self.class_count = list_files(root, IMG_EXTENSIONS)
+        self.files, self.size = ClassFolders.scan(root, IMG_EXTENSIONS), size
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.files.samples)
 
     def relative_path(self, index: int) -> str:
         """Path of an image below ROOT, such as n01440764/n01440764_18.JPEG."""
-        return str(Path(self.samples[index][0]).relative_to(self.root))
+        return str(Path(self.files.samples[index][0]).relative_to(self.files.root))
 
     def __getitem__(self, pick: Pick) -> tuple[Tensor, int]:
         index, flip = pick
-        path, label = self.samples[index]
+        path, label = self.files.samples[index]
         try:
             with Image.open(path) as file:
+                if file.mode.startswith(("I", "F")):
+                    raise UserError(
+                        f"{path} has more than 8 bits per channel (mode {file.mode}): convert it to RGB"
+                    )
                 image = center_crop(file, self.size)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read as an image: remove or replace it") from error
+        except _UNREADABLE as error:
+            raise UserError(
+                f"{path} cannot be read as an image ({error}): remove or replace it"
+            ) from error
         return (image.flip(-1) if flip else image), label
 
 
 class CachedFolder(Dataset):
     """Latents of main_cache.py, ROOT/CLASS/*.npz; item ((index, flip)) is (moments, label)."""
 
-    def __init__(self, root: str | Path) -> None:
-        self.samples, self.class_count = list_files(root, (".npz",))
+    def __init__(self, root: str | Path, shape: tuple[int, ...] | None = None) -> None:
+        """`shape` is that of the moments which the model needs, (2C, h, w)."""
+        self.files, self.shape = ClassFolders.scan(root, (".npz",)), shape
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.files.samples)
 
     def __getitem__(self, pick: Pick) -> tuple[Tensor, int]:
         index, flip = pick
-        path, label = self.samples[index]
-        return read_moments(path, flip), label
+        path, label = self.files.samples[index]
+        (moments,) = read_moments(path, [MOMENTS[flip]], self.shape)
+        return moments, label
 
     def memory_bytes(self) -> int:
         """Bytes of the whole set in memory, both mirrorings."""
@@ -118,18 +109,12 @@ class CachedTensors:
     """A CachedFolder in one tensor (N, 2, 2C, h, w): batches are indexed, nothing is read."""
 
     def __init__(self, folder: CachedFolder) -> None:
-        shape = folder[(0, False)][0].shape
+        self.files = folder.files
+        shape = folder.shape or tuple(folder[(0, False)][0].shape)
         self.moments = torch.empty(len(folder), 2, *shape)
-        for i, (path, _) in enumerate(folder.samples):
-            for flip in (False, True):
-                moments = read_moments(path, flip)
-                if moments.shape != shape:
-                    raise UserError(
-                        f"{path} has latents {tuple(moments.shape)}, others {tuple(shape)}"
-                    )
-                self.moments[i, int(flip)] = moments
-        self.labels = torch.tensor([label for _, label in folder.samples])
-        self.class_count = folder.class_count
+        for i, (path, _) in enumerate(self.files.samples):
+            self.moments[i, 0], self.moments[i, 1] = read_moments(path, shape=shape)
+        self.labels = torch.tensor([label for _, label in self.files.samples])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -195,8 +180,20 @@ def batches(
     """Batches (images or moments, labels) in the order of `picks`."""
     if isinstance(data, CachedTensors):
         return _indexed(data.batch, picks)
-    loader = DataLoader(data, batch_sampler=picks, num_workers=num_workers, pin_memory=pin_memory)
+    loader = DataLoader(
+        data,
+        batch_sampler=picks,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_run,
+    )
     return in_one_sentence(loader)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Schedulers and Ctrl-C signal all processes; the run still needs its workers to end its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def in_one_sentence(loader: Iterable[Item]) -> Iterator[Item]:

@@ -21,6 +21,7 @@ from util.errors import UserError
 PATIENCE = 120.0  # seconds without a sign of life until a process counts as dead
 _BEAT_EVERY = 2.0  # seconds
 _LOOK_EVERY = 0.1  # seconds
+_BLAME_WITHIN = 5.0  # seconds in which a process that stops says why
 _STORE_TIMEOUT = 600.0  # seconds to find the store, in which the other machines may start up
 
 Json = object  # what json.dumps takes
@@ -125,6 +126,18 @@ class Meeting:
             return [self._wait_for(topic, rank) for rank in ranks]
         except RuntimeError as error:
             raise self._lost() from error
+
+    def blame(self, error: RuntimeError) -> Exception:
+        """What to raise for a failed collective: the process that has stopped and why, if one has."""
+        for _ in range(round(_BLAME_WITHIN / _LOOK_EVERY) if self.store is not None else 0):
+            for rank in range(self.world.size):
+                with suppress(RuntimeError):  # the launcher may have gone, too
+                    if failure := self._read(f"failed/{rank}"):
+                        return UserError(
+                            f"process {rank} of {self.world.size} has stopped: {failure}"
+                        )
+            time.sleep(_LOOK_EVERY)
+        return error
 
     def _wait_for(self, topic: str, rank: int) -> Json:
         last, since = None, time.monotonic()

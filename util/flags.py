@@ -43,6 +43,17 @@ FROM_MODEL = (
 # What --score_only takes from the run that it scores, unless given.
 SCORED_AS = ("model", "num_images", "class_num", "features", "features_path", "fid_stats")
 
+# Flags of sampling that one family alone has, with the value that means nothing was asked for.
+GPT_ONLY: dict[str, object] = {"top_k": 0, "top_p": 1.0, "cfg_interval": -1}
+MAR_ONLY: dict[str, object] = {
+    "num_iter": 64,
+    "cfg_schedule": "linear",
+    **dict.fromkeys(("patch_size", "buffer_size", "diffloss_d", "diffloss_w")),
+    **dict.fromkeys(("num_sampling_steps", "vae_embed_dim", "latent_scale")),
+}
+# LineAR's constants; its rivals have their own.
+LINEAR_ONLY = ("line_anchors", "line_recent", "line_pooling")
+
 TRAINING_CFG = 1.0  # MAR's main_mar.py; eval.py takes the preset's
 
 # The smallest sensible value of every number that could be nonsense.
@@ -53,12 +64,16 @@ LEAST: dict[str, float] = {
     **dict.fromkeys(("diffloss_d", "diffloss_w", "max_steps", "world_size", "vae_bsz"), 1),
     "patience": 1,
     **dict.fromkeys(("seed", "num_workers", "start_epoch", "warmup_epochs", "lr", "blr"), 0),
-    **dict.fromkeys(("min_lr", "weight_decay", "grad_clip", "ema_rate", "temperature"), 0),
-    "latent_scale": 1e-6,
+    **dict.fromkeys(("min_lr", "weight_decay", "ema_rate", "temperature", "save_minutes"), 0),
+    **dict.fromkeys(("latent_scale", "grad_clip"), 1e-6),
     "image_size_eval": 1,
     "top_k": 0,
     **dict.fromkeys(("label_drop_prob", "attn_dropout", "proj_dropout", "aux_weight"), 0),
 }
+# The largest sensible value of shares and probabilities.
+MOST: dict[str, float] = dict.fromkeys(
+    ("label_drop_prob", "attn_dropout", "proj_dropout", "ema_rate"), 1
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,7 +158,9 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--vae_dtype", choices=tuple(DTYPES), help="of the tokenizer; without it --dtype")
     add("--no_compile", action="store_true", help="on CUDA: no torch.compile, no CUDA graphs")
     add("--no_ema", action="store_true", help="evaluate model instead of model_ema")
-    add("--overwrite", action="store_true", help="discard images of another configuration")
+    add(
+        "--overwrite", action="store_true", help="discard images of another configuration, or a run"
+    )
     add("--no_save", action="store_true", help="score images as they come and keep none")
     add("--save_npz", action="store_true", help="write ADM's sample batch, samples.npz, too")
     add("--dry_run", action="store_true", help="say what would be done and how long it takes")
@@ -251,7 +268,7 @@ def _budget(text: str) -> float:
     """1/6, 0.25 or 4."""
     try:
         return float(Fraction(text))
-    except (ValueError, ZeroDivisionError) as error:
+    except (ValueError, ArithmeticError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no budget like 1/6, 0.25 or 4") from error
 
 
@@ -343,6 +360,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="read all latents into memory first; without the flag if they are below 4 GiB",
     )
+    add("--check_data", action="store_true", help="read every file before the beginning")
     add("--num_workers", type=int, default=10, help="processes that read data")
     add("--pin_mem", action="store_true", default=True, help="page-locked batches for CUDA")
     add("--no_pin_mem", action="store_false", dest="pin_mem")
@@ -406,10 +424,10 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
     for flag, fits in (("lazy_mar", not is_gpt), ("line_ar", is_gpt)):
         if getattr(args, flag) and not fits:
             raise UserError(f"--{flag} is not for --model {args.model}, which is a {preset.family}")
-    if not is_gpt:
-        for flag, off in (("top_k", 0), ("top_p", 1.0), ("cfg_interval", -1)):
-            if getattr(args, flag) not in (None, off):
-                raise UserError(f"--{flag} is for GPT models, --model {args.model} is none")
+    family, others = ("MAR", MAR_ONLY) if is_gpt else ("GPT", GPT_ONLY)
+    for flag, off in others.items():
+        if getattr(args, flag) not in (None, off):
+            raise UserError(f"--{flag} is for {family} models, --model {args.model} is none")
     args.family = preset.family
     if training and args.model != "mar_tiny":
         preset = type(preset)()
@@ -423,12 +441,20 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
         args.resume = preset.resume
     if args.lazy_mar and args.head_interval is None:
         args.head_interval = preset.head_interval
-    if args.line_ar and args.line_recent is None:
-        args.line_recent = preset.line_recent
+    if args.line_ar and args.line_method in (None, "linear"):
+        if args.line_recent is None:
+            args.line_recent = preset.line_recent
+    elif args.line_ar:
+        for flag in LINEAR_ONLY:
+            if getattr(args, flag) is not None:
+                raise UserError(f"--{flag} is LineAR's, --line_method {args.line_method} has none")
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not (least <= value < math.inf):
             raise UserError(f"--{name} is {value}; it must be a number of at least {least:g}")
+    for name, most in MOST.items():
+        if getattr(args, name) > most:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be at most {most:g}")
     if args.image_size_eval is None:
         args.image_size_eval = args.img_size
     return preset

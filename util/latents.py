@@ -5,7 +5,10 @@ digest of the tokenizer's file, because latents of another tokenizer train a mod
 """
 
 import json
+import struct
 import zipfile
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,10 @@ from util.errors import UserError
 from util.files import atomic_path, sha256_of, write_json
 
 NOTE = "tokenizer.json"
+MOMENTS = ("moments", "moments_flip")  # names in the npz, as in the original
+# What numpy raises for a file that is no npz, not whole, or a bare array.
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, struct.error)
+_UNREADABLE += (zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def write_moments(path: Path, moments: Tensor, moments_flip: Tensor) -> None:
@@ -25,13 +32,27 @@ def write_moments(path: Path, moments: Tensor, moments_flip: Tensor) -> None:
         np.savez(file, moments=moments.numpy(), moments_flip=moments_flip.numpy())
 
 
-def read_moments(path: str | Path, flip: bool) -> Tensor:
-    """Moments (2C, h, w) float32 of one cached image, of the mirrored image if `flip`."""
+def read_moments(
+    path: str | Path, names: Sequence[str] = MOMENTS, shape: tuple[int, ...] | None = None
+) -> list[Tensor]:
+    """Moments (2C, h, w) float32 of one cached image and of its mirror image, or those of `names`.
+
+    UserError for a file that is none, or whose moments are not finite or of another `shape`.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
-            return torch.from_numpy(file["moments_flip" if flip else "moments"].astype(np.float32))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            arrays = [file[name].astype(np.float32) for name in names]
+    except _UNREADABLE as error:
         raise UserError(f"{path} is no cached latent: write it anew with main_cache.py") from error
+    for array in arrays:
+        if array.shape != (shape or arrays[0].shape):
+            raise UserError(
+                f"{path} holds moments {array.shape}, the model needs {shape or arrays[0].shape}: "
+                "check --img_size, --vae_stride and --vae_embed_dim, or write it anew"
+            )
+        if not np.isfinite(array).all():
+            raise UserError(f"{path} holds NaN or infinity: write it anew with main_cache.py")
+    return [torch.from_numpy(array) for array in arrays]
 
 
 def _describe(tokenizer_path: str | Path, img_size: int) -> dict[str, object]:

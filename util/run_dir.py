@@ -14,6 +14,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -121,11 +122,14 @@ class RunDir:
 
     def _discard(self) -> None:
         """Delete what this project put there, and nothing else."""
+        self._delete_images()
+        for name in ("results.json", "sheet.png", "samples.npz", MANIFEST):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _delete_images(self) -> None:
         for file in self.images.glob("*.png"):
             if file.stem.isdigit():
                 file.unlink()
-        for name in ("results.json", "sheet.png", "samples.npz", MANIFEST):
-            (self.path / name).unlink(missing_ok=True)
 
     def image(self, index: int) -> Path:
         """Where image `index` lies."""
@@ -151,11 +155,26 @@ class RunDir:
             file.unlink(missing_ok=True)
 
     def write_sheet(self, num_images: int, rows: int = 8, columns: int = 10) -> None:
-        """Contact sheet of images spread evenly over the run, and so over its classes."""
-        count = min(num_images, rows * columns)
-        chosen = [self.image(i * num_images // count) for i in range(count)]
-        sheet = contact_sheet(np.stack([read_image(path) for path in chosen]), columns)
+        """Contact sheet of some images."""
+        sheet = contact_sheet(self.spread(num_images, rows * columns), columns)
         save_png(self.path / "sheet.png", sheet)
+
+    def spread(self, num_images: int, count: int) -> np.ndarray:
+        """At most `count` images (N, H, W, 3) spread evenly over the run, and so over its classes."""
+        count = min(num_images, count)
+        chosen = [self.image(i * num_images // count) for i in range(count)]
+        return np.stack([read_image(path) for path in chosen])
+
+    def finished(self, weights: str) -> bool:
+        """Whether it holds the results of these weights."""
+        return bool(self.results()) and self.manifest()["config"]["weights"] == weights
+
+    def drop_images(self) -> None:
+        """Delete the numbered images and say in the results that they are gone."""
+        self._delete_images()
+        with suppress(OSError):  # it may hold what others put there
+            self.images.rmdir()
+        write_json(self.path / "results.json", {**self.results(), "images_dir": None})
 
     def write_npz(self, labels: Sequence[int]) -> Path:
         """samples.npz as ADM's evaluator reads it, image by image: memory does not grow with N.

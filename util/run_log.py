@@ -1,7 +1,14 @@
 """Log of a training run: a line on the terminal, one in log.jsonl, TensorBoard if installed."""
 
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+
+from util.errors import UserError
+from util.files import atomic_path
 
 try:
     from torch.utils.tensorboard import SummaryWriter
@@ -10,24 +17,69 @@ except ImportError:  # an optional dependency
 
 
 class RunLog:
-    """Appends to `output_dir/log.jsonl`."""
+    """Appends to `output_dir/log.jsonl`. A disk that is full costs lines of the log, not the run."""
 
-    def __init__(self, output_dir: str | Path, log_dir: str | Path) -> None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        self._file = (Path(output_dir) / "log.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(log_dir)) if SummaryWriter else None
+    def __init__(self, output_dir: str | Path, log_dir: str | Path, step: int = 0) -> None:
+        """`step`: steps that the run has behind it. What was logged of later ones is dropped."""
+        path = Path(output_dir) / "log.jsonl"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_after(path, step)
+            self._file = path.open("a", encoding="utf-8")
+            self._board = None
+            if SummaryWriter:
+                path = Path(log_dir)
+                self._board = SummaryWriter(str(log_dir), purge_step=step + 1)
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path} ({error.strerror}): choose another --output_dir or --log_dir"
+            ) from error
+        self._told = False
 
     def close(self) -> None:
         """Close the files."""
-        self._file.close()
+        self._try(self._file.close)
         if self._board:
-            self._board.close()
+            self._try(self._board.close)
 
     def write(self, step: int, **values: float) -> None:
         """One line of numbers; TensorBoard gets each of them as a curve over `step`."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
         print("  ".join([f"step {step}", *(f"{k} {v:.6g}" for k, v in values.items())]), flush=True)
+        self._try(lambda: self._append(json.dumps({"step": step, **values}) + "\n"))
         if self._board:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._try(lambda n=name, v=value: self._board.add_scalar(n, v, step))
+
+    def show(self, step: int, name: str, image: np.ndarray) -> None:
+        """A picture, uint8 (H, W, 3), for TensorBoard."""
+        if self._board:
+            self._try(lambda: self._board.add_image(name, image, step, dataformats="HWC"))
+
+    def _append(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+    def _try(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if not self._told:
+                print(f"note: the log cannot be written ({error})", file=sys.stderr, flush=True)
+            self._told = True
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep whole lines of steps up to `step`: a resumed run writes the later ones again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if 0 <= _step_of(line) <= step]
+    if kept != lines:
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> int:
+    """The step of a line of the log, -1 for one that was cut off."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else -1
+    except (ValueError, KeyError, TypeError):
+        return -1

@@ -1,7 +1,13 @@
 """A polite end: the first SIGTERM or Ctrl-C stops the run at the next step, the second at once."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to end while there was nothing to be saved."""
 
 
 class StopRequest:
@@ -9,6 +15,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self._at_once = False
 
     def __enter__(self) -> "StopRequest":
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -18,7 +25,21 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a request raises Stopped: for work of which no more than a batch can be lost."""
         if self.requested:
+            raise Stopped
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        again, self.requested = self.requested, True
+        if self._at_once:
+            self._at_once = False
+            raise Stopped
+        if again:
             raise KeyboardInterrupt
-        self.requested = True

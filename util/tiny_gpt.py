@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -23,7 +23,7 @@ from models.llamagen import GPT, gpt_tiny
 from models.vq import VQModel, vq_tiny
 from util.checkpoint import load_into, read_pickle, save_safetensors
 from util.errors import UserError, run_main
-from util.files import atomic_path
+from util.files import atomic_path, sha256_of
 from util.shapes import label_of
 from util.tiny_vq import BUNDLE as TOKENIZER
 from util.tiny_vq import learning_rate, pictures
@@ -52,16 +52,20 @@ def encode_pictures(tokenizer: VQModel, count: int) -> Tensor:
     return torch.cat(parts)
 
 
-def load_codes(output_dir: Path, count: int) -> Tensor:
-    """Codes (count, N) int64, made once and kept. UserError if the kept ones are too few."""
-    path = output_dir / "codes.safetensors"
+def load_codes(output_dir: Path, count: int, tokenizer_path: Path = TOKENIZER) -> Tensor:
+    """Codes (count, N) int64, made once and kept. UserError if the kept ones are too few or foreign."""
+    path, digest = output_dir / "codes.safetensors", sha256_of(tokenizer_path)
     if not path.exists():
         tokenizer = vq_tiny().eval()
-        load_into(tokenizer, TOKENIZER)
-        save_safetensors(path, {"codes": encode_pictures(tokenizer, count)})
-    codes = load_file(path)["codes"].long()
+        load_into(tokenizer, tokenizer_path)
+        codes = {"codes": encode_pictures(tokenizer, count)}
+        save_safetensors(path, codes, {"tokenizer_sha256": digest})
+    with safe_open(path, framework="pt") as file:
+        codes, made_by = file.get_tensor("codes").long(), file.metadata()
     if len(codes) < count:
         raise UserError(f"{path} has codes of {len(codes)} pictures, not {count}: delete it")
+    if (made_by or {}).get("tokenizer_sha256") != digest:
+        raise UserError(f"{path} has codes of another tokenizer than {tokenizer_path}: delete it")
     return codes[:count]
 
 

@@ -1,0 +1,340 @@
+"""LazyMAR's motivation, measured on any MAR checkpoint and drawn: what hardly changes from step to step.
+
+    python -m benchmarks.redundancy                                          # the bundled model
+    python -m benchmarks.redundancy --model mar_huge --num_images 16         # an official one
+
+Needs matplotlib (pip install '.[figures]'). Model, tokenizer, sampling and LazyMAR flags are those of
+eval.py; all images are one batch. Three figures, each beside its numbers in one JSON:
+
+* tokens: similarity of decoder features between neighbouring steps of plain MAR, for tokens decoded
+  earlier, in the previous step, now, and later.
+* guidance: the same for the two branches and their residual; error of the unconditional features
+  when they, or the residual, are as old as LazyMAR lets them become.
+* strip: which positions the deep decoder layers of LazyMAR recompute, step by step, over the image.
+"""
+
+import argparse
+from collections import deque
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import engine
+from benchmarks.common import device_name, markdown, origin, write_result
+from benchmarks.redundancy_figures import draw, require_matplotlib
+from models.decoding import Decoding
+from models.lazy_cache import ProbeCache
+from models.lazy_mar import LazyMARConfig
+from models.lazy_predictor import LazyPredictor
+from models.noise import ImageNoise
+from models.plan import DecodingPlan, DecodingStep
+from models.predictor import PlainPredictor
+from models.presets import PRESETS
+from models.sampling_copy import sampling_copy
+from util.batch_grid import image_label, image_seed
+from util.device import pick_device, pick_dtype, set_threads
+from util.errors import UserError, run_main
+from util.flags import make_parser, resolve
+from util.images import to_uint8
+
+RESULTS = Path(__file__).parent / "results"
+GROUPS = ("earlier", "previous", "now", "later")
+NOW, PREVIOUS, CHANGED, REUSED = "npc."  # what happened to a token, in the maps of the strip
+
+
+def ranks_of(step: DecodingStep, seq_len: int) -> dict[str, slice]:
+    """Ranks of the tokens decoded earlier, in the previous step, now, and later."""
+    bounds = (0, step.previous, step.start, step.stop, seq_len)
+    return {g: slice(*pair) for g, pair in zip(GROUPS, pairwise(bounds), strict=True)}
+
+
+class Observer(PlainPredictor):
+    """PlainPredictor that computes every token and compares its features with those of steps before.
+
+    From the second step on it adds to `similarity` (layers, B, L), conditional rows, and to
+    `guidance` (3, B, L): conditional, unconditional, residual. As soon as `ages` steps have gone by
+    it adds to `errors` (2 * ages + 1, B * n) for the tokens decoded now: the distance of the
+    unconditional output from that of each age, from the conditional one plus the residual of each
+    age, and from the conditional one, all over its length.
+    """
+
+    def __init__(self, model: nn.Module, order: Tensor, embedding: Tensor, ages: int) -> None:
+        """order (2B, L) decoding order; embedding (2B, D)."""
+        super().__init__(model, order, embedding)
+        self.layers: list[Tensor] = []  # of the step before, (B, L, D) each
+        self.outputs: deque[Tensor] = deque(maxlen=ages)  # (2B, L, D), newest first
+        self.similarity: list[Tensor] = []
+        self.guidance: list[Tensor] = []
+        self.errors: list[Tensor] = []
+
+    def __call__(self, step: DecodingStep, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, c), known up to step.start -> z (2B, stop - start, D)."""
+        model, order = self.model, self.order
+        known = tokens[:, : step.start].repeat(2, 1, 1)
+        encoded = model.encode(model.embed_known(known, order[:, : step.start], self.embedding))
+        x = model.embed_decoder(encoded, order)
+        layers = []
+        for block in model.decoder_blocks:
+            x = block(x)
+            layers.append(x[: len(tokens), model.buffer_size :].float())
+        x = x[:, model.buffer_size :]
+        self._compare(layers, x.float(), slice(step.start, step.stop))
+        now = slice(step.start, step.stop)
+        return model.to_condition(x[:, now], order[:, now])
+
+    def _compare(self, layers: list[Tensor], output: Tensor, now: slice) -> None:
+        """layers (B, L, D) each, output (2B, L, D) of this step."""
+        if self.layers:
+            pairs = zip(layers, self.layers, strict=True)
+            self.similarity.append(torch.stack([_similarity(a, b) for a, b in pairs]).cpu())
+            pairs = zip(_branches(output), _branches(self.outputs[0]), strict=True)
+            self.guidance.append(torch.stack([_similarity(a, b) for a, b in pairs]).cpu())
+        if len(self.outputs) == self.outputs.maxlen:
+            _, exact, residual = _branches(output[:, now])
+            old = [_branches(before[:, now]) for before in self.outputs]
+            misses = [exact - unconditional for _, unconditional, _ in old]
+            misses += [residual - former for _, _, former in old]
+            misses.append(residual)
+            distance = torch.stack([miss.norm(dim=-1) for miss in misses]) / exact.norm(dim=-1)
+            self.errors.append(distance.flatten(1).cpu())
+        self.layers = layers
+        self.outputs.appendleft(output)
+
+
+def _similarity(a: Tensor, b: Tensor) -> Tensor:
+    """(B, L, D) twice -> cosine similarities (B, L)."""
+    return F.cosine_similarity(a, b, dim=-1)
+
+
+def _branches(output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(2B, n, D) -> conditional, unconditional, residual (B, n, D)."""
+    conditional, unconditional = output.chunk(2)
+    return conditional, unconditional, unconditional - conditional
+
+
+def token_redundancy(plan: DecodingPlan, similarity: list[Tensor]) -> dict[str, object]:
+    """Means over images and tokens: of the decoder's output by step, of its layers over all steps."""
+    by_step: dict[str, list[float | None]] = {group: [] for group in GROUPS}
+    all_steps: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
+    for step, values in zip(plan.steps[1:], similarity, strict=True):
+        for group, ranks in ranks_of(step, plan.seq_len).items():
+            some = values[:, :, ranks].flatten(1)  # (layers, B * n)
+            by_step[group].append(some[-1].mean().item() if some.numel() else None)
+            all_steps[group].append(some)
+    by_layer = {g: torch.cat(some, dim=1).mean(1).tolist() for g, some in all_steps.items()}
+    return {
+        "steps": [step.index for step in plan.steps[1:]],
+        "by_step": by_step,
+        "by_layer": by_layer,
+    }
+
+
+def guidance_redundancy(
+    plan: DecodingPlan, guidance: list[Tensor], errors: list[Tensor]
+) -> dict[str, object]:
+    """Means: similarities over the tokens not known yet, by step; errors over all tokens, by age."""
+    kinds = ("conditional", "unconditional", "residual")
+    by_step = {kind: [] for kind in kinds}
+    for step, values in zip(plan.steps[1:], guidance, strict=True):
+        for kind, value in zip(
+            kinds, values[:, :, step.start :].mean((1, 2)).tolist(), strict=True
+        ):
+            by_step[kind].append(value)
+    *old, none = torch.cat(errors, dim=1).mean(1).tolist()
+    ages = len(old) // 2
+    return {
+        "steps": [step.index for step in plan.steps[1:]],
+        "by_step": by_step,
+        "ages": list(range(1, ages + 1)),
+        "error": {"unconditional": old[:ages], "residual": old[ages:], "none": none},
+    }
+
+
+class RecordingProbe(ProbeCache):
+    """A ProbeCache that keeps its last selection, (rows, kept) positions; None: there was none."""
+
+    selected: Tensor | None = None
+
+    def select(self, v: Tensor, always: slice, count: int) -> Tensor:
+        """As ProbeCache."""
+        self.selected = super().select(v, always, count)
+        return self.selected
+
+
+def lazy_strip(
+    model: nn.Module, plan: DecodingPlan, config: LazyMARConfig, label: int, noise: ImageNoise
+) -> tuple[dict[str, object], Tensor]:
+    """What LazyMAR recomputes at each step for one image, and its latents (1, C, H, W).
+
+    maps: per step a string in raster order, n decoded now, p in the previous step, c recomputed
+    besides, `.` taken from the cache, by the decoder layers behind the probe. ranks: when each
+    token is decoded, raster order.
+    """
+    decoding = Decoding(model, 1, plan, config, temperature=1.0)
+    predictor: LazyPredictor = decoding.predictor
+    probe = predictor.probe = RecordingProbe(predictor.rows)
+    selected: dict[int, Tensor | None] = {}
+
+    def record(step: DecodingStep, tokens: Tensor) -> Tensor:
+        probe.selected = None
+        z = predictor(step, tokens)
+        selected[step.index] = probe.selected
+        return z
+
+    decoding.predictor = record
+    latents = model.unpatchify(decoding([label], noise))
+    ranks = decoding.order[0].argsort().tolist()
+    maps = []
+    for step in plan.steps:
+        index = selected.get(step.index)
+        kept = set(range(plan.seq_len))
+        if index is not None:
+            kept = {position - model.buffer_size for position in index[0].tolist()}
+        states = [CHANGED if rank in kept else REUSED for rank in range(plan.seq_len)]
+        states[step.previous : step.start] = PREVIOUS * (step.start - step.previous)
+        states[step.start : step.stop] = NOW * (step.stop - step.start)
+        maps.append("".join(states[rank] for rank in ranks))
+    strip = {
+        "steps": [step.index for step in plan.steps],
+        "refresh": [predictor.policies[step.index].refresh for step in plan.steps],
+        "known": [step.stop for step in plan.steps],
+        "grid": model.grid_size,
+        "label": label,
+        "ranks": ranks,
+        "maps": maps,
+        "recomputed": [1 - m.count(REUSED) / plan.seq_len for m in maps],
+    }
+    return strip, latents
+
+
+@dataclass(frozen=True)
+class Request:
+    """The images that are measured: labels and seeds of image i as in eval.py."""
+
+    labels: list[int]
+    seeds: list[int]
+    config: LazyMARConfig
+
+
+def measure(
+    model: nn.Module, plan: DecodingPlan, request: Request, temperature: float
+) -> tuple[dict[str, object], Tensor]:
+    """All numbers of the three figures, and the latents (1, C, H, W) of the strip.
+
+    model: a sampling copy of a MAR; plan: guided, of more steps than config.interval.
+    """
+    ages = max(1, request.config.interval - 1)
+    decoding = Decoding(model, len(request.labels), plan, None, temperature)
+    decoding.first_fills = True  # the first step's features are wanted too
+    observer = Observer(model, decoding.order, decoding.embedding, ages)
+    decoding.predictor = observer
+    noise = model.image_noise(request.seeds)
+    decoding(request.labels, noise, progress=True)
+    first = ImageNoise(noise.orders[:1], noise.head[:1])
+    strip, latents = lazy_strip(model, plan, request.config, request.labels[0], first)
+    document = {
+        "tokens": token_redundancy(plan, observer.similarity),
+        "guidance": guidance_redundancy(plan, observer.guidance, observer.errors),
+        "strip": {**strip, "seed": request.seeds[0]},
+    }
+    return document, latents
+
+
+def parse() -> argparse.Namespace:
+    """Flags, checked."""
+    parser = make_parser("eval")
+    parser.prog, parser.description = "python -m benchmarks.redundancy", __doc__.splitlines()[0]
+    parser.set_defaults(model="mar_tiny", num_images=10)
+    files = "write PREFIX_tokens.png, ..._guidance.png, ..._strip.png, PREFIX.json and PREFIX.md"
+    parser.add_argument("--output", type=Path, metavar="PREFIX", help=files)
+    args = parser.parse_args()
+    args.lazy_mar = True
+    resolve(args, "eval", PRESETS)  # refuses GPT models, which LazyMAR does not know
+    if args.cfg == 1.0:
+        raise UserError("--cfg is 1: without guidance there is no residual; give another scale")
+    args.output = args.output or RESULTS / f"redundancy_{args.model}"
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
+    require_matplotlib()
+    set_threads(args.threads)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    sampling = engine.SamplingConfig.from_args(args)
+    model = engine.build_model(args)
+    weights = engine.load_weights(model, args)
+    tokenizer = engine.open_tokenizer(args, device)
+    model = model.to(device).eval()
+    plan = DecodingPlan.create(model.seq_len, args.num_iter, args.cfg, args.cfg_schedule)
+    if len(plan.steps) <= max(2, sampling.lazy_mar.interval):  # with 2, no token is decoded earlier
+        raise UserError(
+            f"--num_iter {args.num_iter} makes {len(plan.steps)} steps; features as old as --interval "
+            f"{sampling.lazy_mar.interval} allows need more"
+        )
+    request = Request(
+        [image_label(i, args.num_images, args.class_num) for i in range(args.num_images)],
+        [image_seed(args.seed, i) for i in range(args.num_images)],
+        sampling.lazy_mar,
+    )
+    with torch.no_grad():
+        copy = sampling_copy(model, dtype, whole=model.diffloss)
+        document, latents = measure(copy, plan, request, args.temperature)
+        scale = engine.scale_of(tokenizer, args)
+        image: np.ndarray = to_uint8(tokenizer.decode(latents.float() / scale))[0]
+    about = {
+        **origin(),
+        "weights": weights,
+        "images": args.num_images,
+        "seed": args.seed,
+        "num_iter": args.num_iter,
+        "cfg": args.cfg,
+        "cfg_schedule": args.cfg_schedule,
+        "strip": engine.method_name(sampling.lazy_mar),
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    document = {"about": about, **document}
+    draw(document, image, args.output)
+    write_result(args.output, document, summary(document))
+
+
+def summary(document: dict[str, dict]) -> str:
+    """The numbers of the paragraphs, as Markdown tables."""
+    layers = document["tokens"]["by_layer"]
+    depth = len(layers["now"])
+    tokens = markdown(
+        ["decoder layer", *(f"decoded {group}" for group in GROUPS)],
+        [[layer, *(f"{layers[group][layer]:.4f}" for group in GROUPS)] for layer in range(depth)],
+    )
+    error = document["guidance"]["error"]
+    guidance = markdown(
+        ["age in steps", "unconditional features kept", "residual kept", "no residual"],
+        [
+            [age, error["unconditional"][age - 1], error["residual"][age - 1], error["none"]]
+            for age in document["guidance"]["ages"]
+        ],
+    )
+    share = np.mean(document["strip"]["recomputed"])
+    return "\n".join(
+        [
+            "Cosine similarity of decoder features between neighbouring steps; means over all tokens:",
+            "",
+            tokens,
+            "Relative error of the unconditional features, mean over images and tokens:",
+            "",
+            guidance,
+            f"Image of the strip: {share:.1%} of the tokens are recomputed behind the probe layer.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

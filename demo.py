@@ -1,0 +1,168 @@
+"""MAR against LazyMAR in the browser: one class, one seed, both pictures side by side with their seconds.
+
+    pip install '.[demo]'
+    python demo.py                      # the bundled model
+    python demo.py --model mar_huge     # an official one, after python -m util.download mar_huge vae
+
+Model, tokenizer and LazyMAR flags are those of eval.py. Serves on this machine alone.
+"""
+
+import argparse
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+import engine
+from models.lazy_mar import LazyMARConfig
+from models.mar import MAR
+from models.presets import PRESETS
+from models.sampler import Sampler
+from util.device import pick_device, pick_dtype, set_threads
+from util.errors import UserError, run_main
+from util.flags import make_parser, resolve
+from util.images import to_uint8
+from util.report import psnr
+from util.shapes import CLASSES
+
+if TYPE_CHECKING:
+    import gradio
+
+SHOWN = 384  # least pixels of a picture on the page
+
+
+@dataclass(frozen=True)
+class Picture:
+    """image uint8 (H, W, 3); seconds from the noise to the pixels."""
+
+    image: np.ndarray
+    seconds: float
+
+
+def caption(plain: Picture, lazy: Picture) -> str:
+    """What the page says below two pictures."""
+    return (
+        f"MAR {plain.seconds:.2f} s, LazyMAR {lazy.seconds:.2f} s: "
+        f"{plain.seconds / lazy.seconds:.2f} times as fast; "
+        f"PSNR {psnr(lazy.image, plain.image):.1f} dB"
+    )
+
+
+class SideBySide:
+    """One model that draws the same seed with MAR and with LazyMAR."""
+
+    def __init__(
+        self,
+        model: MAR,
+        tokenizer: nn.Module,
+        latent_scale: float,
+        config: LazyMARConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        """Model and tokenizer on one device; the first pair, which would be slower, is drawn here."""
+        self.sampler = Sampler(model, dtype)
+        self.tokenizer, self.latent_scale, self.config = tokenizer, latent_scale, config
+        self.pair(label=0, seed=0, num_iter=2, cfg=2.0)
+
+    def pair(self, label: int, seed: int, num_iter: int, cfg: float) -> tuple[Picture, Picture]:
+        """MAR's and LazyMAR's picture. Raises ValueError for a label, seed or number that does not fit."""
+        return self._draw(label, seed, num_iter, cfg, None), self._draw(
+            label, seed, num_iter, cfg, self.config
+        )
+
+    @torch.no_grad()
+    def _draw(
+        self, label: int, seed: int, num_iter: int, cfg: float, config: LazyMARConfig | None
+    ) -> Picture:
+        noise = self.sampler.model.image_noise([seed])
+        began = time.perf_counter()
+        latents = self.sampler.sample_tokens(
+            1, num_iter, cfg, labels=[label], lazy_mar=config, noise=noise
+        )
+        image = to_uint8(self.tokenizer.decode(latents.float() / self.latent_scale))[0]
+        return Picture(image, time.perf_counter() - began)  # the bytes are here: the GPU is done
+
+
+def page(side: SideBySide, names: tuple[str, ...] | None, cfg: float) -> "gradio.Blocks":
+    """The page; names of the classes, or None where there are only numbers; guidance to begin with."""
+    import gradio
+
+    def enlarged(picture: Picture) -> np.ndarray:
+        factor = -(-SHOWN // picture.image.shape[0])
+        return picture.image.repeat(factor, 0).repeat(factor, 1)
+
+    def sample(
+        label: int | None, seed: float | None, num_iter: int, cfg: float
+    ) -> tuple[np.ndarray | None, np.ndarray | None, str]:
+        if label is None or seed is None:
+            return None, None, "Class and seed are whole numbers from 0."
+        try:
+            plain, lazy = side.pair(int(label), int(seed), int(num_iter), cfg)
+        except (ValueError, UserError) as error:
+            return None, None, f"Cannot draw this: {error}"
+        return enlarged(plain), enlarged(lazy), caption(plain, lazy)
+
+    with gradio.Blocks(title="LazyMAR", analytics_enabled=False) as blocks:
+        gradio.Markdown(
+            "# MAR and LazyMAR\nThe same model and the same seed, plain and with caches."
+        )
+        with gradio.Row():
+            if names:
+                choices = [(name, label) for label, name in enumerate(names)]
+                label = gradio.Dropdown(choices, value=0, label="class")
+            else:
+                label = gradio.Number(207, precision=0, label="class")
+            seed = gradio.Number(0, precision=0, label="seed")
+            num_iter = gradio.Slider(1, 256, 64, step=1, label="steps")
+            guidance = gradio.Slider(1, 10, cfg, step=0.05, label="guidance")
+        button = gradio.Button("Sample", variant="primary")
+        said = gradio.Markdown()
+        with gradio.Row():
+            plain, lazy = (
+                gradio.Image(label=name, interactive=False, format="png")
+                for name in ("MAR", "LazyMAR")
+            )
+        button.click(sample, [label, seed, num_iter, guidance], [plain, lazy, said])
+    return blocks
+
+
+def parse() -> argparse.Namespace:
+    """Flags, checked."""
+    parser = make_parser("demo")
+    parser.description = __doc__.splitlines()[0]
+    parser.set_defaults(model="mar_tiny", resume=None)
+    parser.add_argument("--port", type=int, default=7860, help="of the page on this machine")
+    args = parser.parse_args()
+    args.lazy_mar = True
+    resolve(args, "eval", PRESETS)
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
+    if find_spec("gradio") is None:
+        raise UserError("the demo needs gradio: install it with `pip install '.[demo]'`")
+    set_threads(args.threads)
+    device = pick_device(args.device)
+    config = engine.SamplingConfig.from_args(args).lazy_mar
+    model = engine.build_model(args)
+    engine.load_weights(model, args)
+    tokenizer = engine.open_tokenizer(args, device)
+    scale = engine.scale_of(tokenizer, args)
+    side = SideBySide(
+        model.to(device).eval(), tokenizer, scale, config, pick_dtype(args.dtype, device)
+    )
+    names = CLASSES if args.model == "mar_tiny" and args.class_num == len(CLASSES) else None
+    try:
+        page(side, names, args.cfg).launch(server_name="127.0.0.1", server_port=args.port)
+    except OSError as error:
+        raise UserError(f"--port {args.port} cannot be used ({error}); give another one") from error
+
+
+if __name__ == "__main__":
+    run_main(main)
