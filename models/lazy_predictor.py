@@ -140,7 +140,7 @@ class LazyPredictor:
         block = blocks[self.probe_layer]
         h = block.norm1(x)
         k, v = block.attn.keys_values(h)
-        index = self._select(v, step, kept)
+        index = self.select(v, step, kept)
         x, h = _take(x, index), _take(h, index)
         x = block.finish(x, block.attn.attend(block.attn.queries(h), k, v))
         now = slice(step.start - step.previous, step.stop - step.previous)  # among the kept
@@ -149,7 +149,7 @@ class LazyPredictor:
             x = blocks[i](x, partial(cache.scatter, index), rows)
         return x if self.decoder_caches else x[:, now]
 
-    def _select(self, v: Tensor, step: DecodingStep, kept: int) -> Tensor:
+    def select(self, v: Tensor, step: DecodingStep, kept: int) -> Tensor:
         """The probe layer's values v (rows, H, total, d) -> positions to compute (rows, kept)."""
         if self.selection == "oldest":
             return self.oldest[step.index].expand(self.rows, -1)

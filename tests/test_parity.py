@@ -124,14 +124,14 @@ def test_the_decoders_output_equals_the_recorded_one_step_by_step(monkeypatch, f
 
 def test_lazymar_keeps_the_recorded_positions(monkeypatch):
     selected = []
-    original = LazyPredictor._select
+    original = LazyPredictor.select
 
     def select(self, v, step, kept):
         index = original(self, v, step, kept)
         selected.append(index)
         return index
 
-    monkeypatch.setattr(LazyPredictor, "_select", select)
+    monkeypatch.setattr(LazyPredictor, "select", select)
     noise, labels = golden_noise("lazymar.npz")
     golden_model().sample_tokens(2, 64, 3.0, labels=labels, noise=noise, lazy_mar=True)
 
