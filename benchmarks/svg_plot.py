@@ -6,6 +6,7 @@ from math import floor, log10
 
 WIDTH, HEIGHT = 640, 360
 LEFT, RIGHT, TOP, BOTTOM = 60, 150, 30, 45  # margins, pixels
+LEGEND = 230  # right margin for names as long as those of an ablation
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
 
 
@@ -89,9 +90,10 @@ def xy_plot(title: str, y_name: str, panels: Panels) -> str:
     Logarithmic axes; y is shared. Points of a series are joined in the order of x.
     """
     inner, gap = WIDTH - LEFT - RIGHT, 50
-    width = LEFT + len(panels) * (inner + gap) - gap + RIGHT
+    end = LEFT + len(panels) * (inner + gap) - gap
+    width = end + LEGEND
     bottom = HEIGHT - BOTTOM
-    out = [*_open(width, HEIGHT), _text((width - RIGHT + LEFT) / 2, 18, title)]
+    out = [*_open(width, HEIGHT), _text((LEFT + end) / 2, 18, title)]
     out.append(_text(LEFT - 6, TOP - 8, y_name, "end"))
     y_of = _Axis([y for s in panels.values() for line in s.values() for _, y in line], bottom, TOP)
     for p, (x_name, series) in enumerate(panels.items()):
@@ -110,7 +112,7 @@ def xy_plot(title: str, y_name: str, panels: Panels) -> str:
             points = [(x_of(x), y_of(y)) for x, y in sorted(line)]
             out += _line(points, COLOURS[k % len(COLOURS)])
     for k, name in enumerate(next(iter(panels.values()))):
-        out += _key(width - RIGHT, k, name)
+        out += _key(end, k, name)
     return "\n".join([*out, "</svg>", ""])
 
 
