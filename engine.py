@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models import llamagen, mar, vq
+from models.flops import MARGeometry, image_work
 from models.gpt_images import GPTGenerator, GPTSampling
 from models.lazy_mar import LazyMARConfig
 from models.line_cache import LineARConfig
@@ -28,7 +29,6 @@ from util.dry_run import dry_run
 from util.errors import UserError
 from util.files import sha256_of
 from util.flags import lazy_mar_values, line_ar_values
-from util.flops import MARGeometry, mar_flops
 
 VQ_TOKENIZERS = {"vq16": vq.vq16, "vq_tiny": vq.vq_tiny}
 ROPE_TABLE = "freqs_cis"  # some published GPT files hold it; ours is computed
@@ -220,11 +220,13 @@ def evaluate(
     device: torch.device,
     dtype: torch.dtype,
     weights: str,
+    redo: bool = True,
 ) -> dict[str, object]:
     """Generate what is missing of a run, score it, and return its results (process 0; others {}).
 
     `weights` says which weights the model holds; images of other weights are not mixed in. With
-    --dry_run say what would be done, and do nothing but one batch.
+    --dry_run say what would be done, and do nothing but one batch. redo: False leaves a run that is
+    complete and scored as it is.
     """
     sampling = sampling_of(args)
     scale = None
@@ -282,6 +284,8 @@ def evaluate(
         "cfg": args.cfg,
     }
     run = evaluation.Run.from_args(args, name, config, about, meeting.world.size)
+    if not redo and (results := evaluation.finished(run)):
+        return results
     if args.dry_run:
         return dry_run(run, generator, meeting.world, device, flops)
     return evaluation.evaluate(run, generator, meeting, device)
@@ -298,26 +302,10 @@ def gpt_flops(model: llamagen.GPT, sampling: GPTSampling) -> float:
 
 def flops_per_image(model: mar.MAR, sampling: SamplingConfig) -> float:
     """Operations for one image without caches, which LazyMAR saves part of; tokenizer not counted."""
-    head = model.diffloss
-    geometry = MARGeometry(
-        seq_len=model.seq_len,
-        buffer=model.buffer_size,
-        token_dim=model.token_dim,
-        encoder_width=model.z_proj.out_features,
-        encoder_depth=len(model.encoder_blocks),
-        decoder_width=model.decoder_embed.out_features,
-        decoder_depth=len(model.decoder_blocks),
-        mlp_ratio=model.decoder_blocks[0].mlp.fc1.out_features / model.decoder_embed.out_features,
-        head_width=head.net.input_proj.out_features,
-        head_depth=len(head.net.res_blocks),
-        head_steps=head.num_sampling_steps,
-    )
     plan = DecodingPlan.create(
         model.seq_len, sampling.num_iter, sampling.cfg, sampling.cfg_schedule
     )
-    branches = 1 if sampling.cfg == 1.0 else 2
-    steps = [(step.start, step.stop, branches if step.cfg != 1.0 else 1) for step in plan.steps]
-    return mar_flops(geometry, steps)
+    return image_work(MARGeometry.of(model), plan, executed=True).total
 
 
 def method_name(config: LazyMARConfig | None) -> str:

@@ -11,10 +11,7 @@ with a head of 4 steps (--memory). The last line is one JSON document.
 """
 
 import argparse
-import concurrent.futures
 import itertools
-import multiprocessing
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +29,7 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.mar_work import HEADS, MODES, build, count_work
+from benchmarks.memory import peak_gb
 from models.sampler import Sampler
 from util.device import DTYPES, can_compile, pick_device, pick_dtype
 from util.errors import UserError, run_main
@@ -52,21 +50,6 @@ def sampling(
         )
 
     return call
-
-
-def peak_of_a_process(name: str, mode: str, batch: int, args: argparse.Namespace) -> float:
-    """Peak memory in GB of a fresh process that builds the model and samples (Linux)."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak, name, mode, batch, args).result()
-
-
-def _peak(name: str, mode: str, batch: int, args: argparse.Namespace) -> float:
-    torch.set_num_threads(1)
-    model = build(name, "cpu", num_sampling_steps="4")
-    sampling(Sampler(model, DTYPES[args.dtype]), mode, batch, args)()
-    status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak too
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
 
 
 def measure(
@@ -97,7 +80,8 @@ def measure(
         seconds = statistics.median(times[mode])
         arithmetic, with_reads = work.limits(batch, *ceilings)
         if args.memory and device.type == "cpu":
-            peaks[mode] = peak_of_a_process(name, mode, batch, args)
+            settings = args.num_iter, args.cfg, batch, dtype, args.device
+            peaks[mode] = peak_gb(name, MODES[mode], *settings)
         rows.append(
             {
                 "model": name,

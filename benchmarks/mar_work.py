@@ -9,19 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import mar
 from models.decoding import Decoding
 from models.lazy_head import LazyDenoiser
-from models.lazy_mar import LazyMARConfig
+from models.lazy_mar import CACHES, LazyMARConfig
 from models.noise import ImageNoise
 from models.plan import DecodingPlan
 from models.sampling_copy import sampling_copy
 
 HEADS = {"mar_base": (6, 1024), "mar_large": (8, 1280), "mar_huge": (12, 1536)}  # MAR's README
-ONE_CACHE = {"token_cache": False, "condition_cache": False, "head_cache": False}
 MODES: dict[str, LazyMARConfig | None] = {
     "plain": None,
     "lazy": LazyMARConfig(),
-    "token": LazyMARConfig(**{**ONE_CACHE, "token_cache": True}),
-    "condition": LazyMARConfig(**{**ONE_CACHE, "condition_cache": True}),
-    "head": LazyMARConfig(**{**ONE_CACHE, "head_cache": True}),
+    **{name: LazyMARConfig().with_caches([name]) for name in CACHES},
 }
 
 
@@ -66,9 +63,15 @@ class Work:
 def count_work(
     name: str, config: LazyMARConfig | None, num_iter: int, cfg: float, itemsize: int
 ) -> Work:
-    """The work of one image, counted by torch's flop counter on the meta device."""
+    """The work of one image by a model of this name, see `work_of`."""
     model = build(name, "meta")
-    plan = DecodingPlan.create(model.seq_len, num_iter, cfg)
+    return work_of(model, config, DecodingPlan.create(model.seq_len, num_iter, cfg), itemsize)
+
+
+def work_of(
+    model: mar.MAR, config: LazyMARConfig | None, plan: DecodingPlan, itemsize: int
+) -> Work:
+    """The work of one image by a model on the meta device, counted by torch's flop counter."""
     decoding = Decoding(
         sampling_copy(model, torch.float32, model.diffloss), 1, plan, config, temperature=1.0
     )

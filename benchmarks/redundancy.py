@@ -28,7 +28,6 @@ import engine
 from benchmarks.common import device_name, markdown, origin, write_result
 from benchmarks.redundancy_figures import draw, require_matplotlib
 from models.decoding import Decoding
-from models.lazy_cache import ProbeCache
 from models.lazy_mar import LazyMARConfig
 from models.lazy_predictor import LazyPredictor
 from models.noise import ImageNoise
@@ -155,17 +154,6 @@ def guidance_redundancy(
     }
 
 
-class RecordingProbe(ProbeCache):
-    """A ProbeCache that keeps its last selection, (rows, kept) positions; None: there was none."""
-
-    selected: Tensor | None = None
-
-    def select(self, v: Tensor, always: slice, count: int) -> Tensor:
-        """As ProbeCache."""
-        self.selected = super().select(v, always, count)
-        return self.selected
-
-
 def lazy_strip(
     model: nn.Module, plan: DecodingPlan, config: LazyMARConfig, label: int, noise: ImageNoise
 ) -> tuple[dict[str, object], Tensor]:
@@ -177,16 +165,13 @@ def lazy_strip(
     """
     decoding = Decoding(model, 1, plan, config, temperature=1.0)
     predictor: LazyPredictor = decoding.predictor
-    probe = predictor.probe = RecordingProbe(predictor.rows)
-    selected: dict[int, Tensor | None] = {}
+    select, selected = predictor.select, {}  # step index -> positions (1, kept)
 
-    def record(step: DecodingStep, tokens: Tensor) -> Tensor:
-        probe.selected = None
-        z = predictor(step, tokens)
-        selected[step.index] = probe.selected
-        return z
+    def record(v: Tensor, step: DecodingStep, kept: int) -> Tensor:
+        selected[step.index] = select(v, step, kept)
+        return selected[step.index]
 
-    decoding.predictor = record
+    predictor.select = record
     latents = model.unpatchify(decoding([label], noise))
     ranks = decoding.order[0].argsort().tolist()
     maps = []

@@ -66,18 +66,13 @@ class ProbeCache:
         self.v.copy_(v[: self.rows])
         return k, v
 
-    def select(self, v: Tensor, always: slice, count: int) -> Tensor:
-        """Positions (rows, count) to compute further, those of `always` first; remembers v.
-
-        The others are those with the lowest cosine similarity, averaged over heads, between their
-        new value v (rows, H, n, d) and the remembered one (LazyMAR, section 3.2).
+    def similarity(self, v: Tensor) -> Tensor:
+        """Cosine similarity (rows, n), averaged over heads, of each position's new value v
+        (rows, H, n, d) to the remembered one (LazyMAR, section 3.2); remembers v.
         """
-        score = F.cosine_similarity(v.float(), self.v.float(), dim=-1).mean(dim=1)  # (rows, n)
+        similarity = F.cosine_similarity(v.float(), self.v.float(), dim=-1).mean(dim=1)
         self.v.copy_(v)
-        score[:, always] = float("inf")
-        fixed = torch.arange(always.start, always.stop, device=v.device).expand(v.shape[0], -1)
-        others = score.topk(count - fixed.shape[1], dim=1, largest=False).indices
-        return torch.cat([fixed, others], dim=1)
+        return similarity
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,8 @@ everything and fills the caches, a *lazy* step reads them.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from models.plan import DecodingPlan
 
@@ -22,6 +23,11 @@ KEEP_SCHEDULE = (
     (40 / 64, 0.05),
 )
 
+CACHES = ("token", "condition", "head")
+# Which positions a lazy step computes behind the probe layer, besides those always kept. The paper's is
+# similarity; the others are controls: the least changed, those not computed for longest, any.
+TOKEN_SELECTIONS = ("similarity", "inverse_similarity", "oldest", "random")
+
 
 @dataclass(frozen=True)
 class LazyMARConfig:
@@ -32,6 +38,7 @@ class LazyMARConfig:
         to it, only the kept ones behind it.
     keep: (progress, ratio) pairs; from progress s/T on, at least this share of all positions is kept.
     keep_floor: positions kept besides those decoded in this step and in the previous one.
+    token_selection: which these are, one of TOKEN_SELECTIONS.
     token_cache, condition_cache, head_cache: each switched off alone computes its part exactly.
     head_interval: denoising step i is full if i is the first one or i % head_interval == 0.
     head_skip: head blocks (from 0) that other denoising steps replace by their last change.
@@ -44,6 +51,7 @@ class LazyMARConfig:
     probe_layer: int = 3
     keep_floor: int = 15
     keep: tuple[tuple[float, float], ...] = KEEP_SCHEDULE
+    token_selection: str = "similarity"
     token_cache: bool = True
     condition_cache: bool = True
     head_cache: bool = True
@@ -65,6 +73,10 @@ class LazyMARConfig:
             raise ValueError(f"keep has progress {progress}; it must ascend from 0")
         if not all(0 < ratio <= 1 for _, ratio in self.keep):
             raise ValueError(f"keep has ratios {[r for _, r in self.keep]}; each must be in (0, 1]")
+        if self.token_selection not in TOKEN_SELECTIONS:
+            raise ValueError(
+                f"token_selection is {self.token_selection!r}; use one of {', '.join(TOKEN_SELECTIONS)}"
+            )
         if any(block < 0 for block in self.head_skip):
             raise ValueError(f"head_skip is {self.head_skip}; head blocks count from 0")
         if not 0 <= self.head_warm <= 1:
@@ -80,6 +92,10 @@ class LazyMARConfig:
         if not isinstance(lazy_mar, cls):
             raise ValueError(f"lazy_mar is {lazy_mar!r}; give a LazyMARConfig, True, False or None")
         return lazy_mar
+
+    def with_caches(self, names: Collection[str]) -> "LazyMARConfig":
+        """The same constants with these of CACHES on, and the others off."""
+        return replace(self, **{f"{name}_cache": name in names for name in CACHES})
 
     def is_refresh(self, index: int) -> bool:
         """Whether step `index` computes everything."""
@@ -128,3 +144,27 @@ def step_policies(
         policies[step.index] = StepPolicy(refresh, lazy_stop > 0, max(step.stop, lazy_stop), kept)
         lazy_stop = 0 if refresh else max(step.stop, lazy_stop)
     return policies
+
+
+def oldest_positions(
+    plan: DecodingPlan, policies: dict[int, StepPolicy], buffer_size: int
+) -> dict[int, list[int]]:
+    """By step index, the kept positions of a lazy step if those not computed for longest are chosen.
+
+    Positions decoded in this step and in the previous one come first; of equal age, earlier ranks.
+    """
+    total = buffer_size + plan.seq_len
+    computed_at = [0] * total  # the last step that computed a position behind the probe layer
+    chosen: dict[int, list[int]] = {}
+    for step in plan.steps:
+        policy = policies[step.index]
+        kept = list(range(total))
+        if not policy.refresh and policy.kept < total:
+            always = range(buffer_size + step.previous, buffer_size + step.stop)
+            others = (p for p in kept if p not in always)
+            oldest = sorted(others, key=lambda p: computed_at[p])  # stable: ranks decide
+            kept = [*always, *oldest[: policy.kept - len(always)]]
+            chosen[step.index] = kept
+        for p in kept:
+            computed_at[p] = step.index
+    return chosen

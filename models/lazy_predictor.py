@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from models.lazy_cache import KVCache, ProbeCache
-from models.lazy_mar import LazyMARConfig, StepPolicy, step_policies
+from models.lazy_mar import LazyMARConfig, StepPolicy, oldest_positions, step_policies
 from models.plan import DecodingPlan, DecodingStep
+from models.token_selection import lowest, random_score
 from models.transformer import MaskedTransformer
 
 
@@ -47,6 +48,11 @@ class LazyPredictor:
         self.probe_layer = min(config.probe_layer, len(model.decoder_blocks))
         self.encoder_caches = [KVCache(self.rows, known) for _ in model.encoder_blocks]
         self.probe = ProbeCache(self.rows)
+        self.selection = config.token_selection
+        self.oldest: dict[int, Tensor] = {}  # step index -> kept positions (kept,)
+        if self.selection == "oldest":
+            chosen = oldest_positions(plan, self.policies, model.buffer_size)
+            self.oldest = {s: torch.tensor(kept, device=order.device) for s, kept in chosen.items()}
         deeper = range(self.probe_layer + 1, len(model.decoder_blocks))
         self.decoder_caches = {i: KVCache(self.rows, total) for i in deeper}
         self.decoder_input: Tensor | None = None  # (rows, total, D), position embeddings added
@@ -131,11 +137,10 @@ class LazyPredictor:
             return self._decode_all(x, step.start, step.stop, fill=True)
         for block in blocks[: self.probe_layer]:
             x = block(x)
-        block, buffer = blocks[self.probe_layer], self.model.buffer_size
+        block = blocks[self.probe_layer]
         h = block.norm1(x)
         k, v = block.attn.keys_values(h)
-        always = slice(buffer + step.previous, buffer + step.stop)
-        index = self.probe.select(v, always, kept)  # (rows, kept)
+        index = self.select(v, step, kept)
         x, h = _take(x, index), _take(h, index)
         x = block.finish(x, block.attn.attend(block.attn.queries(h), k, v))
         now = slice(step.start - step.previous, step.stop - step.previous)  # among the kept
@@ -143,6 +148,18 @@ class LazyPredictor:
             rows = now if i == len(blocks) - 1 else None
             x = blocks[i](x, partial(cache.scatter, index), rows)
         return x if self.decoder_caches else x[:, now]
+
+    def select(self, v: Tensor, step: DecodingStep, kept: int) -> Tensor:
+        """The probe layer's values v (rows, H, total, d) -> positions to compute (rows, kept)."""
+        if self.selection == "oldest":
+            return self.oldest[step.index].expand(self.rows, -1)
+        buffer = self.model.buffer_size
+        if self.selection == "random":
+            score = random_score(self.order[: self.rows], buffer, step.index)
+        else:
+            score = self.probe.similarity(v)
+            score = score if self.selection == "similarity" else -score
+        return lowest(score, slice(buffer + step.previous, buffer + step.stop), kept)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """On a GPU: the same contract, compiled and recorded too. Run with `make test-gpu`."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ RECORDED = pytest.mark.parametrize(
     [("mar.npz", "mar_T64_cfg3_linear"), ("lazymar.npz", "lazy_T64_cfg3_linear")],
     ids=["mar", "lazymar"],
 )
+CONTROLS = {name: replace(CONFIGS["all"], token_selection=name) for name in ("random", "oldest")}
+KINDS = {"mar": None, "lazymar": CONFIGS["all"], **CONTROLS}
 
 
 @RECORDED
@@ -46,7 +49,7 @@ def test_bf16_on_cuda_stays_near_float32(file, key):
     assert 0 < relative_error(latents.cpu(), golden(file)[key]) < 0.2
 
 
-@pytest.mark.parametrize("lazy_mar", [None, CONFIGS["all"]], ids=["mar", "lazymar"])
+@pytest.mark.parametrize("lazy_mar", KINDS.values(), ids=KINDS)
 def test_replayed_batches_equal_fresh_ones(lazy_mar):
     model = small_mar().to("cuda")
     replayed, fresh = Sampler(model, torch.float32, graphs=True), Sampler(model, torch.float32)
@@ -56,7 +59,7 @@ def test_replayed_batches_equal_fresh_ones(lazy_mar):
         assert relative_error(replayed.sample_tokens(2, 12, 3.0, **arguments), expected) < 1e-5
 
 
-@pytest.mark.parametrize("lazy_mar", [None, CONFIGS["all"]], ids=["mar", "lazymar"])
+@pytest.mark.parametrize("lazy_mar", KINDS.values(), ids=KINDS)
 def test_the_decoding_loop_never_waits_for_the_device(monkeypatch, lazy_mar):
     original = Decoding._decode
 

@@ -1,58 +1,227 @@
-"""The count of operations equals what torch counts in the modules, called without caches."""
+"""The count of operations equals what torch counts, for MAR and LazyMAR, as published and as executed."""
+
+import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import engine
+from benchmarks.mar_work import count, work_of
 from models import mar
+from models.flops import MARGeometry, Work, image_work
+from models.lazy_mar import CACHES, LazyMARConfig, step_policies
 from models.plan import DecodingPlan
+from util import flops, published
 
-SMALL = {"img_size": 32, "buffer_size": 4, "diffloss_d": 2, "diffloss_w": 24}
+LAZY = LazyMARConfig(
+    warmup=1, interval=3, probe_layer=1, keep=((0.0, 1.0), (0.3, 0.5), (0.6, 0.1)), keep_floor=1,
+    head_interval=3, head_warm=0.3,
+)  # fmt: skip
+CONFIGS = {
+    "mar": None,
+    "lazymar": LAZY,
+    "token": LAZY.with_caches(["token"]),
+    "condition": LAZY.with_caches(["condition"]),
+    "head": LAZY.with_caches(["head"]),
+    "no caches": LAZY.with_caches([]),
+    "first": replace(LAZY, warmup=0, probe_layer=0),
+    "probe last": replace(LAZY, probe_layer=2),
+    "probe behind": replace(LAZY, probe_layer=9),
+    "constants": replace(LAZY, head_interval=2, head_skip=(0, 2), head_warm=0.2),
+    "modulations": replace(LAZY, head_reuse_adaln=True),
+}
+GEOMETRIES = {
+    "tiny": {},
+    "no buffer": {"buffer_size": 0, "patch_size": 2, "img_size": 24},
+    "unequal": {
+        "encoder_embed_dim": 48, "decoder_embed_dim": 96, "mlp_ratio": 2.7,
+        "vae_embed_dim": 5,
+    },
+}  # fmt: skip
+GUIDED = (4, 3.0)  # num_iter, guidance
+CASES = [("tiny", name, GUIDED) for name in CONFIGS]
+CASES += [(geometry, "lazymar", GUIDED) for geometry in ("no buffer", "unequal")]
+CASES += [("tiny", name, (4, 1.0)) for name in ("mar", "lazymar")]
+CASES += [("tiny", "lazymar", few_or_many) for few_or_many in ((1, 3.0), (11, 3.0))]
 
 
-def counted(call) -> int:
-    """Operations of a call on tensors without contents, where fused attention is counted too."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-@pytest.mark.parametrize(("cfg", "schedule"), [(1.0, "linear"), (3.0, "linear"), (3.0, "constant")])
-def test_operations_of_an_image_are_those_that_torch_counts(cfg, schedule):
+def meta_mar(geometry: str) -> mar.MAR:
+    """A small MAR without contents."""
+    small = {"img_size": 12, "buffer_size": 4, "encoder_depth": 1, "decoder_depth": 3}
+    small |= {"diffloss_d": 3, "diffloss_w": 24, "num_sampling_steps": "4"}
     with torch.device("meta"):
-        model = mar.mar_tiny(**SMALL, num_sampling_steps="7").eval()
-    net, channels, width = model.diffloss.net, model.token_dim, model.z_proj.out_features
-    expected = 0
-    for step in DecodingPlan.create(model.seq_len, 5, cfg, schedule).steps:
-        rows, decoded = 1 if cfg == 1.0 else 2, step.stop - step.start
-
-        def predict(step=step, rows=rows):
-            order = torch.zeros(rows, model.seq_len, dtype=torch.long)
-            known, label = torch.zeros(rows, step.start, channels), torch.zeros(rows, width)
-            model.predict(known, order, step.stop, label)
-
-        def denoise(count):
-            net(torch.zeros(count, channels), torch.zeros(count), torch.zeros(count, width))
-
-        expected += counted(predict)
-        head_rows = decoded * (1 if step.cfg == 1.0 else 2)
-        embedded = counted(lambda n=head_rows: net.time_embed(torch.zeros(n)))
-        conditioned = counted(lambda n=head_rows: net.cond_embed(torch.zeros(n, width)))
-        projected = counted(lambda n=decoded: net.input_proj(torch.zeros(n, channels)))
-        twice = head_rows // decoded - 1  # both branches start from one projected token
-        each = counted(lambda n=head_rows: denoise(n)) - embedded - conditioned - twice * projected
-        expected += 7 * each + conditioned  # the condition is embedded once for all steps
-    sampling = engine.SamplingConfig(5, cfg, schedule, 1.0, None)
-    assert engine.flops_per_image(model, sampling) == pytest.approx(expected, rel=1e-9)
+        return mar.mar_tiny(**{**small, **GEOMETRIES[geometry]}).eval().requires_grad_(False)
 
 
-def test_guidance_and_size_cost_what_they_must():
+def cached(total: int, heads: int, width: int):
+    """A KVUpdate that attends to `total` positions, whatever was computed."""
+
+    def update(k, v):
+        both = torch.zeros(len(k), heads, total, width // heads)
+        return both, both
+
+    return update
+
+
+class Published:
+    """LazyMAR's algorithm (its sections 3.2 to 3.4 and its head cache), step by step on modules.
+
+    Nothing is remembered: tensors without contents have only their sizes.
+    """
+
+    def __init__(self, model: mar.MAR, plan: DecodingPlan, config: LazyMARConfig | None):
+        self.model, self.plan, self.config = model, plan, config
+        self.branches = 2 if plan.guided else 1
+        self.total = model.buffer_size + model.seq_len
+        self.policies = step_policies(config, plan, model.buffer_size) if config else {}
+
+    def work(self) -> Work:
+        """All steps, part by part."""
+        parts = {"encoder": 0.0, "decoder": 0.0, "head": 0.0}
+        head_of_a_token = self.counted(self.head)
+        for step in self.plan.steps:
+            lazy = self.config is not None and not self.policies[step.index].refresh
+            rows = 1 if lazy and self.config.condition_cache else self.branches
+            token = lazy and self.config.token_cache
+            parts["encoder"] += self.counted(self.encoder, step, rows, token)
+            parts["decoder"] += self.counted(self.decoder, step, rows, token)
+            parts["head"] += (step.stop - step.start) * head_of_a_token
+        return Work(**parts)
+
+    @staticmethod
+    def counted(function, *arguments) -> float:
+        with torch.device("meta"):
+            return count(lambda: function(*arguments))
+
+    def encoder(self, step, rows, lazy):
+        model, width = self.model, self.model.z_proj.out_features
+        first = step.previous if lazy else 0
+        order = torch.zeros(rows, step.start - first, dtype=torch.long)
+        tokens = torch.zeros(rows, step.start - first, model.token_dim)
+        x = model.embed_known(tokens, order, torch.zeros(rows, width))
+        heads = model.encoder_blocks[0].attn.num_heads
+        update = cached(model.buffer_size + step.start, heads, width) if lazy else None
+        model.encode(x, [update] * len(model.encoder_blocks))
+
+    def decoder(self, step, rows, lazy):
+        model = self.model
+        new = model.buffer_size + step.start - (step.previous if lazy else 0)
+        model.decoder_embed(torch.zeros(rows, new, model.z_proj.out_features))
+        width, blocks = model.decoder_embed.out_features, model.decoder_blocks
+        x = torch.zeros(rows, self.total, width)
+        kept = self.policies[step.index].kept if lazy else self.total
+        for i, block in enumerate(blocks):
+            if not lazy or i < self.config.probe_layer:
+                x = block(x)
+            elif i == self.config.probe_layer:
+                attended = block.attn(block.norm1(x))  # of all positions
+                x = block.finish(x[:, :kept], attended[:, :kept])
+            else:
+                x = block(x, cached(self.total, block.attn.num_heads, width))
+
+    def head(self):
+        net, steps = self.model.diffloss.net, self.model.diffloss.num_sampling_steps
+        width = net.cond_embed.in_features
+
+        def inputs(rows):
+            x = torch.zeros(rows, self.model.token_dim)
+            return x, torch.zeros(rows), torch.zeros(rows, width)
+
+        config = self.config
+        for i in range(steps):
+            if config is None or not config.head_cache or config.is_full(i, steps):
+                net(*inputs(self.branches))
+                continue
+            x, t, c = inputs(1)
+            embedding, hidden = net.time_embed(t) + net.cond_embed(c), net.input_proj(x)
+            for b, block in enumerate(net.res_blocks):
+                if b in config.head_skip:
+                    continue
+                if not config.head_reuse_adaln:
+                    block.adaLN_modulation[1](embedding)
+                if config.is_warm(i, steps):
+                    block.mlp(hidden)
+            if config.head_reuse_adaln:
+                net.final_layer.linear(hidden)
+            else:
+                net.final_layer(hidden, embedding)
+
+
+@pytest.mark.parametrize(("geometry", "name", "sampling"), CASES)
+def test_the_count_is_what_torch_counts(geometry, name, sampling):
+    model, config = meta_mar(geometry), CONFIGS[name]
+    plan = DecodingPlan.create(model.seq_len, *sampling)
+    sizes = MARGeometry.of(model)
+    assert image_work(sizes, plan, config) == Published(model, plan, config).work()
+    executed, counted = (
+        image_work(sizes, plan, config, executed=True),
+        work_of(model, config, plan, itemsize=4),
+    )
+    assert executed.encoder + executed.decoder == counted.transformer_flops
+    assert executed.head == counted.head_flops
+
+
+def test_guidance_costs_a_second_branch_and_every_cache_saves():
+    geometry = MARGeometry.of(meta_mar("tiny"))
+    free, guided = (DecodingPlan.create(geometry.seq_len, 12, cfg) for cfg in (1.0, 3.0))
+    for config in (None, CONFIGS["token"]):
+        alone, both = (image_work(geometry, plan, config) for plan in (free, guided))
+        assert both.total == 2 * alone.total
+    plain, lazy = (image_work(geometry, guided, config).total for config in (None, LAZY))
+    for name in CACHES:
+        others = [other for other in CACHES if other != name]
+        assert image_work(geometry, guided, LAZY.with_caches([name])).total < plain
+        assert image_work(geometry, guided, LAZY.with_caches(others)).total > lazy
+
+
+def test_a_dry_run_counts_what_is_executed():
     with torch.device("meta"):
         base = mar.mar_base(diffloss_d=6, diffloss_w=1024)
-        huge = mar.mar_huge(diffloss_d=12, diffloss_w=1536)
-    plain, guided = (engine.SamplingConfig(64, cfg, "constant", 1.0, None) for cfg in (1.0, 3.0))
-    assert engine.flops_per_image(base, guided) == pytest.approx(
-        2 * engine.flops_per_image(base, plain), rel=0.01
-    )
-    assert engine.flops_per_image(huge, plain) > 3 * engine.flops_per_image(base, plain)
+    sampling = engine.SamplingConfig(64, 3.0, "linear", 1.0, None)
+    assert engine.flops_per_image(base, sampling) == pytest.approx(13.927e12, rel=1e-4)
+
+
+# ---- the command -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def printed() -> tuple[str, dict]:
+    """What `python -m util.flops` prints: the tables, and the document of its last line."""
+    text = flops.report(flops.tabulate(num_iter=64))
+    return text, json.loads(text.splitlines()[-1])
+
+
+def test_the_document_holds_the_papers_table(printed):
+    _, document = printed
+    assert list(document) == ["mar_base", "mar_large", "mar_huge"]
+    for name, found in document.items():
+        assert list(found) == ["plain", "lazy", "ratio"]
+        plain, lazy = (published.tflops_at_64(name, lazy_mar) for lazy_mar in (False, True))
+        assert 0.94 <= found["plain"] / plain <= 1
+        assert abs(found["lazy"] / lazy - 1) < 0.06
+        assert abs(found["ratio"] / (plain / lazy) - 1) < 0.03
+    assert 65 <= document["mar_huge"]["plain"] <= 69
+
+
+def test_shares_of_the_caches_add_up_to_all_that_is_saved():
+    for name, modes in flops.tabulate(num_iter=64).items():
+        shares = flops.shares(modes)
+        saved = modes["MAR"].published.total - modes["LazyMAR"].published.total
+        assert sum(share.share for share in shares.values()) == pytest.approx(1), name
+        assert shares["head"].alone == pytest.approx(
+            shares["head"].last
+        )  # independent of the others
+        assert shares["token"].alone + shares["condition"].alone > saved - shares["head"].alone
+
+
+def test_every_model_and_mode_has_its_row(printed, monkeypatch, capsys):
+    text, document = printed
+    for name in document:
+        for mode in flops.MODES:
+            assert sum(line.startswith(f"| {name} | {mode} |") for line in text.splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["flops", "--num_iter", "32"])
+    flops.main()
+    fewer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert fewer["mar_base"]["plain"] < document["mar_base"]["plain"]

@@ -14,8 +14,8 @@ ALLOWED = {
     "models": {"models", "diffusion"},
     "engine": {"models", "diffusion", "util"},
 }
-# These make the bundled files, so they need the models that these belong to.
-ASSET_BUILDERS = {"util.tiny_assets", "util.tiny_vq", "util.tiny_gpt"}
+# Commands that make the bundled files, or count the work of models; nothing else may import them.
+COMMANDS_ON_MODELS = {"util.tiny_assets", "util.tiny_vq", "util.tiny_gpt", "util.flops"}
 ONLY_HOME = {"torchvision": "util.data", "torch_fidelity": "util.metrics"}
 
 
@@ -73,9 +73,14 @@ def test_the_packages_are_found():
 @pytest.mark.parametrize("module", LAYERED)
 def test_a_layer_imports_only_the_layers_below_it(module):
     allowed = ALLOWED[module.split(".")[0]]
-    if module in ASSET_BUILDERS:
+    if module in COMMANDS_ON_MODELS:
         allowed = allowed | {"models"}
     assert tops(GRAPH[module]) & OWN <= allowed
+
+
+def test_commands_on_models_are_imported_by_each_other_alone():
+    users = {module for module, names in GRAPH.items() if names & COMMANDS_ON_MODELS}
+    assert users <= COMMANDS_ON_MODELS
 
 
 def test_engine_is_imported_by_top_level_scripts_and_benchmarks_alone():

@@ -8,7 +8,7 @@ import torch
 
 from models.decoding import Decoding
 from models.denoiser import guide
-from models.lazy_cache import ProbeCache
+from models.lazy_predictor import LazyPredictor
 from tests.golden_data import golden, golden_model, golden_noise, load_npz, relative_error
 
 EXACT, SAMPLED = 1e-5, 1e-4
@@ -124,14 +124,14 @@ def test_the_decoders_output_equals_the_recorded_one_step_by_step(monkeypatch, f
 
 def test_lazymar_keeps_the_recorded_positions(monkeypatch):
     selected = []
-    original = ProbeCache.select
+    original = LazyPredictor.select
 
-    def select(self, v, always, count):
-        index = original(self, v, always, count)
+    def select(self, v, step, kept):
+        index = original(self, v, step, kept)
         selected.append(index)
         return index
 
-    monkeypatch.setattr(ProbeCache, "select", select)
+    monkeypatch.setattr(LazyPredictor, "select", select)
     noise, labels = golden_noise("lazymar.npz")
     golden_model().sample_tokens(2, 64, 3.0, labels=labels, noise=noise, lazy_mar=True)
 

@@ -26,7 +26,7 @@ from util.image_source import open_source
 from util.images import list_images
 from util.metrics import Scorer
 from util.run_dir import MAY_DIFFER, RunDir, provenance
-from util.score_request import SCORES, ScoreRequest
+from util.score_request import RESULT_OF, SCORES, ScoreRequest
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,18 @@ class Run:
 def request_of(args: argparse.Namespace) -> ScoreRequest:
     """What the flags want to know of the images."""
     return ScoreRequest(args.features, args.features_path, args.fid_stats, args.metrics)
+
+
+def finished(run: Run) -> dict[str, object]:
+    """The results of a run whose images are all there and scored as requested; {} if they are not."""
+    folder = RunDir(run.path)
+    results = folder.results()
+    if not results or run.request is None or folder.conflict(run.config):
+        return {}
+    scored = results.get("reference") == run.request.reference and all(
+        results.get(RESULT_OF[metric]) is not None for metric in run.request.metrics
+    )
+    return results if scored and not folder.missing(range(run.num_images)) else {}
 
 
 def evaluate(

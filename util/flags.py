@@ -222,6 +222,12 @@ def _add_lazy_mar(parser: argparse.ArgumentParser) -> None:
         metavar="P:R,...",
         help="from progress P on keep at least the share R, such as 0:1,0.3125:0.6,0.625:0.05",
     )
+    add(
+        "--token_selection",
+        metavar="NAME",
+        help="which these are: similarity, or as a control inverse_similarity, oldest or random "
+        "(similarity)",
+    )
     for name, what in (
         ("token_cache", "compute only tokens that changed"),
         ("condition_cache", "take the unconditional branch from its cached residual"),

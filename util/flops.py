@@ -1,63 +1,167 @@
-"""How much arithmetic an image takes, counted from the geometry: 2 operations per multiply-add.
+"""The operations that LazyMAR's paper states, counted: all models and modes, by part and by cache.
 
-Matrix products only, as torch.utils.flop_counter counts them; norms and activations are left out.
+    python -m util.flops
+
+No weights are needed. `published` counts the algorithm as its authors' code computes it, `executed`
+what is computed here (models/flops.py). The last line is one JSON document of the published count:
+{model: {"plain": TFLOPs per image, "lazy": ..., "ratio": ...}}.
 """
 
-from collections.abc import Sequence
+import argparse
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
+
+from models import mar
+from models.flops import MARGeometry, Work, image_work
+from models.lazy_mar import CACHES, LazyMARConfig
+from models.plan import DecodingPlan
+from models.presets import PRESETS
+from util.errors import UserError, run_main
+from util.published import tflops_at_64
+
+MODELS = ("mar_base", "mar_large", "mar_huge")
+LAZY = LazyMARConfig()
+# Name of a row -> (configuration, guided).
+MODES: dict[str, tuple[LazyMARConfig | None, bool]] = {
+    "MAR": (None, True),
+    "LazyMAR": (LAZY, True),
+    **{f"{name} cache alone": (LAZY.with_caches([name]), True) for name in CACHES},
+    **{f"no {name} cache": (LAZY.with_caches(set(CACHES) - {name}), True) for name in CACHES},
+    "MAR without guidance": (None, False),
+    "LazyMAR without guidance": (LAZY, False),
+}
 
 
 @dataclass(frozen=True)
-class MARGeometry:
-    """Sizes of a MAR: L tokens of `token_dim` channels behind `buffer` class tokens."""
+class Counts:
+    """Operations for one image by both counts."""
 
-    seq_len: int
-    buffer: int
-    token_dim: int
-    encoder_width: int
-    encoder_depth: int
-    decoder_width: int
-    decoder_depth: int
-    mlp_ratio: float
-    head_width: int
-    head_depth: int
-    head_steps: int
+    published: Work
+    executed: Work
 
 
-def block_flops(rows: int, keys: int, width: int, mlp_ratio: float) -> float:
-    """A transformer block that computes `rows` positions, which attend to `keys` positions."""
-    queries_and_output = 4 * rows * width * width
-    keys_and_values = 4 * keys * width * width
-    attention = 4 * rows * keys * width
-    mlp = 4 * rows * width * mlp_ratio * width
-    return queries_and_output + keys_and_values + attention + mlp
+@dataclass(frozen=True)
+class Share:
+    """What a cache saves, as published: alone, and last (with the others on already).
 
-
-def head_flops(geometry: MARGeometry, branches: int) -> float:
-    """The diffusion head for one token, all denoising steps."""
-    w = geometry.head_width
-    modulation_and_mlp = 2 * 3 * w * w + 2 * 2 * w * w
-    final = 2 * 2 * w * w + 2 * 2 * w * geometry.token_dim
-    per_branch = geometry.head_depth * modulation_and_mlp + final
-    shared = 2 * geometry.token_dim * w
-    condition = 2 * geometry.decoder_width * w
-    return branches * condition + geometry.head_steps * (shared + branches * per_branch)
-
-
-def mar_flops(geometry: MARGeometry, steps: Sequence[tuple[int, int, int]]) -> float:
-    """One image by MAR without caches; each step is (known tokens, known afterwards, branches).
-
-    branches: 2 with guidance, else 1.
+    share: of all that the three save together. The token and the condition cache overlap, which is
+    divided evenly between them: (alone + last) / 2. The head cache overlaps with none.
     """
-    g, total = geometry, 0.0
-    positions = g.buffer + g.seq_len
-    for start, stop, branches in steps:
-        known, decoded = g.buffer + start, stop - start
-        encoder = 2 * start * g.token_dim * g.encoder_width
-        encoder += g.encoder_depth * block_flops(known, known, g.encoder_width, g.mlp_ratio)
-        decoder = 2 * known * g.encoder_width * g.decoder_width
-        whole = block_flops(positions, positions, g.decoder_width, g.mlp_ratio)
-        last = block_flops(decoded, positions, g.decoder_width, g.mlp_ratio)
-        decoder += (g.decoder_depth - 1) * whole + last
-        total += branches * (encoder + decoder) + decoded * head_flops(g, branches)
-    return total
+
+    alone: float
+    last: float
+    share: float
+
+
+def geometry_of(name: str) -> MARGeometry:
+    """That of a named model."""
+    preset = PRESETS[name]
+    with torch.device("meta"):
+        model = getattr(mar, name)(diffloss_d=preset.diffloss_d, diffloss_w=preset.diffloss_w)
+    return MARGeometry.of(model)
+
+
+def tabulate(num_iter: int) -> dict[str, dict[str, Counts]]:
+    """Model -> mode -> operations for one image. The value of the guidance scale does not matter."""
+    table = {}
+    for name in MODELS:
+        geometry = geometry_of(name)
+        plans = {
+            guided: DecodingPlan.create(geometry.seq_len, num_iter, 3.25 if guided else 1.0)
+            for guided in (True, False)
+        }
+        table[name] = {
+            mode: Counts(*(image_work(geometry, plans[guided], config, e) for e in (False, True)))
+            for mode, (config, guided) in MODES.items()
+        }
+    return table
+
+
+def shares(modes: Mapping[str, Counts]) -> dict[str, Share]:
+    """Cache -> what it saves."""
+    total = {mode: counts.published.total for mode, counts in modes.items()}
+    saved = total["MAR"] - total["LazyMAR"]
+    found = {}
+    for name in CACHES:
+        alone = total["MAR"] - total[f"{name} cache alone"]
+        last = total[f"no {name} cache"] - total["LazyMAR"]
+        found[name] = Share(alone, last, (alone + last) / 2 / saved)
+    return found
+
+
+def report(table: Mapping[str, Mapping[str, Counts]]) -> str:
+    """Markdown tables, and one line of JSON."""
+    head = ["TFLOPs per image", "", "encoder", "decoder", "head", "all", "MAR / this"]
+    lines = _row([*head, "executed", "MAR / this"]) + _rule(9)
+    for name, modes in table.items():
+        for mode, counts in modes.items():
+            plain = modes["MAR" if MODES[mode][1] else "MAR without guidance"]
+            work, executed = counts.published, counts.executed.total
+            parts = (work.encoder, work.decoder, work.head, work.total)
+            lines += _row(
+                [
+                    name,
+                    mode,
+                    *(f"{part / 1e12:.2f}" for part in parts),
+                    f"{plain.published.total / work.total:.2f}",
+                    f"{executed / 1e12:.2f}",
+                    f"{plain.executed.total / executed:.2f}",
+                ]
+            )
+    lines += (
+        "\n" + _row(["TFLOPs saved", "cache", "alone", "last", "share of all saved"]) + _rule(5)
+    )
+    for name, modes in table.items():
+        for cache, found in shares(modes).items():
+            saved = [f"{value / 1e12:.2f}" for value in (found.alone, found.last)]
+            lines += _row([name, cache, *saved, f"{found.share:.0%}"])
+    document = {}
+    for name, modes in table.items():
+        plain, lazy = (modes[mode].published.total / 1e12 for mode in ("MAR", "LazyMAR"))
+        document[name] = {"plain": plain, "lazy": lazy, "ratio": plain / lazy}
+    return f"{lines}\n{json.dumps(document)}"
+
+
+def beside_the_paper(table: Mapping[str, Mapping[str, Counts]]) -> str:
+    """Markdown: the published totals of 64 steps, and ours as a share of them."""
+    lines = _row(["published", "MAR", "counted", "LazyMAR", "counted", "ratio", "counted"]) + _rule(
+        7
+    )
+    for name, modes in table.items():
+        plain, lazy = (modes[mode].published.total / 1e12 for mode in ("MAR", "LazyMAR"))
+        stated = [tflops_at_64(name, lazy_mar) for lazy_mar in (False, True)]
+        ratios = stated[0] / stated[1], plain / lazy
+        cells = [f"{stated[0]:.2f}", f"{plain / stated[0]:.1%}", f"{stated[1]:.2f}"]
+        cells += [f"{lazy / stated[1]:.1%}", f"{ratios[0]:.2f}", f"{ratios[1]:.2f}"]
+        lines += _row([name, *cells])
+    return lines
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _rule(columns: int) -> str:
+    return _row(["---"] * columns)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        "python -m util.flops", description="Operations of MAR and LazyMAR for one image."
+    )
+    parser.add_argument("--num_iter", type=int, default=64, help="autoregressive steps [64]")
+    args = parser.parse_args()
+    if args.num_iter < 1:
+        raise UserError(f"--num_iter is {args.num_iter}; it must be a number of at least 1")
+    table = tabulate(args.num_iter)
+    if args.num_iter == 64:
+        print(beside_the_paper(table))
+    print(report(table))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -7,6 +7,8 @@ from pathlib import Path
 from util.files import sha256_of
 
 METRICS = ("fid", "isc", "sfid", "kid", "pr")  # pr: precision and recall
+# One of the results of each.
+RESULT_OF = {"fid": "fid", "isc": "is_mean", "sfid": "sfid", "kid": "kid_mean", "pr": "precision"}
 SCORES = (
     *("fid", "is_mean", "is_std", "is_splits", "accuracy", "sfid"),
     *("kid_mean", "kid_std", "kid_subset", "precision", "recall", "reference"),

@@ -1,0 +1,144 @@
+"""The rows of all ablations: what is sampled, and how. Names, integers and configurations only."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from models.lazy_mar import CACHES, TOKEN_SELECTIONS, LazyMARConfig
+
+STEPS = 64  # both papers' quick setting
+FEWER_STEPS = (48, 32, 24, 16)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: MAR (config None) or LazyMAR with `num_iter` steps."""
+
+    name: str
+    config: LazyMARConfig | None
+    num_iter: int = STEPS
+
+    @property
+    def task(self) -> tuple[LazyMARConfig | None, int]:
+        """What decides its images: rows of one task share a run."""
+        return self.config, self.num_iter
+
+
+MAR = Row("MAR", None)
+CHANGED = {  # group -> field of LazyMARConfig and its values; the default is among the rows anyway
+    "interval": ("interval", (1, 3, 5, 9, 13, 18)),
+    "warmup": ("warmup", (0, 1, 3, 5, 10, 20)),
+    "probe_layer": ("probe_layer", (0, 1, 2, 3, 4)),
+    "token_selection": ("token_selection", TOKEN_SELECTIONS),
+    "head_interval": ("head_interval", (1, 2, 3, 5, 7, 10, 14)),
+    "head_skip": ("head_skip", ((), (1,), (1, 2), (1, 2, 3, 4), (0, 1, 2, 3, 4))),
+}
+KEEP_SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+Series = dict[str, list[Row]]
+# (row, configuration) -> steps with which that costs as much as the row; None: even one costs more.
+StepsAt = Callable[[Row, LazyMARConfig | None], int | None]
+
+
+def changed(base: LazyMARConfig, field: str, values: Iterable[object]) -> list[Row]:
+    """The base with other values of a field, its own among them."""
+    rows = []
+    for value in dict.fromkeys([*values, getattr(base, field)]):
+        shown = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else value
+        default = ", the default" if value == getattr(base, field) else ""
+        rows.append(Row(f"{field} {shown}{default}", replace(base, **{field: value})))
+    return sorted(rows, key=lambda row: _place(getattr(row.config, field)))
+
+
+def _place(value: object) -> tuple[object, ...]:
+    """Numbers by size, sets of blocks by their number, names as they are listed."""
+    if isinstance(value, str):
+        return (TOKEN_SELECTIONS.index(value),)
+    return (len(value), value) if isinstance(value, tuple) else (value,)
+
+
+def scaled(base: LazyMARConfig, scale: float) -> LazyMARConfig:
+    """With every keep ratio below 1 times `scale`, at most 1."""
+    keep = tuple((p, r if r == 1 else min(1.0, scale * r)) for p, r in base.keep)
+    return replace(base, keep=keep)
+
+
+def keep_rows(base: LazyMARConfig) -> list[Row]:
+    """Keep schedules."""
+    rows = [
+        Row(f"keep x {s:g}" + (", the default" if s == 1 else ""), scaled(base, s))
+        for s in KEEP_SCALES
+    ]
+    return [*rows, Row("keep all positions", replace(base, keep=((0.0, 1.0),)))]
+
+
+def cache_rows(base: LazyMARConfig) -> list[Row]:
+    """All eight combinations of the caches."""
+    chosen = [names for count in range(4) for names in combinations(CACHES, count)]
+    return [Row(" + ".join(names) or "no cache", base.with_caches(names)) for names in chosen]
+
+
+def lazy_rows(base: LazyMARConfig) -> list[Row]:
+    """LazyMAR with fewer steps, too."""
+    return [Row(f"LazyMAR, {steps} steps", base, steps) for steps in (STEPS, *FEWER_STEPS)]
+
+
+def rivals(base: LazyMARConfig) -> dict[str, LazyMARConfig | None]:
+    """What could save by fewer steps instead: MAR, whose head costs the same with any number of steps
+    (each token is denoised once), and MAR with the head cache."""
+    return {"MAR": None, "head cache alone": base.with_caches(["head"])}
+
+
+def equal_cost_rows(base: LazyMARConfig, steps_at: StepsAt) -> list[Row]:
+    """LazyMAR, and below each its rivals with as many steps as cost the same."""
+    rows = []
+    for lazy in lazy_rows(base):
+        rows.append(lazy)
+        for name, config in rivals(base).items():
+            if steps := steps_at(lazy, config):
+                rows.append(Row(f"{name}, {steps} steps: the cost of {lazy.name}", config, steps))
+    return rows
+
+
+def frontier_series(base: LazyMARConfig, steps_at: StepsAt) -> Series:
+    """The lines of the plot of quality over cost; the same row may be on several."""
+    series: Series = {}
+    for name, config in rivals(base).items():
+        equal = steps_at(Row("LazyMAR", base), config)
+        steps = sorted({STEPS, *FEWER_STEPS, *([equal] if equal else [])}, reverse=True)
+        rows = [Row(f"{name}, {n} steps", config, n) for n in steps]
+        series[f"{name}, fewer steps"] = rows
+    series["MAR, fewer steps"][0] = MAR
+    return series | {
+        "LazyMAR, fewer steps": lazy_rows(base),
+        "refresh interval": changed(base, *CHANGED["interval"]),
+        "keep scale": keep_rows(base),
+        "head interval": changed(base, *CHANGED["head_interval"]),
+    }
+
+
+def selection_rows(base: LazyMARConfig) -> list[Row]:
+    """Token selections, with all caches and with the token cache alone, where nothing else blurs."""
+    rows = changed(base, *CHANGED["token_selection"])
+    return rows + [
+        replace(
+            row, name=f"{row.name}, token cache alone", config=row.config.with_caches(["token"])
+        )
+        for row in rows
+    ]
+
+
+def groups(base: LazyMARConfig, steps_at: StepsAt) -> dict[str, list[Row]]:
+    """Name of each group -> its rows. The first is MAR, which the others are compared with."""
+    found = {"caches": cache_rows(base)}
+    found |= {name: changed(base, *fields) for name, fields in CHANGED.items()}
+    found["token_selection"] = selection_rows(base)
+    found |= {"keep": keep_rows(base), "steps": equal_cost_rows(base, steps_at)}
+    frontier = frontier_series(base, steps_at)
+    found["frontier"] = [row for rows in frontier.values() for row in rows]
+    unique = {}
+    for name, rows in found.items():
+        first: dict[object, Row] = {}
+        for row in (MAR, *rows):
+            first.setdefault(row.task, row)
+        unique[name] = list(first.values())
+    return unique
