@@ -5,8 +5,6 @@ for the known ones, PyTorch's default attention and AdamW, an average updated te
 arithmetic of the loss is that of MAR's paper and code; blocks and diffusion tables are ours.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -49,10 +47,9 @@ class EagerTraining:
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
         self.averages = [p.detach().clone() for p in model.parameters()]
 
-    def step(self, latents: Tensor, labels: Tensor) -> Tensor:
-        """One step on latents (B, C, H, W) and labels (B,); returns the loss."""
+    def step(self, latents: Tensor, labels: Tensor, masked: int) -> Tensor:
+        """One step on latents (B, C, H, W), labels (B,), `masked` tokens each; returns the loss."""
         model, (bsz, device) = self.model, (len(labels), latents.device)
-        masked = math.ceil(model.seq_len * model.mask_ratio.rvs())
         order = torch.rand(bsz, model.seq_len, device=device).argsort(dim=1)
         mask = torch.zeros(bsz, model.seq_len, device=device)
         mask.scatter_(1, order[:, :masked], 1.0)

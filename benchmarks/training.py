@@ -4,8 +4,7 @@
     python -m benchmarks.training --model mar_base --batch 4 --device cpu --dtype bf16 --memory
 
 Random weights and latents. After warm-up the rows take turns, so that a slow moment hits all of
-them; medians count. Every step of a row has the mask ratio of that step of the other rows, but for
-the eager one, which draws its own. --memory adds each row's peak in a process of its own: CUDA's
+them; medians count. Step k masks as many tokens in every row. --memory adds each row's peak in a process of its own: CUDA's
 count, or on a CPU that of the whole process (Linux). The last line is one JSON document.
 """
 
@@ -23,6 +22,7 @@ from benchmarks.common import device_name, markdown, origin, seconds_of, write_r
 from benchmarks.eager_training import EagerTraining
 from benchmarks.mar_work import HEADS, build
 from models import mar
+from models.noise import TrainingNoise
 from util import training
 from util.device import DTYPES, pick_device, pick_dtype
 from util.ema import EMA
@@ -42,9 +42,13 @@ def stepper(row: str, args: argparse.Namespace) -> Callable[[int], object]:
     side = model.grid_size * model.patch_size
     latents = torch.randn(args.batch, model.vae_embed_dim, side, side, device=device)
     labels = torch.randint(model.class_num, (args.batch,), device=device)
+
+    def noise_of(k: int) -> TrainingNoise:
+        return model.training_noise(args.batch, training.step_seed(0, k))
+
     if row == "eager":
         eager = EagerTraining(model, LR, dtype)
-        return lambda k: eager.step(latents, labels)
+        return lambda k: eager.step(latents, labels, model.seq_len - noise_of(k).known)
     if "compile" in row:
         mar.compile_for_training(model)
     state = training.TrainState(
@@ -57,8 +61,7 @@ def stepper(row: str, args: argparse.Namespace) -> Callable[[int], object]:
     config = training.StepConfig(LRSchedule(LR), 3.0, 0, 0, device, dtype)
 
     def step(k: int) -> object:
-        noise = model.training_noise(args.batch, training.step_seed(0, k))
-        return training.train_step(state, [(latents, labels, noise)], LR, config)
+        return training.train_step(state, [(latents, labels, noise_of(k))], LR, config)
 
     return step
 
