@@ -4,8 +4,9 @@
     python -m benchmarks.training --model mar_base --batch 4 --device cpu --dtype bf16 --memory
 
 Random weights and latents. After warm-up the rows take turns, so that a slow moment hits all of
-them; medians count. Step k masks as many tokens in every row. --memory adds each row's peak in a process of its own: CUDA's
-count, or on a CPU that of the whole process (Linux). The last line is one JSON document.
+them; medians count. Step k masks as many tokens in every row. --memory adds each row's peak in a
+process of its own: CUDA's count, or on a CPU that of the whole process (Linux). The last line is one
+JSON document.
 """
 
 import argparse
