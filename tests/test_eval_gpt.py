@@ -184,7 +184,7 @@ def test_a_cache_is_named_by_its_budget_and_by_what_was_changed(config, name):
 
 
 def test_weights_that_are_not_numbers_make_no_picture(refused, files, tmp_path):
-    state = torch.load(files / "bare.pt")
+    state = torch.load(files / "bare.pt", weights_only=True)
     state["norm.weight"][0] = float("nan")
     torch.save(state, tmp_path / "nan.pt")
     flags = ("--model", "gpt_tiny", "--img_size", 16, "--no_score")
