@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from util.device import DTYPES, pick_dtype
 from util.files import atomic_path, write_json
 from util.run_dir import provenance
 
@@ -56,6 +57,12 @@ def device_name(device: torch.device) -> str:
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def default_dtype(device: torch.device) -> str:
+    """The name, as --dtype takes it, of the precision that a device computes in unless told."""
+    dtype = pick_dtype(None, device)
+    return next(name for name, value in DTYPES.items() if value == dtype)
 
 
 def origin() -> dict[str, object]:

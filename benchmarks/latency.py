@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
+    default_dtype,
     device_name,
     markdown,
     matrix_rate,
@@ -31,7 +32,7 @@ from benchmarks.common import (
 from benchmarks.mar_work import HEADS, MODES, build, count_work
 from benchmarks.memory import peak_gb
 from models.sampler import Sampler
-from util.device import DTYPES, can_compile, pick_device, pick_dtype
+from util.device import DTYPES, can_compile, pick_device
 from util.errors import UserError, run_main
 
 
@@ -124,9 +125,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
     args = parser.parse_args()
     device = pick_device(args.device)
-    if args.dtype is None:
-        dtype = pick_dtype(None, device)
-        args.dtype = next(name for name, value in DTYPES.items() if value == dtype)
+    args.dtype = args.dtype or default_dtype(device)
     if args.warmup is None:
         args.warmup = 3 if device.type == "cuda" else 0
     for name in args.models.split(","):

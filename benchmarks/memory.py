@@ -1,8 +1,9 @@
-"""Peak memory of sampling one batch, in a process of its own."""
+"""Peak memory of some work, in a process of its own."""
 
 import concurrent.futures
 import multiprocessing
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,24 @@ import torch
 from benchmarks.mar_work import build
 from models.lazy_mar import LazyMARConfig
 from models.sampler import Sampler
+
+
+def peak_of(device: str, work: Callable[..., None], *args: object) -> float:
+    """GB at most of a fresh process that calls work(*args), a function of a module.
+
+    On CUDA the device's own count; on CPUs (Linux) the whole process.
+    """
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak, device, work, args).result()
+
+
+def _peak(device: str, work: Callable[..., None], args: tuple) -> float:
+    work(*args)
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak too
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
 
 
 def peak_gb(
@@ -21,17 +40,11 @@ def peak_gb(
     dtype: torch.dtype,
     device: str,
 ) -> float:
-    """GB at most, of a fresh process that builds a model of random weights and samples.
-
-    On CUDA the device's own count. On CPUs (Linux) the whole process, whose head takes 4 steps to
-    save time.
-    """
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak, name, config, num_iter, cfg, batch, dtype, device).result()
+    """peak_of sampling one batch from a model of random weights; on CPUs the head takes 4 steps."""
+    return peak_of(device, _sample, name, config, num_iter, cfg, batch, dtype, device)
 
 
-def _peak(
+def _sample(
     name: str,
     config: LazyMARConfig | None,
     num_iter: int,
@@ -39,7 +52,7 @@ def _peak(
     batch: int,
     dtype: torch.dtype,
     device: str,
-) -> float:
+) -> None:
     torch.set_num_threads(1)
     on_cuda = torch.device(device).type == "cuda"
     model = build(name, device, **({} if on_cuda else {"num_sampling_steps": "4"}))
@@ -48,7 +61,3 @@ def _peak(
     Sampler(model, dtype).sample_tokens(
         batch, num_iter, cfg, labels=labels, lazy_mar=config, noise=noise
     )
-    if on_cuda:
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak too
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9

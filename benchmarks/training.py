@@ -10,22 +10,20 @@ JSON document.
 """
 
 import argparse
-import concurrent.futures
-import multiprocessing
-import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import device_name, markdown, origin, seconds_of, write_result
+from benchmarks.common import default_dtype, device_name, markdown, origin, seconds_of, write_result
 from benchmarks.eager_training import EagerTraining
 from benchmarks.mar_work import HEADS, build
+from benchmarks.memory import peak_of
 from models import mar
 from models.noise import TrainingNoise
 from util import training
-from util.device import DTYPES, pick_device, pick_dtype
+from util.device import DTYPES, pick_device
 from util.ema import EMA
 from util.errors import UserError, run_main
 from util.lr import LRSchedule, make_optimizer
@@ -67,28 +65,20 @@ def stepper(row: str, args: argparse.Namespace) -> Callable[[int], object]:
     return step
 
 
-def peak_of_a_process(row: str, args: argparse.Namespace) -> float:
-    """Peak memory in GB of a fresh process that takes two steps; the second one has moments."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_peak, row, args).result()
-
-
-def _peak(row: str, args: argparse.Namespace) -> float:
+def two_steps(row: str, args: argparse.Namespace) -> None:
+    """What the peak is measured of: the second step has the optimizer's moments."""
     torch.set_num_threads(args.threads)
     step = stepper(row, args)
     for k in range(2):
         step(k)
-    if args.device != "cpu":
-        return torch.cuda.max_memory_allocated(args.device) / 1e9
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     """One dictionary per row."""
     device = torch.device(args.device)
-    peaks = {row: peak_of_a_process(row, args) if args.memory else None for row in args.rows}
+    peaks: dict[str, float | None] = dict.fromkeys(args.rows)
+    if args.memory:
+        peaks = {row: peak_of(args.device, two_steps, row, args) for row in args.rows}
     steps = {row: stepper(row, args) for row in args.rows}
     times: dict[str, list[float]] = {row: [] for row in args.rows}
     for k in range(args.warmup + args.repeats):
@@ -133,9 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
     args = parser.parse_args()
     device = pick_device(args.device)
-    if args.dtype is None:
-        dtype = pick_dtype(None, device)
-        args.dtype = next(name for name, value in DTYPES.items() if value == dtype)
+    args.dtype = args.dtype or default_dtype(device)
     args.rows, args.device = args.rows.split(","), str(device)
     for row in args.rows:
         if row not in ROWS:
