@@ -6,8 +6,8 @@
 The rows of each group are in benchmarks/ablation_rows.py. A row is a run of eval.py in a folder of its
 own below --output_dir: the same command goes on where it stopped, and a row that is finished, also
 for another group, is not made again. All flags of eval.py may be given, but for LazyMAR's, which
-the rows decide. Results: RESULTS/ablations_GROUP.{json,md}; frontier draws a plot, too. The last
-line is one JSON document.
+the rows decide. Results: RESULTS/ablations_MODEL_GROUP.{json,md}; frontier draws a plot, too. The
+last line is one JSON document.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 
 import engine
 from benchmarks.ablation_rows import STEPS, Row, Series, frontier_series, groups, rivals
-from benchmarks.common import markdown, origin, write_result, write_text
+from benchmarks.common import markdown, origin, refuse_foreign, write_result, write_text
 from benchmarks.memory import peak_gb
 from benchmarks.svg_plot import xy_plot
 from models.flops import MARGeometry, image_work
@@ -247,6 +247,11 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def result_paths(args: argparse.Namespace) -> dict[str, Path]:
+    """Group -> its files, without suffix."""
+    return {n: Path(args.results) / f"ablations_{args.model}_{n}" for n in args.group}
+
+
 def main() -> None:
     """Command line."""
     args = parse_args()
@@ -256,6 +261,8 @@ def main() -> None:
     metrics.check_ready(evaluation.request_of(args))
     with dist.Meeting(world, args.dist_url, args.patience) as meeting:
         ablation = Ablation(args, device)
+        for path in () if args.overwrite else result_paths(args).values():
+            refuse_foreign(path, weights=ablation.weights, num_images=args.num_images)
         rows = [row for name in args.group for row in ablation.groups[name]]
         seconds = ablation.run(rows, meeting)
     if not world.is_main:
@@ -265,11 +272,11 @@ def main() -> None:
             json.dumps({"dry_run": True, "rows": len({r.task for r in rows}), "seconds": seconds})
         )
         return
-    for name in args.group:
+    for name, path in result_paths(args).items():
         found = ablation.results(name)
         first = report.load_run(ablation.folder(ablation.groups[name][0]))
         document = {"about": {**ablation.about(first), "group": name}, "rows": found}
-        path, text = Path(args.results) / f"ablations_{name}", table(found)
+        text = table(found)
         path.parent.mkdir(parents=True, exist_ok=True)
         if name == "frontier":
             write_text(path.with_suffix(".svg"), draw(ablation.series(), found))

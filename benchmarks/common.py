@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from util.device import DTYPES, pick_dtype
+from util.errors import UserError
 from util.files import atomic_path, write_json
 from util.run_dir import provenance
 
@@ -87,6 +88,20 @@ def write_text(path: Path, text: str) -> None:
     """Write a file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text)
+
+
+def refuse_foreign(path: Path, **about: object) -> None:
+    """UserError if PATH.json holds a result that differs in one of these: it is not overwritten unasked."""
+    path = path.with_suffix(".json")
+    if not path.exists():
+        return
+    written = json.loads(path.read_text())["about"]
+    for key, value in about.items():
+        if written.get(key) != value:
+            raise UserError(
+                f"{path} holds a result of {key} {written.get(key)}, this one has {value}: write "
+                "elsewhere, or give --overwrite"
+            )
 
 
 def write_result(path: Path | None, document: dict[str, object], text: str) -> None:

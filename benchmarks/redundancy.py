@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engine
-from benchmarks.common import device_name, markdown, origin, write_result
+from benchmarks.common import device_name, markdown, origin, refuse_foreign, write_result
 from benchmarks.redundancy_figures import draw, require_matplotlib
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig
@@ -256,6 +256,8 @@ def main() -> None:
     sampling = engine.SamplingConfig.from_args(args)
     model = engine.build_model(args)
     weights = engine.load_weights(model, args)
+    if not args.overwrite:
+        refuse_foreign(args.output, weights=weights, images=args.num_images)
     tokenizer = engine.open_tokenizer(args, device)
     model = model.to(device).eval()
     plan = DecodingPlan.create(model.seq_len, args.num_iter, args.cfg, args.cfg_schedule)

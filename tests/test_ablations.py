@@ -55,7 +55,7 @@ def test_rows_become_runs_and_tables_and_are_not_made_again(ablate, tmp_path):
     assert len(runs) == len(measured) == 4  # MAR and LazyMAR are in both groups
     assert {row["folder"] for row in document["rows"]} < set(runs)
     for group in ("caches", "frontier"):
-        path = tmp_path / "results" / f"ablations_{group}"
+        path = tmp_path / "results" / f"ablations_mar_tiny_{group}"
         written = json.loads(path.with_suffix(".json").read_text())
         mar, *others = written["rows"]
         assert (mar["psnr"], mar["speedup"], mar["lazy_mar"]) == (None, 1.0, None)
@@ -67,7 +67,9 @@ def test_rows_become_runs_and_tables_and_are_not_made_again(ablate, tmp_path):
             f"| {row['name']}" for row in written["rows"]
         ]
     assert document["conclusion"] in text
-    assert (tmp_path / "results" / "ablations_frontier.svg").read_text().endswith("</svg>\n")
+    assert (
+        (tmp_path / "results" / "ablations_mar_tiny_frontier.svg").read_text().endswith("</svg>\n")
+    )
 
     before = snapshot(tmp_path / "out")
     again, measured = ablate("--group", "frontier")
@@ -78,6 +80,16 @@ def test_rows_become_runs_and_tables_and_are_not_made_again(ablate, tmp_path):
     assert sorted(snapshot(tmp_path / "out")) == sorted(before)
     with pytest.raises(UserError, match="seed 1, this one has 2"):
         ablate("--group", "caches", "--seed", "2")
+
+
+def test_a_result_of_another_run_is_not_overwritten_unasked(ablate, tmp_path):
+    ablate("--group", "caches")
+    before = snapshot(tmp_path / "results")
+    fewer = ("--group", "caches,frontier", "--num_images", "10", "--eval_bsz", "10")
+    with pytest.raises(UserError, match="result of num_images 20, this one has 10"):
+        ablate(*fewer)
+    assert snapshot(tmp_path / "results") == before
+    assert ablate(*fewer, "--overwrite")[0]["about"]["num_images"] == 10
 
 
 def test_a_dry_run_writes_nothing(ablate, tmp_path):

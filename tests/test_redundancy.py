@@ -13,6 +13,7 @@ from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig, step_policies
 from models.plan import DecodingPlan
 from tests.golden_data import relative_error
+from tests.test_run import snapshot
 from tests.test_sampling import CLOSE, noise_of, sample, small_mar
 from util.errors import UserError
 from util.images import read_image
@@ -147,6 +148,10 @@ def test_the_script_writes_three_figures_beside_their_numbers(
     assert document == json.loads((tmp_path / "red.json").read_text())
     assert {"command", "commit", "weights", "device", "dtype", "seed"} <= document["about"].keys()
     assert "| 4 | " in (tmp_path / "red.md").read_text()
+    written = snapshot(tmp_path)
+    with pytest.raises(UserError, match="holds a result of images 1, this one has 2"):
+        script("--num_sampling_steps", "ddim10", "--num_images", 2)
+    assert snapshot(tmp_path) == written
     for name in ("tokens", "guidance", "strip"):
         picture = read_image(tmp_path / f"red_{name}.png")
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
