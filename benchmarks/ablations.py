@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -120,6 +121,11 @@ class Ablation:
             found = {**about, "peak_gb": peak_gb(self.args.model, *settings)}
             write_json(file, found)
         return found["peak_gb"]
+
+    def measure_peaks(self, rows: list[Row], processes: int) -> None:
+        """peak of all rows; on CPUs that many at once, on a GPU one by one."""
+        with ThreadPoolExecutor(processes if self.device.type == "cpu" else 1) as pool:
+            list(pool.map(self.peak, {row.task: row for row in rows}.values()))
 
     def results(self, group: str) -> list[Result]:
         """The rows of a group, measured."""
@@ -272,6 +278,7 @@ def main() -> None:
             json.dumps({"dry_run": True, "rows": len({r.task for r in rows}), "seconds": seconds})
         )
         return
+    ablation.measure_peaks(rows, world.size)
     for name, path in result_paths(args).items():
         found = ablation.results(name)
         first = report.load_run(ablation.folder(ablation.groups[name][0]))
