@@ -23,7 +23,7 @@ import torch
 import engine
 from benchmarks.ablation_rows import STEPS, Row, Series, frontier_series, groups, rivals
 from benchmarks.common import markdown, origin, refuse_foreign, write_result, write_text
-from benchmarks.memory import peak_gb
+from benchmarks.memory import SampledBatch, peak_gb
 from benchmarks.svg_plot import xy_plot
 from models.flops import MARGeometry, image_work
 from models.lazy_mar import LazyMARConfig
@@ -117,8 +117,9 @@ class Ablation:
         file = self.folder(row) / "memory.json"
         found = json.loads(file.read_text()) if file.exists() else {}
         if not about.items() <= found.items():
-            settings = row.config, row.num_iter, self.args.cfg, batch, self.dtype, device
-            found = {**about, "peak_gb": peak_gb(self.args.model, *settings)}
+            sampling = self.args.model, row.config, row.num_iter, self.args.cfg
+            sampled = SampledBatch(*sampling, batch, self.dtype, device)
+            found = {**about, "peak_gb": peak_gb(sampled)}
             write_json(file, found)
         return found["peak_gb"]
 

@@ -30,7 +30,7 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.mar_work import HEADS, MODES, build, count_work
-from benchmarks.memory import peak_gb
+from benchmarks.memory import SampledBatch, peak_gb
 from models.sampler import Sampler
 from util.device import DTYPES, can_compile, pick_device
 from util.errors import UserError, run_main
@@ -82,7 +82,7 @@ def measure(
         arithmetic, with_reads = work.limits(batch, *ceilings)
         if args.memory and device.type == "cpu":
             settings = args.num_iter, args.cfg, batch, dtype, args.device
-            peaks[mode] = peak_gb(name, MODES[mode], *settings)
+            peaks[mode] = peak_gb(SampledBatch(name, MODES[mode], *settings))
         rows.append(
             {
                 "model": name,

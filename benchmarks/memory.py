@@ -4,6 +4,7 @@ import concurrent.futures
 import multiprocessing
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,33 +32,33 @@ def _peak(device: str, work: Callable[..., None], args: tuple) -> float:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
 
 
-def peak_gb(
-    name: str,
-    config: LazyMARConfig | None,
-    num_iter: int,
-    cfg: float,
-    batch: int,
-    dtype: torch.dtype,
-    device: str,
-) -> float:
-    """peak_of sampling one batch from a model of random weights; on CPUs the head takes 4 steps."""
-    return peak_of(device, _sample, name, config, num_iter, cfg, batch, dtype, device)
+@dataclass(frozen=True)
+class SampledBatch:
+    """A batch sampled from a model of random weights; on CPUs the head takes 4 steps."""
+
+    name: str
+    config: LazyMARConfig | None
+    num_iter: int
+    cfg: float
+    size: int
+    dtype: torch.dtype
+    device: str
+
+    def sample(self) -> None:
+        """Sample it on one thread."""
+        torch.set_num_threads(1)
+        on_cuda = torch.device(self.device).type == "cuda"
+        model = build(self.name, self.device, **({} if on_cuda else {"num_sampling_steps": "4"}))
+        Sampler(model, self.dtype).sample_tokens(
+            self.size,
+            self.num_iter,
+            self.cfg,
+            labels=[i % model.class_num for i in range(self.size)],
+            lazy_mar=self.config,
+            noise=model.image_noise(range(self.size)),
+        )
 
 
-def _sample(
-    name: str,
-    config: LazyMARConfig | None,
-    num_iter: int,
-    cfg: float,
-    batch: int,
-    dtype: torch.dtype,
-    device: str,
-) -> None:
-    torch.set_num_threads(1)
-    on_cuda = torch.device(device).type == "cuda"
-    model = build(name, device, **({} if on_cuda else {"num_sampling_steps": "4"}))
-    labels = [i % model.class_num for i in range(batch)]
-    noise = model.image_noise(range(batch))
-    Sampler(model, dtype).sample_tokens(
-        batch, num_iter, cfg, labels=labels, lazy_mar=config, noise=noise
-    )
+def peak_gb(batch: SampledBatch) -> float:
+    """peak_of sampling the batch."""
+    return peak_of(batch.device, batch.sample)

@@ -28,8 +28,8 @@ def ablate(one_thread, monkeypatch, weights, tmp_path, capsys):
     """Calls the command with rows of two steps; returns the last line, parsed, and measured peaks."""
     measured = []
 
-    def peak_gb(model, config, *settings):
-        measured.append(config)
+    def peak_gb(batch):
+        measured.append(batch.config)
         return 0.5
 
     monkeypatch.setattr(ablations, "STEPS", 2)
