@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from util.errors import UserError
 from util.lr import LRSchedule, make_optimizer, parameter_groups, scaled_lr
 
 
@@ -29,6 +30,13 @@ def test_constant_stays_at_the_peak_and_cosine_falls_to_the_minimum():
     assert cosine.at(7) == pytest.approx(1.25)
     assert cosine.at(10) == pytest.approx(0.5)
     assert cosine.at(11) == pytest.approx(0.5)
+
+
+def test_a_cosine_that_would_rise_is_refused_and_a_constant_rate_does_not_ask():
+    with pytest.raises(UserError, match="--min_lr 0.01 is above the peak learning rate 0.001"):
+        LRSchedule(1e-3, minimum=1e-2, shape="cosine")
+    assert LRSchedule(1e-3, minimum=1e-2).at(200) == 1e-3
+    assert LRSchedule(1e-3, minimum=1e-3, shape="cosine").at(250) == pytest.approx(1e-3)
 
 
 def test_no_warm_up_starts_at_the_peak():

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from util.errors import UserError
+
 
 @dataclass(frozen=True)
 class LRSchedule:
@@ -20,6 +22,13 @@ class LRSchedule:
     warmup_epochs: float = 100.0
     epochs: float = 400.0
     shape: str = "constant"  # or "cosine"
+
+    def __post_init__(self) -> None:
+        if self.shape == "cosine" and self.minimum > self.peak:
+            raise UserError(
+                f"--min_lr {self.minimum:g} is above the peak learning rate {self.peak:.3g}, the "
+                "cosine would rise: lower it, or raise --lr or --blr"
+            )
 
     def at(self, epoch: float) -> float:
         """Rate at `epoch` (1.5 is the middle of the second epoch)."""
