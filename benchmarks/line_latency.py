@@ -2,6 +2,7 @@
 
     python -m benchmarks.line_latency --model gpt_xl --batches 1,16,64,128,256     # on a GPU: bf16
     python -m benchmarks.line_latency --model gpt_b --batches 16 --device cpu --dtype bf16
+    python -m benchmarks.line_latency --model gpt_xl --batches 256 --sizes_only    # bytes, anywhere
 
 Per batch and budget: images per second of sample_tokens with guidance (a batch of B is 2B rows),
 bytes of the cache and of what LineAR holds besides, against theory, peak memory where the device
@@ -16,7 +17,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -102,8 +103,39 @@ def largest_batch(model: GPT, config: LineARConfig, cfg: float) -> int:
         batch = batch * 3 // 2 if batch & (batch - 1) == 0 and batch > 1 else (batch * 4 + 2) // 3
 
 
-def main() -> None:
-    """Command line."""
+def sizes(model: GPT, plan: LinePlan, config: LineARConfig, rows: int) -> dict[str, object]:
+    """Columns of a table that follow from shapes; on the meta device, too."""
+    held, workspace = cache_bytes(model, config, rows)
+    return {
+        "slots": plan.slots,
+        "cache_gb": held / 1e9,
+        "cache_over_theory": held / theory_bytes(model, plan, rows),
+        "workspace_gb": workspace / 1e9,
+    }
+
+
+def measure(
+    model: GPT, configs: Mapping[str, LineARConfig], batch: int, cfg: float, repeats: int
+) -> dict[str, dict[str, object]]:
+    """Budget -> its columns that take time, or a device that counts its memory."""
+    found = {b: {"seconds": math.inf, "peak_gb": None} for b in configs}
+    on_cuda = model.device.type == "cuda"
+    for _ in range(repeats):
+        for b, config in configs.items():
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats()
+            seconds = sampling_seconds(model, config, batch, cfg)
+            found[b]["seconds"] = min(found[b]["seconds"], seconds)
+            if on_cuda:
+                found[b]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    base = next(iter(found.values()))["seconds"]
+    for row in found.values():
+        row |= {"images_per_s": batch / row["seconds"], "speedup": base / row["seconds"]}
+    return found
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; batches and configs (budget -> LineARConfig) are read from their texts."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.line_latency", description=__doc__)
     parser.add_argument(
         "--model", default="gpt_xl", help="gpt_b, gpt_l, gpt_xl, gpt_xxl, gpt_3b or gpt_tiny"
@@ -117,85 +149,87 @@ def main() -> None:
     parser.add_argument("--cfg", type=float, default=1.75)
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
     parser.add_argument("--max_batch", action="store_true", help="look for the largest (CUDA)")
+    parser.add_argument(
+        "--sizes_only", action="store_true", help="bytes alone, from shapes: nothing is sampled"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (1)")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
     parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
     args = parser.parse_args()
-    set_threads(args.threads)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    if args.max_batch and device.type != "cuda":
-        raise UserError(f"--max_batch needs a device that says when it is full, not {device}")
+    if args.max_batch and args.sizes_only:
+        raise UserError("--max_batch samples, which --sizes_only does not: leave one of them away")
     if not args.model.startswith("gpt_") or not hasattr(llamagen, args.model):
         raise UserError(f"--model {args.model} is no GPT: use gpt_b to gpt_3b or gpt_tiny")
+    try:
+        args.configs = {
+            b: LineARConfig(budget=float(Fraction(b)), method=args.method)
+            for b in args.budgets.split(",")
+        }
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"--budgets {args.budgets}: {error}") from error
+    try:
+        args.batches = [int(b) for b in args.batches.split(",")]
+    except ValueError as error:
+        raise UserError(f"--batches {args.batches}: give numbers like 1,16,64") from error
+    if min(*args.batches, args.repeats) < 1:
+        raise UserError(f"--batches {args.batches}, --repeats {args.repeats}: must be at least 1")
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse_args()
+    set_threads(args.threads)
+    device = torch.device("meta") if args.sizes_only else pick_device(args.device)
+    dtype = DTYPES[args.dtype or "bf16"] if args.sizes_only else pick_dtype(args.dtype, device)
+    if args.max_batch and device.type != "cuda":
+        raise UserError(f"--max_batch needs a device that says when it is full, not {device}")
     torch.manual_seed(0)
     with torch.device(device):
         model = getattr(llamagen, args.model)(block_size=args.lines**2).to(dtype).eval()
-    budgets = args.budgets.split(",")
     try:
-        configs = {b: LineARConfig(budget=float(Fraction(b)), method=args.method) for b in budgets}
-        plans = {b: config.plan(model.grid) for b, config in configs.items()}
+        plans = {b: config.plan(model.grid) for b, config in args.configs.items()}
     except ValueError as error:
         raise UserError(f"--budgets {args.budgets}: {error}") from error
-    try:
-        batches = [int(b) for b in args.batches.split(",")]
-    except ValueError as error:
-        raise UserError(f"--batches {args.batches}: give numbers like 1,16,64") from error
-    if min(*batches, args.repeats) < 1:
-        raise UserError(f"--batches {args.batches}, --repeats {args.repeats}: must be at least 1")
-    rows_per_image = 2 if args.cfg > 1 else 1
     rows = []
-    for batch in batches:
-        seconds = dict.fromkeys(budgets, math.inf)
-        peaks = dict.fromkeys(budgets, None)
-        for _ in range(args.repeats):
-            for b, config in configs.items():
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                seconds[b] = min(seconds[b], sampling_seconds(model, config, batch, args.cfg))
-                if device.type == "cuda":
-                    peaks[b] = torch.cuda.max_memory_allocated() / 1e9
-        for b, config in configs.items():
-            held, workspace = cache_bytes(model, config, rows_per_image * batch)
-            theory = theory_bytes(model, plans[b], rows_per_image * batch)
-            rows.append(
-                {
-                    "batch": batch,
-                    "budget": b,
-                    "slots": plans[b].slots,
-                    "images_per_s": batch / seconds[b],
-                    "speedup": seconds[budgets[0]] / seconds[b],
-                    "seconds": seconds[b],
-                    "cache_gb": held / 1e9,
-                    "cache_over_theory": held / theory,
-                    "workspace_gb": workspace / 1e9,
-                    "peak_gb": peaks[b],
-                    "read_gb_per_s": read_bytes(model, plans[b], rows_per_image * batch)
-                    / seconds[b]
-                    / 1e9,
-                }
-            )
-            print(json.dumps(rows[-1]), flush=True)
-    largest = (
-        {b: largest_batch(model, c, args.cfg) for b, c in configs.items()} if args.max_batch else {}
-    )
+    for batch in args.batches:
+        count = batch * (2 if args.cfg > 1 else 1)
+        measured = {}
+        if not args.sizes_only:
+            measured = measure(model, args.configs, batch, args.cfg, args.repeats)
+        for b, config in args.configs.items():
+            row = {"batch": batch, "budget": b, **sizes(model, plans[b], config, count)}
+            if b in measured:
+                read = read_bytes(model, plans[b], count) / measured[b]["seconds"]
+                row |= measured[b] | {"read_gb_per_s": read / 1e9}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    largest = {}
+    if args.max_batch:
+        largest = {b: largest_batch(model, c, args.cfg) for b, c in args.configs.items()}
     about = {
         **origin(),
         "model": args.model,
         "grid": list(model.grid),
         "cfg": args.cfg,
         "method": args.method,
-        "repeats": args.repeats,
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
-        "clock": "wall" if clock_of(device) is time.perf_counter else "seconds of the one thread",
-        "device_read_gb_per_s": read_rate(device) / 1e9,
-        "seeds": "0 .. batch - 1; weights: torch.manual_seed(0)",
     }
+    if not args.sizes_only:
+        about |= {
+            "repeats": args.repeats,
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "clock": "wall"
+            if clock_of(device) is time.perf_counter
+            else "seconds of the one thread",
+            "device_read_gb_per_s": read_rate(device) / 1e9,
+            "seeds": "0 .. batch - 1; weights: torch.manual_seed(0)",
+        }
     document = {"about": about, "rows": rows, "largest_batch": largest}
-    table = markdown(HEAD, [[row[key] for key in HEAD] for row in rows])
+    head = [key for key in HEAD if key in rows[0]]
+    table = markdown(head, [[row[key] for key in head] for row in rows])
     table += "".join(f"\nLargest batch at {b}: {n}" for b, n in largest.items())
     write_result(args.output, document, table)
 

@@ -14,6 +14,7 @@ eval.py; all images are one batch. Three figures, each beside its numbers in one
 """
 
 import argparse
+import sys
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
@@ -219,7 +220,7 @@ def measure(
     observer = Observer(model, decoding.order, decoding.embedding, ages)
     decoding.predictor = observer
     noise = model.image_noise(request.seeds)
-    decoding(request.labels, noise, progress=True)
+    decoding(request.labels, noise, progress=sys.stderr.isatty())
     first = ImageNoise(noise.orders[:1], noise.head[:1])
     strip, latents = lazy_strip(model, plan, request.config, request.labels[0], first)
     document = {

@@ -6,13 +6,23 @@ import sys
 import pytest
 import torch
 
-from benchmarks import eager_mar, latency, training, waterfall
+from benchmarks import (
+    eager_mar,
+    latency,
+    line_latency,
+    retraining,
+    tiny_references,
+    training,
+    waterfall,
+)
 from benchmarks.common import markdown
 from benchmarks.eager_training import masked_loss
 from benchmarks.mar_work import MODES, Work, count, count_work
 from models.plan import DecodingPlan
+from tests.conftest import ROOT
 from tests.golden_data import relative_error
 from tests.test_sampling import CLOSE, noise_of, sample, small_mar
+from util.errors import UserError
 
 
 def test_the_eager_baseline_makes_the_same_latents():
@@ -84,3 +94,77 @@ def test_the_training_benchmark_compares_its_rows(monkeypatch, capsys, tmp_path)
     assert document == json.loads(output.with_suffix(".json").read_text())
     assert [row["step"] for row in document["rows"]] == ["eager", "ours"]
     assert all(row["images_per_s"] > 0 for row in document["rows"])
+
+
+def test_cache_sizes_follow_from_shapes_alone(monkeypatch, capsys):
+    command = "line_latency --model gpt_xl --batches 4 --budgets 1,1/4,3 --sizes_only"
+    monkeypatch.setattr(sys, "argv", command.split())
+    line_latency.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["slots"] for row in rows] == [576, 1 + 6 * 24 + 24, 1 + 3 * 24 + 24]
+    for row in rows:  # keys and values, bytes of bf16, width, layers, sequences with guidance
+        assert row["cache_gb"] * 1e9 == 2 * 2 * 1280 * 36 * row["slots"] * 4 * 2
+        assert "images_per_s" not in row
+    assert rows[0]["workspace_gb"] == 0 < rows[1]["workspace_gb"]
+
+
+def test_a_benchmark_that_samples_nothing_finds_no_largest_batch(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["line_latency", "--sizes_only", "--max_batch"])
+    with pytest.raises(UserError, match="leave one of them away"):
+        line_latency.main()
+
+
+def test_the_cache_benchmark_measures_its_budgets(one_thread, monkeypatch, capsys):
+    command = "line_latency --model gpt_tiny --lines 8 --batches 1 --budgets 1,1/2 --repeats 1"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu"])
+    line_latency.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["budget"] for row in document["rows"]] == ["1", "1/2"]
+    assert all(row["images_per_s"] > 0 for row in document["rows"])
+
+
+def test_the_references_see_damage(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(tiny_references.DEFAULT_IMAGES, "tokenizer", 100)
+    monkeypatch.setattr(tiny_references, "psnr", lambda tokenizer: 30.0)
+    command = ["tiny_references", "--num_images", "200", "--output", str(tmp_path / "result")]
+    monkeypatch.setattr(sys, "argv", command)
+    tiny_references.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    fid = {row["name"]: row["fid"] for row in document["rows"]}
+    assert fid["no triangles"] > 2 * fid["as rendered"]
+    assert fid["3% of the 4x4 patches from another picture"] > 1.5 * fid["as rendered"]
+    assert len(document["channels"]) == 8
+    assert (tmp_path / "result.md").exists()
+
+
+def write_training(folder, name, losses, **changes):
+    score = {"fid": 0.5, "is_mean": 8.0, "is_std": 0.1, "accuracy": 0.9, "commit": "abc+"}
+    score |= {"num_images": 10, "num_iter": 64, "cfg": 3.0, "dtype": "bf16", "eval_bsz": 5}
+    score |= {"method": "MAR", "device": "cpu", "command": "eval.py", **changes}
+    (folder / f"{name}.json").write_text(json.dumps(score))
+    log = [json.dumps({"step": 50 * (i + 1), "loss": loss}) for i, loss in enumerate(losses)]
+    (folder / f"{name}.jsonl").write_text("\n".join(log))
+
+
+def test_trainings_are_compared_step_by_step(tmp_path):
+    write_training(tmp_path, "tiny_1000_mar_tiny-mar", [])
+    write_training(tmp_path, "retraining_one", [2.0, 1.0, 1.0])
+    write_training(tmp_path, "retraining_two", [2.0, 1.1, 1.01])
+    text = retraining.report(tmp_path)
+    assert "3 points from step 50 to 150" in text
+    assert "by 1.0% in the median and by 9.5% at most" in text
+    assert "| again, two processes | 0.500 | 8.00 ± 0.10 | 90.0% | abc |" in text
+
+
+def test_trainings_that_do_not_compare_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"tiny_1000_mar_tiny-mar\.json is needed"):
+        retraining.report(tmp_path)
+    write_training(tmp_path, "tiny_1000_mar_tiny-mar", [])
+    write_training(tmp_path, "retraining_one", [2.0, 1.0])
+    write_training(tmp_path, "retraining_two", [2.0])
+    with pytest.raises(UserError, match="different steps"):
+        retraining.report(tmp_path)
+    write_training(tmp_path, "retraining_two", [2.0, 1.0], num_images=20)
+    with pytest.raises(UserError, match="num_images is 20, of the bundled file 10"):
+        retraining.report(tmp_path)

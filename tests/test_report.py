@@ -30,11 +30,17 @@ def make_run(path, lazy_mar, seconds, pixels, **changes):
     return path
 
 
+def table_of(*paths):
+    return report.table(report.compare([report.load_run(path) for path in paths]))
+
+
 def test_paired_runs_get_speed_up_and_psnr(tmp_path, monkeypatch, capsys):
     plain = make_run(tmp_path / "a", False, 2.0, 100)
     lazy = make_run(tmp_path / "b", True, 0.5, 110)
     sheet, table = tmp_path / "sheet.png", tmp_path / "table.md"
+    numbers = tmp_path / "table.json"
     arguments = [str(plain), str(lazy), "--sheet", str(sheet), "--table", str(table)]
+    arguments += ["--json", str(numbers)]
     monkeypatch.setattr(sys, "argv", ["report", *arguments])
     report.main()
     printed = capsys.readouterr().out
@@ -43,6 +49,10 @@ def test_paired_runs_get_speed_up_and_psnr(tmp_path, monkeypatch, capsys):
     assert rows[1] == "| MAR | 1.250 | 9.00 ± 0.50 | 99.0% | 2.000 | 1.00 | - |"
     assert rows[2] == "| LazyMAR | 1.250 | 9.00 ± 0.50 | 99.0% | 0.500 | 4.00 | 28.1 |"
     assert read_image(sheet).shape[1] > 3 * 8
+    first, second = json.loads(numbers.read_text())["rows"]
+    assert (first["speedup"], first["psnr"], first["lpips"]) == (1.0, None, None)
+    assert (second["speedup"], second["fid"], second["lazy_mar"]) == (4.0, 1.25, True)
+    assert second["psnr"] == pytest.approx(28.13, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -53,14 +63,14 @@ def test_paired_runs_get_speed_up_and_psnr(tmp_path, monkeypatch, capsys):
 def test_runs_of_other_seeds_or_weights_or_without_images_have_no_psnr(tmp_path, change):
     plain = make_run(tmp_path / "a", False, 2.0, 100)
     other = make_run(tmp_path / "b", True, 0.5, 110, **change)
-    text = report.table([report.load_run(plain), report.load_run(other)])
+    text = table_of(plain, other)
     assert text.splitlines()[3].endswith("| 4.00 | - |")
 
 
 def test_lpips_is_a_column_where_it_is_available(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "make_lpips", lambda: lambda a, b: 0.25)
     runs = [make_run(tmp_path / name, name == "b", 1.0, 100) for name in "ab"]
-    rows = report.table([report.load_run(run) for run in runs]).splitlines()
+    rows = table_of(*runs).splitlines()
     assert rows[0].endswith("| PSNR to the first, dB | LPIPS to the first |")
     assert (rows[2].split(" | ")[-1], rows[3].split(" | ")[-1]) == ("- |", "0.250 |")
 
@@ -68,15 +78,15 @@ def test_lpips_is_a_column_where_it_is_available(tmp_path, monkeypatch):
 def test_metrics_on_request_are_columns_of_those_that_have_them(tmp_path):
     plain = make_run(tmp_path / "a", False, 2.0, 100)
     other = make_run(tmp_path / "b", True, 0.5, 110, precision=0.5, recall=0.25)
-    rows = report.table([report.load_run(run) for run in (plain, other)]).splitlines()
+    rows = table_of(plain, other).splitlines()
     assert rows[0].endswith("| precision | recall |")
     assert (rows[2][-9:], rows[3][-17:]) == ("| - | - |", "| 0.500 | 0.250 |")
 
 
 def test_scores_against_different_references_are_said_not_to_compare(tmp_path):
     runs = [make_run(tmp_path / name, False, 1.0, 100, reference=f"toy {name}") for name in "ab"]
-    assert "do not compare: toy a and toy b." in report.table([report.load_run(r) for r in runs])
-    assert "compare" not in report.table([report.load_run(runs[0])] * 2)
+    assert "do not compare: toy a and toy b." in table_of(*runs)
+    assert "compare" not in table_of(runs[0], runs[0])
 
 
 def test_a_folder_that_is_no_finished_run_is_named(tmp_path):

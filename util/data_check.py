@@ -111,7 +111,9 @@ def check_files(
     show = world.is_main and every
     with (
         ThreadPoolExecutor(max(1, threads)) as pool,
-        tqdm(total=len(mine), desc="checking data", unit="file", disable=not show) as bar,
+        tqdm(
+            total=len(mine), desc="checking data", unit="file", disable=None if show else True
+        ) as bar,
     ):
         for start in range(0, len(mine), 1024):
             part = mine[start : start + 1024]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from util.errors import UserError, run_main
-from util.files import atomic_path
+from util.files import atomic_path, write_json
 from util.images import png_name, read_image, save_png, side_by_side_sheet
 
 PAIRED = (
@@ -30,6 +30,7 @@ SHEET_COLUMNS = 10
 SHEET_SCALE = 2
 # Optional columns, shown if any run has them: key of the results, heading, format.
 ON_REQUEST = (
+    ("lpips", "LPIPS to the first", ".3f"),
     ("sfid", "sFID", ".3f"),
     ("kid_mean", "KID", ".5f"),
     ("precision", "precision", ".3f"),
@@ -112,39 +113,45 @@ def row(run: Json) -> str:
     return f"| {' | '.join(cells(run))} |"
 
 
-def table(runs: list[dict[str, object]]) -> str:
-    """Markdown: one row per run."""
+def compare(runs: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Each run, and beside the first its speedup, psnr and lpips (None where there is no such number)."""
     first = runs[0]
-    extra = [column for column in ON_REQUEST if any(run.get(column[0]) is not None for run in runs)]
-    headings = ["", "FID", "IS", "accuracy", "s / image", "speed-up", "PSNR to the first, dB"]
-    pairs = [run for run in runs[1:] if paired(run, first)]
-    lpips = make_lpips() if pairs else None
-    if lpips:
-        headings.append("LPIPS to the first")
-    headings += [heading for _, heading, _ in extra]
-    rows = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
-    for run in runs:
+    pairs = [run is not first and paired(run, first) for run in runs]
+    lpips = make_lpips() if any(pairs) else None
+    found = []
+    for run, pair in zip(runs, pairs, strict=True):
         seconds, base = run.get("sec_per_image"), first.get("sec_per_image")
-        is_pair = any(run is pair for pair in pairs)
-        more = [
-            _number(base / seconds if seconds and base else None, ".2f"),
-            _number(mean_difference(run, first, psnr) if is_pair else None, ".1f"),
-        ]
-        if lpips:
-            more.append(_number(mean_difference(run, first, lpips) if is_pair else None, ".3f"))
+        beside = {
+            "speedup": base / seconds if seconds and base else None,
+            "psnr": mean_difference(run, first, psnr) if pair else None,
+            "lpips": mean_difference(run, first, lpips) if pair and lpips else None,
+        }
+        found.append(run | beside)
+    return found
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Markdown: one row per run of compare."""
+    first = rows[0]
+    extra = [column for column in ON_REQUEST if any(run.get(column[0]) is not None for run in rows)]
+    headings = ["", "FID", "IS", "accuracy", "s / image", "speed-up", "PSNR to the first, dB"]
+    headings += [heading for _, heading, _ in extra]
+    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+    for run in rows:
+        more = [_number(run["speedup"], ".2f"), _number(run["psnr"], ".1f")]
         more += [_number(run.get(key), form) for key, _, form in extra]
-        rows.append(f"| {' | '.join([*cells(run), *more])} |")
+        lines.append(f"| {' | '.join([*cells(run), *more])} |")
     about = (
         f"{first['model']}, {first['num_images']} images, {first['num_iter']} steps, "
         f"guidance {first['cfg']:g}, {first['dtype']} on {first['device']}, "
         f"{first['processes']} process(es) of {first['threads']} CPU thread(s), batch {first['eval_bsz']}, "
         f"torch {first['torch']}, commit {first['commit']}\n\n"
-        + "\n".join(f"    {run['command']}" for run in runs)
+        + "\n".join(f"    {run['command']}" for run in rows)
     )
-    references = {run["reference"] for run in runs if run.get("reference")}
+    references = {run["reference"] for run in rows if run.get("reference")}
     if len(references) > 1:
         about = f"The scores do not compare: {' and '.join(sorted(references))}.\n\n{about}"
-    return "\n".join([*rows, "", about])
+    return "\n".join([*lines, "", about])
 
 
 def _number(value: float | None, form: str) -> str:
@@ -177,12 +184,17 @@ def main() -> None:
         "--sheet", type=Path, metavar="FILE.png", help="write the images side by side"
     )
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the table")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE.json", help="write all of the runs' numbers"
+    )
     args = parser.parse_args()
-    runs = [load_run(path) for path in args.runs]
+    runs = compare([load_run(path) for path in args.runs])
     text = table(runs)
     if args.table:
         with atomic_path(args.table) as temporary:
             temporary.write_text(text + "\n")
+    if args.json:
+        write_json(args.json, {"rows": [run | {"path": str(run["path"])} for run in runs]})
     if args.sheet:
         save_png(args.sheet, sheet(runs))
         print(f"the same seeds side by side: {args.sheet}\n")

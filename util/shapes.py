@@ -189,7 +189,7 @@ def export(output_dir: Path, num_images: int, start: int = 0) -> None:
             )
     for folder in FOLDERS:
         (train / folder).mkdir(parents=True, exist_ok=True)
-    for index in tqdm(range(start, start + num_images), unit="image"):
+    for index in tqdm(range(start, start + num_images), unit="image", disable=None):
         path = train / FOLDERS[label_of(index)] / f"{index:07d}.png"
         save_png(path, render(index))
 

@@ -46,7 +46,9 @@ def save_module(module: nn.Module, path: Path, metadata: dict[str, object]) -> N
 def batches(start: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Pictures start .. start + length - 1 in order, as uint8 (B, 3, 64, 64), labels (B,)."""
     loader = torch.utils.data.DataLoader(ShapesDataset(start, length), batch_size=BATCH)
-    yield from tqdm(loader, desc=f"pictures {start}..{start + length - 1}", leave=False)
+    yield from tqdm(
+        loader, desc=f"pictures {start}..{start + length - 1}", leave=False, disable=None
+    )
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -85,18 +87,25 @@ def load_tokenizer(path: Path) -> LinearTokenizer:
         raise UserError(f"{error}; make it with `python -m util.tiny_assets tokenizer`") from error
 
 
+def channel_spread(tokenizer: LinearTokenizer, images: Tensor) -> list[list[float]]:
+    """Standard deviation, largest magnitude and kurtosis of each channel of the scaled latents.
+
+    images: (N, 3, H, W) in [-1, 1].
+    """
+    latents = tokenizer.encode(images).mode() * tokenizer.latent_scale  # (N, C, h, w)
+    kurtosis = latents.pow(4).mean((0, 2, 3)) / latents.square().mean((0, 2, 3)).square()
+    spread = latents.std((0, 2, 3)), latents.abs().amax((0, 2, 3)), kurtosis
+    return torch.stack(spread, dim=1).tolist()
+
+
 @torch.inference_mode()
 def make_tokenizer(folder: Path, num_images: int) -> dict[str, object]:
     """Fit the tokenizer, print a table of its channels and write tokenizer.safetensors."""
     images = torch.cat([to_float(images) for images, _ in batches(0, num_images)])
     tokenizer = LinearTokenizer.fit(images)
-    latents = tokenizer.encode(images).mode() * tokenizer.latent_scale  # (N, C, h, w)
-    std = latents.std((0, 2, 3))
-    kurtosis = latents.pow(4).mean((0, 2, 3)) / latents.square().mean((0, 2, 3)).square()
-    largest = latents.abs().amax((0, 2, 3))
     print("channel   std  largest  kurtosis   (of the latents times latent_scale)")
-    for k in range(tokenizer.channels):
-        print(f"{k:7d} {std[k]:5.2f} {largest[k]:8.2f} {kurtosis[k]:9.1f}")
+    for k, (std, largest, kurtosis) in enumerate(channel_spread(tokenizer, images)):
+        print(f"{k:7d} {std:5.2f} {largest:8.2f} {kurtosis:9.1f}")
     metadata = {
         "kind": "LinearTokenizer",
         "channels": tokenizer.channels,
@@ -124,7 +133,7 @@ def make_classifier(folder: Path, num_images: int) -> dict[str, object]:
     steps = CLASSIFIER_EPOCHS * -(-num_images // BATCH)
     optimizer = torch.optim.AdamW(classifier.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, CLASSIFIER_LR, total_steps=steps)
-    progress = tqdm(total=steps, desc="training")
+    progress = tqdm(total=steps, desc="training", disable=None)
     for _ in range(CLASSIFIER_EPOCHS):
         for rows in torch.randperm(num_images, generator=random).split(BATCH):
             batch, half = images[rows], len(rows) // 2

@@ -46,7 +46,7 @@ ENCODE_BATCH = 50  # pictures
 def encode_pictures(tokenizer: VQModel, count: int) -> Tensor:
     """Codes (count, N) int16 of pictures 0 .. count - 1."""
     parts = []
-    for start in tqdm(range(0, count, ENCODE_BATCH), desc="codes", unit="batch"):
+    for start in tqdm(range(0, count, ENCODE_BATCH), desc="codes", unit="batch", disable=None):
         codes = tokenizer.encode(pictures(start, min(ENCODE_BATCH, count - start)))
         parts.append(codes.flatten(1).to(torch.int16))
     return torch.cat(parts)
@@ -101,7 +101,7 @@ def train(output_dir: Path, steps: int, count: int) -> tuple[GPT, float]:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done, mean = state["step"], state["loss"]
-    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step")
+    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:
         torch.manual_seed(step)
         rows = torch.randint(count, (BATCH,))

@@ -121,7 +121,7 @@ def train(output_dir: Path, steps: int) -> VQModel:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done, used = state["step"], state["used"]
-    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step")
+    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:
         torch.manual_seed(step)
         images = pictures(step * BATCH, BATCH)

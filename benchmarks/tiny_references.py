@@ -1,0 +1,135 @@
+"""What the tokenizer and the scores of the bundled models say of real pictures, whole and damaged.
+
+    python -m benchmarks.tiny_references
+
+Tells what a FID of mar_tiny or gpt_tiny means: how real pictures score that the statistics have not
+seen, how much the tokenizer costs, and which faults the classifier's features see. Also the spread
+of each latent channel over the pictures that the tokenizer was fitted to. A minute or two of one core.
+Results: benchmarks/results/tiny_references.{json,md}.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.common import markdown, origin, write_result
+from benchmarks.line_common import RESULTS, Pictures
+from models.linear_tokenizer import LinearTokenizer
+from models.presets import PRESETS
+from util import metrics
+from util.device import set_threads
+from util.errors import UserError, run_main
+from util.score_request import ScoreRequest
+from util.shapes import CLASSES, HELD_OUT_START, label_of, render
+from util.tiny_assets import DEFAULT_IMAGES, batches, channel_spread, psnr, restore, to_float
+
+PRESET = PRESETS["mar_tiny"]
+START = HELD_OUT_START + DEFAULT_IMAGES["stats"]  # behind those of the statistics
+FEW = 1000  # images, as in most tables
+PATCH = 4  # pixels: the tokenizer's stride
+HEAD = ("", "images", "FID", "IS", "accuracy")
+Images = np.ndarray  # uint8 (N, 64, 64, 3)
+
+
+def noisy(images: Images, deviation: float, random: np.random.Generator) -> Images:
+    """With Gaussian noise of that many grey levels."""
+    noise = random.normal(0, deviation, images.shape)
+    return (images + noise).round().clip(0, 255).astype(np.uint8)
+
+
+def patched(images: Images, share: float, random: np.random.Generator) -> Images:
+    """With that share of the 4x4 patches taken, in place, from another picture."""
+    side = images.shape[1] // PATCH
+    taken = random.random((len(images), side, side)) < share
+    mask = taken.repeat(PATCH, axis=1).repeat(PATCH, axis=2)[..., None]
+    return np.where(mask, images[random.permutation(len(images))], images)
+
+
+def through(tokenizer: LinearTokenizer, images: Images) -> Images:
+    """Encoded and decoded."""
+    parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(100)
+    restored = torch.cat([restore(tokenizer, part) for part in parts])
+    return restored.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def versions(
+    images: Images, labels: np.ndarray, tokenizer: LinearTokenizer
+) -> dict[str, tuple[Callable[[], Images], np.ndarray]]:
+    """Title of a row -> what makes its pictures, their labels."""
+    random = np.random.default_rng(0)
+    kept = labels != CLASSES.index("triangle")
+    few = f"as rendered, the first {min(FEW, len(images)):,}"
+    return {
+        "as rendered": (lambda: images, labels),
+        few: (lambda: images[:FEW], labels[:FEW]),
+        "through the tokenizer": (lambda: through(tokenizer, images), labels),
+        "pixel noise of 10/255": (lambda: noisy(images, 10, random), labels),
+        "pixel noise of 25/255": (lambda: noisy(images, 25, random), labels),
+        "3% of the 4x4 patches from another picture": (
+            lambda: patched(images, 0.03, random),
+            labels,
+        ),
+        "no triangles": (lambda: images[kept], labels[kept]),
+        "red and blue swapped": (lambda: images[..., ::-1].copy(), labels),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tiny_references", description=__doc__
+    )
+    parser.add_argument("--num_images", type=int, default=5000, help="held-out pictures")
+    parser.add_argument("--output", type=Path, default=RESULTS / "tiny_references")
+    args = parser.parse_args()
+    if args.num_images < 100:
+        raise UserError(f"--num_images {args.num_images}: give 100 or more")
+    set_threads(1)
+    tokenizer = LinearTokenizer.from_file(PRESET.vae_path)
+    request = ScoreRequest(PRESET.features, PRESET.features_path, PRESET.fid_stats)
+    indices = range(START, START + args.num_images)
+    images = np.stack([render(index) for index in indices])
+    labels = np.array([label_of(index) for index in indices])
+    rows = []
+    with torch.inference_mode():
+        for title, (make, own) in versions(images, labels, tokenizer).items():
+            pictures = Pictures(make())
+            score = metrics.score(pictures, len(own), request, "cpu", labels=own.tolist())
+            rows.append({"name": title, "num_images": len(own), **score})
+        fitted = DEFAULT_IMAGES["tokenizer"]
+        training = torch.cat([to_float(part) for part, _ in batches(0, fitted)])
+        spread = channel_spread(tokenizer, training)
+        quality = psnr(tokenizer)
+    about = {
+        **origin(),
+        "pictures": f"{indices.start} .. {indices.stop - 1} of util.shapes",
+        "reference": f"{PRESET.fid_stats}",
+        "tokenizer_psnr_db": round(quality, 2),
+        "latents": f"pictures 0 .. {fitted - 1}, times latent_scale {tokenizer.latent_scale:.5f}",
+    }
+    scores = [
+        [
+            row["name"],
+            row["num_images"],
+            f"{row['fid']:.3f}",
+            f"{row['is_mean']:.2f}",
+            f"{row['accuracy']:.1%}",
+        ]
+        for row in rows
+    ]
+    columns = [[f"{x:.2f}", f"{largest:.2f}", f"{k:.1f}"] for x, largest, k in spread]
+    titles = ("standard deviation", "largest", "kurtosis")
+    latents = [
+        [title, *cells] for title, cells in zip(titles, zip(*columns, strict=True), strict=True)
+    ]
+    channels = ("channel", *(str(k) for k in range(len(spread))))
+    text = markdown(HEAD, scores) + "\n" + markdown(channels, latents)
+    spread = [dict(zip(("std", "largest", "kurtosis"), row, strict=True)) for row in spread]
+    write_result(args.output, {"about": about, "rows": rows, "channels": spread}, text)
+
+
+if __name__ == "__main__":
+    run_main(main)
