@@ -6,8 +6,10 @@
 The rows of each group are in benchmarks/ablation_rows.py. A row is a run of eval.py in a folder of its
 own below --output_dir: the same command goes on where it stopped, and a row that is finished, also
 for another group, is not made again. All flags of eval.py may be given, but for LazyMAR's, which
-the rows decide. Results: RESULTS/ablations_MODEL_GROUP.{json,md}; frontier draws a plot, too. The
-last line is one JSON document.
+the rows decide. When all images are there, each row is timed: the rows take turns, --repeats times,
+with batches of --timing_bsz, and the fastest counts; on a CPU with one thread the clock counts the
+thread's own seconds. Results: RESULTS/ablations_MODEL_GROUP.{json,md} (--results); frontier draws a
+plot, too. The last line is one JSON document.
 """
 
 import argparse
@@ -16,30 +18,48 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 import engine
 from benchmarks.ablation_rows import STEPS, Row, Series, frontier_series, groups, rivals
-from benchmarks.common import markdown, origin, refuse_foreign, write_result, write_text
+from benchmarks.common import (
+    OUTPUT,
+    markdown,
+    origin,
+    refuse_foreign,
+    timed,
+    write_result,
+    write_text,
+)
 from benchmarks.memory import SampledBatch, peak_gb
 from benchmarks.svg_plot import xy_plot
 from models.flops import MARGeometry, image_work
 from models.lazy_mar import LazyMARConfig
 from models.plan import DecodingPlan
 from models.presets import PRESETS
+from models.sampler import Sampler
 from util import dist, evaluation, metrics, report
-from util.device import pick_device, pick_dtype, set_threads
+from util.device import can_compile, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
 from util.files import write_json
 from util.flags import make_parser, resolve
 
-RESULTS = Path("benchmarks/results")
 GROUPS = tuple(groups(LazyMARConfig(), lambda row, config: None))
-TINY_IMAGES = 500
+TINY_IMAGES = 300
 QUALITY = ("", "FID", "IS", "accuracy", "PSNR to MAR, dB")
+NOT_PAIRED = {"psnr": None, "identical": None}
+CUDA_WARMUPS = 2  # one compiles, one records
+PEAK = {True: "of the device", False: "of a whole process, its head with 4 denoising steps"}
 COST = ("TFLOPs as published", "executed", "s / image", "speed-up", "peak GB")
+# Flags that decide the images of all rows: a result is not overwritten by one of other values.
+SETTINGS = ("model", "num_images", "class_num", "img_size", "image_size_eval", "num_sampling_steps")
+SETTINGS += ("seed", "seed_mode", "cfg", "cfg_schedule", "temperature")
+GEOMETRY = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "buffer_size")
+GEOMETRY += ("diffloss_d", "diffloss_w", "num_sampling_steps")
 Result = dict[str, object]
 
 
@@ -56,6 +76,7 @@ class Ablation:
         self.geometry = MARGeometry.of(self.model)
         self.base = LazyMARConfig(head_interval=PRESETS[args.model].head_interval)
         self.groups = groups(self.base, self.steps_at)
+        self.seconds: dict[object, float] = {}
 
     def tflops(self, row: Row, executed: bool) -> float:
         """Operations for one image, in T."""
@@ -118,7 +139,8 @@ class Ablation:
         found = json.loads(file.read_text()) if file.exists() else {}
         if not about.items() <= found.items():
             sampling = self.args.model, row.config, row.num_iter, self.args.cfg
-            sampled = SampledBatch(*sampling, batch, self.dtype, device)
+            geometry = tuple((name, getattr(self.args, name)) for name in GEOMETRY)
+            sampled = SampledBatch(*sampling, batch, self.dtype, device, geometry)
             found = {**about, "peak_gb": peak_gb(sampled)}
             write_json(file, found)
         return found["peak_gb"]
@@ -128,6 +150,34 @@ class Ablation:
         with ThreadPoolExecutor(processes if self.device.type == "cpu" else 1) as pool:
             list(pool.map(self.peak, {row.task: row for row in rows}.values()))
 
+    def measure_seconds(self, rows: list[Row]) -> None:
+        """Fill self.seconds: task -> the fastest seconds per image of its turns."""
+        unique = list({row.task: row for row in rows}.values())
+        on_cuda = self.device.type == "cuda"
+        compile = on_cuda and not self.args.no_compile and can_compile(self.device)
+        size = self.args.timing_bsz
+        labels = [i % self.model.class_num for i in range(size)]
+        noise = self.model.image_noise(range(size))
+        turns = [row for _ in range(self.args.repeats) for row in unique]
+        for row in tqdm(turns, desc="timing", unit="turn", disable=None):
+            # A sampler of its own: what it compiles and records for one row would crowd out another's.
+            sampler = Sampler(self.model, self.dtype, compile=compile, graphs=compile)
+            sample = partial(
+                sampler.sample_tokens,
+                size,
+                row.num_iter,
+                self.args.cfg,
+                self.args.cfg_schedule,
+                labels,
+                self.args.temperature,
+                lazy_mar=row.config,
+                noise=noise,
+            )
+            for _ in range(CUDA_WARMUPS if on_cuda else 0):
+                sample()
+            seconds = timed(sample, self.device) / size
+            self.seconds[row.task] = min(seconds, self.seconds.get(row.task, seconds))
+
     def results(self, group: str) -> list[Result]:
         """The rows of a group, measured."""
         rows = self.groups[group]
@@ -135,17 +185,19 @@ class Ablation:
         found = []
         for row, run in zip(rows, runs, strict=True):
             pair = run is not runs[0] and report.paired(run, runs[0])
+            seconds = self.seconds[row.task]
             found.append(
                 {
                     "name": row.name,
                     "num_iter": row.num_iter,
                     "lazy_mar": asdict(row.config) if row.config else None,
                     **{key: run.get(key) for key in ("fid", "is_mean", "is_std", "accuracy")},
-                    "psnr": report.mean_difference(run, runs[0], report.psnr) if pair else None,
+                    **(report.closeness(run, runs[0]) if pair else NOT_PAIRED),
                     "tflops_published": self.tflops(row, executed=False),
                     "tflops_executed": self.tflops(row, executed=True),
-                    "s_per_image": run["sec_per_image"],
-                    "speedup": runs[0]["sec_per_image"] / run["sec_per_image"],
+                    "s_per_image": seconds,
+                    "speedup": self.seconds[rows[0].task] / seconds,
+                    "s_per_image_of_the_run": run.get("sec_per_image"),
                     "peak_gb": self.peak(row),
                     "folder": run["path"].name,
                     "processes": run["processes"],
@@ -154,11 +206,26 @@ class Ablation:
             )
         return found
 
-    def about(self, run: Mapping[str, object]) -> dict[str, object]:
-        """What the numbers of a table travel with; `run` is its first row's."""
-        same = ("model", "weights", "num_images", "cfg", "seeds", "device", "device_name", "dtype")
-        same += ("eval_bsz", "threads", "reference")
-        return {**origin(), **{key: run[key] for key in same}}
+    @property
+    def settings(self) -> dict[str, object]:
+        """What decides the images of all rows."""
+        found = {name: getattr(self.args, name) for name in SETTINGS}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**found, "weights": self.weights, "dtype": dtype, "device": self.device.type}
+
+    def about(self, group: str) -> dict[str, object]:
+        """What the numbers of a group travel with."""
+        runs = [report.load_run(self.folder(row)) for row in self.groups[group]]
+        same = ("seeds", "reference", "eval_bsz", "threads", "processes", "device_name")
+        return {
+            **origin(),
+            "group": group,
+            **self.settings,
+            **{key: runs[0][key] for key in same},
+            "commits of the runs": ", ".join(sorted({run["commit"] for run in runs})),
+            "timing": f"batch {self.args.timing_bsz}, the fastest of {self.args.repeats}, rows in turns",
+            "peak": f"of a batch of {self.args.eval_bsz}, {PEAK[self.device.type == 'cuda']}",
+        }
 
 
 def table(rows: list[Result]) -> str:
@@ -167,9 +234,8 @@ def table(rows: list[Result]) -> str:
     for row in rows:
         inception = f"{row['is_mean']:.2f} ± {row['is_std']:.2f}"
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
-        psnr = "-" if row["psnr"] is None else f"{row['psnr']:.2f}"
         costs = [row["tflops_published"], row["tflops_executed"], row["s_per_image"]]
-        quality = [row["name"], f"{row['fid']:.3f}", inception, accuracy, psnr]
+        quality = [row["name"], f"{row['fid']:.3f}", inception, accuracy, report.closeness_text(row, ".2f")]
         body.append([*quality, *costs, f"{row['speedup']:.2f}", row["peak_gb"]])
     return markdown((*QUALITY, *COST), body)
 
@@ -229,7 +295,9 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = make_parser("eval")
     parser.prog, parser.description = "python -m benchmarks.ablations", __doc__
     parser.add_argument("--group", default="all", help=f"all, or some of {', '.join(GROUPS)}")
-    parser.add_argument("--results", default=str(RESULTS), help="folder of the tables")
+    parser.add_argument("--results", default=str(OUTPUT), help="folder of the tables")
+    parser.add_argument("--timing_bsz", type=int, help="images of a timed batch (--eval_bsz)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns in which each row is timed")
     parser.set_defaults(num_images=None, eval_bsz=None, output_dir="./output_dir/ablations")
     args = parser.parse_args(words)
     constants = [field.name for field in fields(LazyMARConfig)]
@@ -247,6 +315,11 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     resolve(args, "eval", PRESETS)
     if args.family != "mar":
         raise UserError(f"--model {args.model} has no LazyMAR: use one of the mar_ models")
+    args.timing_bsz = args.eval_bsz if args.timing_bsz is None else args.timing_bsz
+    if min(args.timing_bsz, args.repeats) < 1:
+        raise UserError(
+            f"--timing_bsz {args.timing_bsz}, --repeats {args.repeats}: must be at least 1"
+        )
     args.group = list(GROUPS) if args.group == "all" else args.group.split(",")
     for name in args.group:
         if name not in GROUPS:
@@ -269,7 +342,7 @@ def main() -> None:
     with dist.Meeting(world, args.dist_url, args.patience) as meeting:
         ablation = Ablation(args, device)
         for path in () if args.overwrite else result_paths(args).values():
-            refuse_foreign(path, weights=ablation.weights, num_images=args.num_images)
+            refuse_foreign(path, **ablation.settings)
         rows = [row for name in args.group for row in ablation.groups[name]]
         seconds = ablation.run(rows, meeting)
     if not world.is_main:
@@ -280,10 +353,10 @@ def main() -> None:
         )
         return
     ablation.measure_peaks(rows, world.size)
+    ablation.measure_seconds(rows)
     for name, path in result_paths(args).items():
         found = ablation.results(name)
-        first = report.load_run(ablation.folder(ablation.groups[name][0]))
-        document = {"about": {**ablation.about(first), "group": name}, "rows": found}
+        document = {"about": ablation.about(name), "rows": found}
         text = table(found)
         path.parent.mkdir(parents=True, exist_ok=True)
         if name == "frontier":

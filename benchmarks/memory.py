@@ -34,7 +34,10 @@ def _peak(device: str, work: Callable[..., None], args: tuple) -> float:
 
 @dataclass(frozen=True)
 class SampledBatch:
-    """A batch sampled from a model of random weights; on CPUs the head takes 4 steps."""
+    """A batch sampled from a model of random weights; on CPUs the head takes 4 steps.
+
+    geometry: (name, value) pairs of the model's arguments that are not its preset's.
+    """
 
     name: str
     config: LazyMARConfig | None
@@ -43,12 +46,14 @@ class SampledBatch:
     size: int
     dtype: torch.dtype
     device: str
+    geometry: tuple[tuple[str, object], ...] = ()
 
     def sample(self) -> None:
         """Sample it on one thread."""
         torch.set_num_threads(1)
         on_cuda = torch.device(self.device).type == "cuda"
-        model = build(self.name, self.device, **({} if on_cuda else {"num_sampling_steps": "4"}))
+        few = {} if on_cuda else {"num_sampling_steps": "4"}
+        model = build(self.name, self.device, **{**dict(self.geometry), **few})
         Sampler(model, self.dtype).sample_tokens(
             self.size,
             self.num_iter,

@@ -89,7 +89,7 @@ def test_every_group_of_rows_has_its_script():
 
 def test_an_ablation_has_sizes_that_fit_its_model():
     tiny, huge = (ablations.parse_args(["--model", model]) for model in ("mar_tiny", "mar_huge"))
-    assert (tiny.num_images, tiny.eval_bsz, tiny.group) == (500, 100, list(ablations.GROUPS))
+    assert (tiny.num_images, tiny.eval_bsz, tiny.group) == (300, 100, list(ablations.GROUPS))
     assert (huge.num_images, huge.eval_bsz) == (50000, 128)
 
 

@@ -9,7 +9,7 @@ The first run is what the others are compared with: speed-up, and PSNR between i
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -57,16 +57,29 @@ def paired(run: Json, first: Json) -> bool:
     return same and None not in (run["images_dir"], first["images_dir"])
 
 
-def mean_difference(
-    run: Json, first: Json, measure: Callable[[np.ndarray, np.ndarray], float]
-) -> float:
-    """Mean over the images of two paired runs of measure(image, image of the first)."""
-    values = []
+def image_pairs(run: Json, first: Json) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(image, image of the first) of two paired runs, uint8 (H, W, 3)."""
     for index in range(int(run["num_images"])):
         name = png_name(index)
         ours, theirs = (read_image(Path(r["path"]) / "images" / name) for r in (run, first))
-        values.append(measure(ours, theirs))
-    return float(np.mean(values))
+        yield ours, theirs
+
+
+def closeness(run: Json, first: Json) -> dict[str, float | None]:
+    """psnr: mean over the images of two paired runs that differ, None if none does; identical: the
+    share of those that do not."""
+    values = [None if np.array_equal(a, b) else psnr(a, b) for a, b in image_pairs(run, first)]
+    differing = [value for value in values if value is not None]
+    mean = float(np.mean(differing)) if differing else None
+    return {"psnr": mean, "identical": 1 - len(differing) / len(values)}
+
+
+def closeness_text(found: Json, form: str) -> str:
+    """A cell: the PSNR, and the share of identical images if there are any."""
+    if found["psnr"] is None:
+        return "identical" if found["identical"] else "-"
+    same = f" ({found['identical']:.0%} identical)" if found["identical"] else ""
+    return format(found["psnr"], form) + same
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -114,7 +127,7 @@ def row(run: Json) -> str:
 
 
 def compare(runs: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Each run, and beside the first its speedup, psnr and lpips (None where there is no such number)."""
+    """Each run, and beside the first its speedup, closeness and lpips (None where there is none)."""
     first = runs[0]
     pairs = [run is not first and paired(run, first) for run in runs]
     lpips = make_lpips() if any(pairs) else None
@@ -123,9 +136,11 @@ def compare(runs: list[dict[str, object]]) -> list[dict[str, object]]:
         seconds, base = run.get("sec_per_image"), first.get("sec_per_image")
         beside = {
             "speedup": base / seconds if seconds and base else None,
-            "psnr": mean_difference(run, first, psnr) if pair else None,
-            "lpips": mean_difference(run, first, lpips) if pair and lpips else None,
+            **(closeness(run, first) if pair else {"psnr": None, "identical": None}),
+            "lpips": None,
         }
+        if pair and lpips:
+            beside["lpips"] = float(np.mean([lpips(*images) for images in image_pairs(run, first)]))
         found.append(run | beside)
     return found
 
@@ -138,7 +153,7 @@ def table(rows: list[dict[str, object]]) -> str:
     headings += [heading for _, heading, _ in extra]
     lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     for run in rows:
-        more = [_number(run["speedup"], ".2f"), _number(run["psnr"], ".1f")]
+        more = [_number(run["speedup"], ".2f"), closeness_text(run, ".1f")]
         more += [_number(run.get(key), form) for key, _, form in extra]
         lines.append(f"| {' | '.join([*cells(run), *more])} |")
     about = (
