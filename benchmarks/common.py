@@ -1,7 +1,6 @@
 """What the benchmarks share: clocks, ceilings of the machine, and files of results."""
 
 import json
-import platform
 import shlex
 import sys
 import time
@@ -14,6 +13,9 @@ from util.device import DTYPES, pick_dtype
 from util.errors import UserError
 from util.files import atomic_path, write_json
 from util.run_dir import provenance
+
+RESULTS = Path(__file__).parent / "results"  # what the documents cite
+OUTPUT = Path("output_dir/benchmarks")  # where results go unless told
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
@@ -30,10 +32,26 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def best_seconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """The fastest of some calls, after one that does not count."""
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """The wall clock, or on one CPU thread the seconds that it has run."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: CUDA events where there are some, else the clock of the device."""
+    if device.type == "cuda":
+        return seconds_of(call, device)
+    clock = clock_of(device)
+    began = clock()
     call()
-    return min(seconds_of(call, device) for _ in range(repeats))
+    return clock() - began
+
+
+def best_seconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    """The fastest of some calls by the clock of the device, after one that does not count."""
+    call()
+    return min(timed(call, device) for _ in range(repeats))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -47,17 +65,6 @@ def read_rate(device: torch.device) -> float:
     """Bytes/s of adding up a tensor of 1 GB (CUDA) or 256 MB: the ceiling of reading weights."""
     x = torch.ones((1 << 28) if device.type == "cuda" else (1 << 26), device=device)
     return x.nbytes / best_seconds(x.sum, device)
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def default_dtype(device: torch.device) -> str:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from benchmarks.common import (
     default_dtype,
-    device_name,
     markdown,
     matrix_rate,
     origin,
@@ -29,10 +28,10 @@ from benchmarks.common import (
     seconds_of,
     write_result,
 )
-from benchmarks.mar_work import HEADS, MODES, build, count_work
+from benchmarks.mar_work import MODELS, MODES, build, count_work
 from benchmarks.memory import SampledBatch, peak_gb
 from models.sampler import Sampler
-from util.device import DTYPES, can_compile, pick_device
+from util.device import DTYPES, can_compile, device_name, pick_device
 from util.errors import UserError, run_main
 
 
@@ -110,7 +109,7 @@ def parse() -> argparse.Namespace:
         prog="python -m benchmarks.latency", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--models", default="mar_base", help="mar_base,mar_large,mar_huge,mar_tiny")
+    parser.add_argument("--models", default="mar_base", help=f"of {','.join(MODELS)}")
     parser.add_argument("--batches", default="1", help="images per batch")
     parser.add_argument("--modes", default="plain,lazy", help=f"of {','.join(MODES)}")
     parser.add_argument("--num_iter", type=int, default=64)
@@ -129,8 +128,8 @@ def parse() -> argparse.Namespace:
     if args.warmup is None:
         args.warmup = 3 if device.type == "cuda" else 0
     for name in args.models.split(","):
-        if name not in (*HEADS, "mar_tiny"):
-            raise UserError(f"--models {name} is no model; use {', '.join(HEADS)} or mar_tiny")
+        if name not in MODELS:
+            raise UserError(f"--models {name} is no model; use some of {','.join(MODELS)}")
     if not all(batch.isdigit() and int(batch) > 0 for batch in args.batches.split(",")):
         raise UserError(f"--batches {args.batches} are no numbers of images, such as 1,8,64")
     for mode in args.modes.split(","):

@@ -16,14 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import markdown, origin, write_text
-from benchmarks.line_common import (
-    BUDGETS,
-    PRESET,
-    RESULTS,
-    Run,
-    load_tiny,
-)
+from benchmarks.common import RESULTS, markdown, origin, write_text
+from benchmarks.line_common import BUDGETS, PRESET, Run, load_tiny
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS, POOLINGS
 from models.llamagen import GPT

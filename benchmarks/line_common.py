@@ -1,7 +1,6 @@
-"""What the LineAR benchmarks share: the bundled model, its images and scores, and files of results."""
+"""What the LineAR benchmarks share: the bundled model, its images and scores."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from util.images import to_uint8
 from util.score_request import ScoreRequest
 
 PRESET = PRESETS["gpt_tiny"]
-RESULTS = Path(__file__).parent / "results"
 BUDGETS = {"1/2": 1 / 2, "1/4": 1 / 4, "1/6": 1 / 6, "1/8": 1 / 8}
 
 

@@ -17,18 +17,18 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.common import device_name, markdown, origin, seconds_of, write_result
+from benchmarks.common import clock_of, markdown, origin, read_rate, timed, write_result
 from models import llamagen
 from models.line_cache import LineARConfig, LinePlan, make_cache
 from models.llamagen import GPT
-from util.device import DTYPES, pick_device, pick_dtype, set_threads
+from util.device import DTYPES, device_name, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
 
 HEAD = ["batch", "budget", "slots", "images_per_s", "speedup", "cache_gb", "cache_over_theory"]
@@ -58,28 +58,6 @@ def read_bytes(model: GPT, plan: LinePlan, rows: int) -> int:
         for i in range(model.block_size)
     )
     return model.block_size * weights + live * theory_bytes(model, plan, rows) // plan.slots
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """The wall clock, or on one CPU thread the seconds that it has run."""
-    alone = device.type == "cpu" and torch.get_num_threads() == 1
-    return time.process_time if alone else time.perf_counter
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call by the clock of the device."""
-    if device.type == "cuda":
-        return seconds_of(call, device)
-    clock = clock_of(device)
-    began = clock()
-    call()
-    return clock() - began
-
-
-def read_rate(device: torch.device) -> float:
-    """Bytes/s of adding up a tensor of 256 MB."""
-    x = torch.ones(1 << 26, device=device)
-    return x.nbytes / min(timed(x.sum, device) for _ in range(5))
 
 
 def sampling_seconds(model: GPT, config: LineARConfig, batch: int, cfg: float) -> float:

@@ -16,14 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import markdown, origin, write_text
-from benchmarks.line_common import (
-    BUDGETS,
-    PRESET,
-    RESULTS,
-    Run,
-    load_tiny,
-)
+from benchmarks.common import RESULTS, markdown, origin, write_text
+from benchmarks.line_common import BUDGETS, PRESET, Run, load_tiny
 from benchmarks.svg_plot import line_plot
 from models.gpt_images import GPTSampling, generate
 from models.line_cache import LineARConfig

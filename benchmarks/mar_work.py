@@ -12,9 +12,10 @@ from models.lazy_head import LazyDenoiser
 from models.lazy_mar import CACHES, LazyMARConfig
 from models.noise import ImageNoise
 from models.plan import DecodingPlan
+from models.presets import PRESETS
 from models.sampling_copy import sampling_copy
 
-HEADS = {"mar_base": (6, 1024), "mar_large": (8, 1280), "mar_huge": (12, 1536)}  # MAR's README
+MODELS = tuple(name for name, preset in PRESETS.items() if preset.family == "mar")
 MODES: dict[str, LazyMARConfig | None] = {
     "plain": None,
     "lazy": LazyMARConfig(),
@@ -27,11 +28,9 @@ def build(name: str, device: torch.device | str, **kwargs: object) -> mar.MAR:
 
     Raises ValueError for an unknown name.
     """
-    if name not in (*HEADS, "mar_tiny"):
-        raise ValueError(f"{name} is no model; use mar_base, mar_large, mar_huge or mar_tiny")
-    head = {}
-    if name in HEADS:
-        head = {"diffloss_d": HEADS[name][0], "diffloss_w": HEADS[name][1]}
+    if name not in MODELS:
+        raise ValueError(f"{name} is no model; use one of {', '.join(MODELS)}")
+    head = {key: getattr(PRESETS[name], key) for key in ("diffloss_d", "diffloss_w")}
     torch.manual_seed(0)
     with torch.device(device):
         model = getattr(mar, name)(**{**head, **kwargs}).eval().requires_grad_(False)

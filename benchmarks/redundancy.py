@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engine
-from benchmarks.common import device_name, markdown, origin, refuse_foreign, write_result
+from benchmarks.common import RESULTS, markdown, origin, refuse_foreign, write_result
 from benchmarks.redundancy_figures import draw, require_matplotlib
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig
@@ -37,12 +37,11 @@ from models.predictor import PlainPredictor
 from models.presets import PRESETS
 from models.sampling_copy import sampling_copy
 from util.batch_grid import image_label, image_seed
-from util.device import pick_device, pick_dtype, set_threads
+from util.device import device_name, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
 from util.flags import make_parser, resolve
 from util.images import to_uint8
 
-RESULTS = Path(__file__).parent / "results"
 GROUPS = ("earlier", "previous", "now", "later")
 NOW, PREVIOUS, CHANGED, REUSED = "npc."  # what happened to a token, in the maps of the strip
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import markdown, origin, write_result
-from benchmarks.line_common import RESULTS, Pictures
+from benchmarks.common import RESULTS, markdown, origin, write_result
+from benchmarks.line_common import Pictures
 from models.linear_tokenizer import LinearTokenizer
 from models.presets import PRESETS
 from util import metrics

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import default_dtype, device_name, markdown, origin, seconds_of, write_result
+from benchmarks.common import default_dtype, markdown, origin, seconds_of, write_result
 from benchmarks.eager_training import EagerTraining
-from benchmarks.mar_work import HEADS, build
+from benchmarks.mar_work import MODELS, build
 from benchmarks.memory import peak_of
 from models import mar
 from models.noise import TrainingNoise
 from util import training
-from util.device import DTYPES, pick_device
+from util.device import DTYPES, device_name, pick_device
 from util.ema import EMA
 from util.errors import UserError, run_main
 from util.lr import LRSchedule, make_optimizer
@@ -111,7 +111,7 @@ def parse() -> argparse.Namespace:
         prog="python -m benchmarks.training", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--model", default="mar_base", choices=(*HEADS, "mar_tiny"))
+    parser.add_argument("--model", default="mar_base", choices=MODELS)
     parser.add_argument("--batch", type=int, default=4, help="images per step")
     parser.add_argument("--rows", default="eager,ours,checkpointing", help=f"of {','.join(ROWS)}")
     parser.add_argument("--warmup", type=int, default=1, help="steps that do not count")

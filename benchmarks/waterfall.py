@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 
 from benchmarks import eager_mar
-from benchmarks.common import device_name, markdown, origin, seconds_of, write_result
-from benchmarks.mar_work import HEADS, build
+from benchmarks.common import markdown, origin, seconds_of, write_result
+from benchmarks.mar_work import MODELS, build
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig
 from models.mar import MAR
 from models.noise import ImageNoise
 from models.plan import DecodingPlan
 from models.sampler import Sampler
-from util.device import DTYPES, autocast, pick_device, pick_dtype
+from util.device import DTYPES, autocast, device_name, pick_device, pick_dtype
 from util.errors import run_main
 
 Call = Callable[[], object]
@@ -83,7 +83,7 @@ def main() -> None:
         prog="python -m benchmarks.waterfall", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--model", default="mar_base", choices=(*HEADS, "mar_tiny"))
+    parser.add_argument("--model", default="mar_base", choices=MODELS)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--num_iter", type=int, default=64)
     parser.add_argument("--cfg", type=float, default=3.25)

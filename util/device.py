@@ -5,6 +5,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -42,10 +43,14 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """The hardware's own name, such as "NVIDIA H200" or "x86_64"."""
+    """The hardware's own name, such as "NVIDIA H200" or "Intel(R) Xeon(R) Processor"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def set_threads(stated: int | None) -> None:
