@@ -72,9 +72,10 @@ def keep_rows(base: LazyMARConfig) -> list[Row]:
 
 
 def cache_rows(base: LazyMARConfig) -> list[Row]:
-    """All eight combinations of the caches."""
+    """All eight combinations of the caches, and the extension of the head's."""
     chosen = [names for count in range(4) for names in combinations(CACHES, count)]
-    return [Row(" + ".join(names) or "no cache", base.with_caches(names)) for names in chosen]
+    rows = [Row(" + ".join(names) or "no cache", base.with_caches(names)) for names in chosen]
+    return [*rows, Row(f"{rows[-1].name}, adaLN reused", replace(base, head_reuse_adaln=True))]
 
 
 def lazy_rows(base: LazyMARConfig) -> list[Row]:

@@ -235,7 +235,13 @@ def table(rows: list[Result]) -> str:
         inception = f"{row['is_mean']:.2f} ± {row['is_std']:.2f}"
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
         costs = [row["tflops_published"], row["tflops_executed"], row["s_per_image"]]
-        quality = [row["name"], f"{row['fid']:.3f}", inception, accuracy, report.closeness_text(row, ".2f")]
+        quality = [
+            row["name"],
+            f"{row['fid']:.3f}",
+            inception,
+            accuracy,
+            report.closeness_text(row, ".2f"),
+        ]
         body.append([*quality, *costs, f"{row['speedup']:.2f}", row["peak_gb"]])
     return markdown((*QUALITY, *COST), body)
 

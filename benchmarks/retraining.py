@@ -59,7 +59,7 @@ def report(folder: Path) -> str:
             f"{score['fid']:.3f}",
             f"{score['is_mean']:.2f} ± {score['is_std']:.2f}",
             f"{score['accuracy']:.1%}",
-            score["commit"].rstrip("+"),
+            score["commit"],
         ]
         for title, score in scores.items()
     ]
@@ -72,7 +72,8 @@ guidance {first["cfg"]:g}, {first["dtype"]} on {first["device"]}, batch {first["
 
 {commands}
 
-The other two were trained from nothing, tokenizer included, by
+with the file in the place of the bundled one (hence the + of the commits). The other two were trained
+from nothing, after both bundled files of weights were deleted, the second on the first one's latents, by
 
     PROCESSES=1 OUT=output_dir/one scripts/train_tiny.sh
     PROCESSES=2 OUT=output_dir/two scripts/train_tiny.sh

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains mar_tiny from nothing on CPUs: data, tokenizer, latents, model, bundled weights. About an hour on two
 # cores. Stopped anywhere, the same command goes on. PROCESSES=8 scripts/train_tiny.sh uses eight cores.
+# Bundled files that are there stay: from nothing means with both of pretrained_models/mar_tiny deleted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -37,4 +38,8 @@ train --epochs $((EPOCHS + DECAY_EPOCHS)) --warmup_epochs "$EPOCHS" --lr_schedul
     --masked_keep 0.7 --aux_weight 0.2
 
 python -m util.checkpoint convert "$OUT" "$OUT/model.safetensors" --ema --overwrite
-cp "$OUT/model.safetensors" "$BUNDLE/model.safetensors"
+if [ -f "$BUNDLE/model.safetensors" ]; then
+    echo "$BUNDLE/model.safetensors is there and stays; try this one: eval.py --model mar_tiny --resume $OUT"
+else
+    cp "$OUT/model.safetensors" "$BUNDLE/model.safetensors"
+fi

@@ -8,9 +8,10 @@ import torch
 
 from benchmarks import ablations
 from benchmarks.ablation_rows import Row, changed, frontier_series, groups, scaled
+from benchmarks.common import RESULTS, refuse_foreign
 from benchmarks.svg_plot import xy_plot
 from models.lazy_mar import KEEP_SCHEDULE, LazyMARConfig
-from tests.conftest import NUM_IMAGES, flags_for
+from tests.conftest import NUM_IMAGES, ROOT, flags_for
 from tests.test_run import snapshot
 from util.errors import UserError
 
@@ -40,13 +41,21 @@ def ablate(one_thread, monkeypatch, weights, tmp_path, capsys):
     def call(*more: str) -> tuple[dict, list]:
         images = ["--num_images", str(NUM_IMAGES), "--eval_bsz", str(NUM_IMAGES)]
         flags = flags_for(weights / "official", tmp_path / "out", *images, *more)
-        results = ["--results", str(tmp_path / "results")]
+        results = ["--results", str(tmp_path / "results"), "--timing_bsz", "2", "--repeats", "2"]
         monkeypatch.setattr(sys, "argv", ["ablations.py", *flags, *results])
         capsys.readouterr()
         ablations.main()
         return json.loads(capsys.readouterr().out.splitlines()[-1]), measured
 
     return call
+
+
+def untimed(document):
+    """Its rows without what is measured anew each time."""
+    return [
+        {key: value for key, value in row.items() if key not in ("s_per_image", "speedup")}
+        for row in document["rows"]
+    ]
 
 
 def test_rows_become_runs_and_tables_and_are_not_made_again(ablate, tmp_path):
@@ -60,6 +69,7 @@ def test_rows_become_runs_and_tables_and_are_not_made_again(ablate, tmp_path):
         mar, *others = written["rows"]
         assert (mar["psnr"], mar["speedup"], mar["lazy_mar"]) == (None, 1.0, None)
         assert all(5 < row["psnr"] < 140 and row["fid"] > 0 for row in others)
+        assert all(row["identical"] == 0 and row["s_per_image"] > 0 for row in others)
         assert all(row["tflops_executed"] < mar["tflops_executed"] for row in others)
         assert written["about"]["num_images"] == NUM_IMAGES
         text = path.with_suffix(".md").read_text()
@@ -73,7 +83,7 @@ def test_rows_become_runs_and_tables_and_are_not_made_again(ablate, tmp_path):
 
     before = snapshot(tmp_path / "out")
     again, measured = ablate("--group", "frontier")
-    assert again["rows"] == document["rows"]
+    assert untimed(again) == untimed(document)
     assert (snapshot(tmp_path / "out"), len(measured)) == (before, 4)
     (tmp_path / "out" / mar["folder"] / "images" / "00003.png").unlink()
     assert ablate("--group", "caches")[0]["rows"]
@@ -86,10 +96,41 @@ def test_a_result_of_another_run_is_not_overwritten_unasked(ablate, tmp_path):
     ablate("--group", "caches")
     before = snapshot(tmp_path / "results")
     fewer = ("--group", "caches,frontier", "--num_images", "10", "--eval_bsz", "10")
-    with pytest.raises(UserError, match="result of num_images 20, this one has 10"):
+    with pytest.raises(UserError, match="num_images 20, this one has 10"):
         ablate(*fewer)
     assert snapshot(tmp_path / "results") == before
+    with pytest.raises(UserError, match=r"temperature 1\.0, this one has 0\.9"):
+        ablate("--group", "caches", "--temperature", "0.9")
     assert ablate(*fewer, "--overwrite")[0]["about"]["num_images"] == 10
+
+
+def test_rows_take_turns_and_the_fastest_counts(ablate, monkeypatch, tmp_path):
+    seconds = iter([8.0, 6.0, 4.0, 4.0, 2.0, 6.0])  # two turns of three rows
+
+    def timed(call, device):
+        call()
+        return next(seconds)
+
+    monkeypatch.setattr(ablations, "timed", timed)
+    rows = ablate("--group", "caches")[0]["rows"]
+    assert [row["s_per_image"] for row in rows] == [2.0, 1.0, 2.0]  # batches of two
+    assert [row["speedup"] for row in rows] == [1.0, 2.0, 1.0]
+
+
+def test_the_documented_command_is_not_refused_for_what_is_committed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = ["--model", "mar_tiny", "--dtype", "bf16", "--device", "cpu", "--results", str(RESULTS)]
+    args = ablations.parse_args(flags)
+    ablation = ablations.Ablation(args, torch.device("cpu"))
+    for path in ablations.result_paths(args).values():
+        assert path.with_suffix(".json").exists()
+        refuse_foreign(path, **ablation.settings)
+
+
+def test_turns_and_timed_batches_are_at_least_one():
+    for flag in ("--repeats", "--timing_bsz"):
+        with pytest.raises(UserError, match=f"{flag} 0"):
+            ablations.parse_args(["--model", "mar_tiny", flag, "0"])
 
 
 def test_a_dry_run_writes_nothing(ablate, tmp_path):

@@ -56,7 +56,10 @@ def test_paired_runs_get_speed_up_and_psnr(tmp_path, monkeypatch, capsys):
 
 
 def test_identical_images_are_told_and_do_not_lift_the_mean(tmp_path):
-    plain, lazy = make_run(tmp_path / "a", False, 2.0, 100), make_run(tmp_path / "b", True, 1.0, 100)
+    plain, lazy = (
+        make_run(tmp_path / "a", False, 2.0, 100),
+        make_run(tmp_path / "b", True, 1.0, 100),
+    )
     assert table_of(plain, lazy).splitlines()[3].endswith("| 2.00 | identical |")
     save_png(lazy / "images" / png_name(1), np.full((8, 8, 3), 110, np.uint8))
     assert table_of(plain, lazy).splitlines()[3].endswith("| 2.00 | 28.1 (67% identical) |")

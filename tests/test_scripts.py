@@ -116,4 +116,4 @@ def test_rows_of_every_group_are_distinct_and_begin_with_mar():
         assert len({row.task for row in rows}) == len(rows), name
         assert len({row.name for row in rows}) == len(rows), name
         assert any(row.task == (base, 64) for row in rows), name
-    assert len(ablations.groups(base, lambda row, config: None)["caches"]) == 1 + 8
+    assert len(ablations.groups(base, lambda row, config: None)["caches"]) == 1 + 8 + 1

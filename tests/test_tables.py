@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 from util import flops
-from util.published import tflops_at_64
+from util.published import ROWS, tflops_at_64
 
 RESULTS = ROOT / "benchmarks" / "results"
 README, BENCHMARKS = "README.md", "benchmarks/README.md"
@@ -51,9 +51,11 @@ NUMBERS = {
     (TINY_GPT, "| guidance | top-p"): (["gpt_tiny_guidance"], ["cfg", "top_p"]),
 }
 COUNTED = [(BENCHMARKS, "| TFLOPs | MAR: encoder")]
+PUBLISHED = [(README, "| published | steps")]
 WITHOUT_NUMBERS = [
     (README, "| cache | idea"),
     (BENCHMARKS, "| script | measures"),
+    (BENCHMARKS, "| results | of"),
     (TINY, "| file | what it is"),
     (TINY_GPT, "| file | what it is"),
 ]
@@ -117,7 +119,7 @@ def units(names: list[str], keys: list[str]) -> list[list[float]]:
 
 @pytest.mark.parametrize("table", tables(), ids=lambda t: f"{t.document}: {t.lines[0][:40]}")
 def test_every_table_has_a_source(table):
-    known = [*VERBATIM, *NUMBERS, *COUNTED, *WITHOUT_NUMBERS]
+    known = [*VERBATIM, *NUMBERS, *COUNTED, *PUBLISHED, *WITHOUT_NUMBERS]
     hits = [key for key in known if table in of(*key)]
     assert len(hits) == 1, f"tell where the table comes from, {table.lines[0]!r}"
 
@@ -156,6 +158,21 @@ def test_the_table_of_operations_is_what_is_counted():
         expected += [*executed, executed[0] / executed[1]]
         shown = [number for cell in cells[1:] for number in NUMBER.findall(cell)]
         assert shown == [f"{value:.2f}" for value in expected]
+
+
+def test_the_table_of_published_rows_is_that_of_the_scripts():
+    ((table,),) = [of(*key) for key in PUBLISHED]
+    for (script, row), cells in zip(ROWS.items(), table.body, strict=True):
+        method = ("LazyMAR" if row.lazy_mar else "MAR") + f"-{row.model[4].upper()}"
+        costs = (row.gpu_s, row.cpu_s, row.tflops)
+        assert cells == [
+            method + (", no guidance" if row.cfg == 1 else ""),
+            str(row.num_iter),
+            f"{row.fid:.2f}",
+            f"{row.inception:.1f}",
+            *("-" if value is None else f"{value:.2f}" for value in costs),
+            f"`scripts/{script}.sh`",
+        ]
 
 
 def test_a_number_that_is_not_in_the_results_is_found():

@@ -9,8 +9,11 @@ what is computed here (models/flops.py). The last line is one JSON document of t
 
 import argparse
 import json
+import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,7 +23,9 @@ from models.lazy_mar import CACHES, LazyMARConfig
 from models.plan import DecodingPlan
 from models.presets import PRESETS
 from util.errors import UserError, run_main
+from util.files import atomic_path
 from util.published import tflops_at_64
+from util.run_dir import provenance
 
 MODELS = ("mar_base", "mar_large", "mar_huge")
 LAZY = LazyMARConfig()
@@ -154,13 +159,21 @@ def main() -> None:
         "python -m util.flops", description="Operations of MAR and LazyMAR for one image."
     )
     parser.add_argument("--num_iter", type=int, default=64, help="autoregressive steps [64]")
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="also write the tables")
     args = parser.parse_args()
     if args.num_iter < 1:
         raise UserError(f"--num_iter is {args.num_iter}; it must be a number of at least 1")
+    if args.output and args.output.exists():
+        raise UserError(f"--output {args.output} exists: name another file, or remove it")
     table = tabulate(args.num_iter)
-    if args.num_iter == 64:
-        print(beside_the_paper(table))
-    print(report(table))
+    text = (beside_the_paper(table) + "\n" if args.num_iter == 64 else "") + report(table)
+    if args.output:
+        command = shlex.join(["python", "-m", "util.flops", *sys.argv[1:]])
+        with atomic_path(args.output) as temporary:
+            temporary.write_text(
+                f"{text}\n\n    command: {command}\n    commit: {provenance()['commit']}\n"
+            )
+    print(text)
 
 
 if __name__ == "__main__":
