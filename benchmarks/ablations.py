@@ -256,10 +256,15 @@ def undominated(rows: list[Result], cost: str) -> list[Result]:
     return found
 
 
+def default_row(rows: list[Result], base: LazyMARConfig) -> Result:
+    """LazyMAR as it is unless told otherwise; `base` is its configuration."""
+    default = STEPS, _key(asdict(base))
+    return next(row for row in rows if (row["num_iter"], _key(row["lazy_mar"])) == default)
+
+
 def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
     """What the frontier says, in sentences made from its numbers; `base` is the default row's."""
-    default = STEPS, _key(asdict(base))
-    lazy = next(row for row in rows if (row["num_iter"], _key(row["lazy_mar"])) == default)
+    lazy = default_row(rows, base)
     lines = [
         f"LazyMAR with {STEPS} steps has FID {lazy['fid']:.3f} at {lazy['tflops_executed']:.3g} TFLOPs "
         f"per image as executed, MAR {rows[0]['fid']:.3f} at {rows[0]['tflops_executed']:.3g}."
@@ -277,10 +282,11 @@ def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def draw(series: Series, rows: list[Result]) -> str:
+def draw(series: Series, rows: list[Result], base: LazyMARConfig) -> str:
     """SVG of FID over operations and over seconds."""
     found = {(row["num_iter"], _key(row["lazy_mar"])): row for row in rows}
-    panels = {}
+    named = {"MAR": rows[0], "LazyMAR": default_row(rows, base)}
+    panels, marks = {}, {}
     for title, cost in (
         ("TFLOPs per image, executed", "tflops_executed"),
         ("s / image", "s_per_image"),
@@ -289,7 +295,8 @@ def draw(series: Series, rows: list[Result]) -> str:
         for name, line in series.items():
             of = [found[r.num_iter, _key(r.config and asdict(r.config))] for r in line]
             panels[title][name] = [(row[cost], row["fid"]) for row in of]
-    return xy_plot("Quality over cost", "FID", panels)
+        marks[title] = {name: (row[cost], row["fid"]) for name, row in named.items()}
+    return xy_plot("Quality over cost", "FID", panels, marks)
 
 
 def _key(config: Mapping[str, object] | None) -> str:
@@ -366,7 +373,7 @@ def main() -> None:
         text = table(found)
         path.parent.mkdir(parents=True, exist_ok=True)
         if name == "frontier":
-            write_text(path.with_suffix(".svg"), draw(ablation.series(), found))
+            write_text(path.with_suffix(".svg"), draw(ablation.series(), found, ablation.base))
             document["conclusion"] = conclusion(found, ablation.base)
             text += "\n" + document["conclusion"]
         write_result(path, document, text)

@@ -81,13 +81,17 @@ def line_plot(
     return "\n".join([*out, "</svg>", ""])
 
 
-Panels = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
+Point = tuple[float, float]
+Panels = Mapping[str, Mapping[str, Sequence[Point]]]
 
 
-def xy_plot(title: str, y_name: str, panels: Panels) -> str:
+def xy_plot(
+    title: str, y_name: str, panels: Panels, marks: Mapping[str, Mapping[str, Point]] | None = None
+) -> str:
     """SVG text: one panel per x axis, side by side, each with the same named series of (x, y) > 0.
 
-    Logarithmic axes; y is shared. Points of a series are joined in the order of x.
+    Logarithmic axes; y is shared. Points of a series are joined in the order of x. marks: panel ->
+    name -> a point that is ringed and named.
     """
     inner, gap = WIDTH - LEFT - RIGHT, 50
     end = LEFT + len(panels) * (inner + gap) - gap
@@ -111,6 +115,10 @@ def xy_plot(title: str, y_name: str, panels: Panels) -> str:
         for k, line in enumerate(series.values()):
             points = [(x_of(x), y_of(y)) for x, y in sorted(line)]
             out += _line(points, COLOURS[k % len(COLOURS)])
+        for name, (x, y) in (marks or {}).get(x_name, {}).items():
+            a, b = x_of(x), y_of(y)
+            out.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="7" fill="none" stroke="black"/>')
+            out.append(_text(a, b - 12, name))
     for k, name in enumerate(next(iter(panels.values()))):
         out += _key(end, k, name)
     return "\n".join([*out, "</svg>", ""])

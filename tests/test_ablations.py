@@ -208,9 +208,8 @@ def test_the_conclusion_compares_at_equal_cost_and_names_the_undominated():
 
 
 def test_a_plot_over_numbers_places_points_by_their_logarithms():
-    text = xy_plot(
-        "t", "FID", {"x": {"a": [(4.0, 1.0), (1.0, 4.0), (2.0, 2.0)], "b": [(2.0, 1.0)]}}
-    )
+    panels = {"x": {"a": [(4.0, 1.0), (1.0, 4.0), (2.0, 2.0)], "b": [(2.0, 1.0)]}}
+    text = xy_plot("t", "FID", panels, {"x": {"here": (2.0, 2.0)}})
     (line, *_) = [row for row in text.splitlines() if "polyline" in row]
     points = [tuple(map(float, pair.split(","))) for pair in line.split('"')[1].split()]
     xs, ys = zip(*points, strict=True)
@@ -218,4 +217,5 @@ def test_a_plot_over_numbers_places_points_by_their_logarithms():
     assert ys == tuple(sorted(ys))
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
     assert ys[1] - ys[0] == pytest.approx(ys[2] - ys[1], abs=0.2)
-    assert text.count("<circle") == 4
+    assert text.count("<circle") == 4 + 1  # and the ring around the point that is named
+    assert text.count(">here</text>") == 1
