@@ -1,11 +1,14 @@
-"""What the benchmarks share: clocks, ceilings of the machine, and files of results."""
+"""What the benchmarks share: clocks, ceilings of the machine, checks of flags, and files of results."""
 
+import argparse
 import json
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,6 +76,21 @@ def default_dtype(device: torch.device) -> str:
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
+def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """UserError for a flag below `least`; one that was not given is None and passes."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name} is {value}; it must be at least {least}")
+
+
+def batch_sizes(text: str) -> list[int]:
+    """The numbers of images that --batches lists. UserError if they are none."""
+    if not all(word.isdecimal() and int(word) > 0 for word in text.split(",")):
+        raise UserError(f"--batches {text} are no numbers of images, such as 1,8,64")
+    return [int(word) for word in text.split(",")]
+
+
 def origin() -> dict[str, object]:
     """What a number travels with; the command as one would type it, without this machine's paths."""
     module = f"benchmarks.{Path(sys.argv[0]).stem}"
@@ -97,27 +115,83 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def add_output(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
+    """The flags --output and --overwrite, for `claim` and `write_result`."""
+    files = "write FILE.json and FILE.md" + (f" (default: {default})" if default else "")
+    parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=files)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the result of another command"
+    )
+
+
+def with_ending(path: Path, ending: str) -> Path:
+    """PATH + ending, for a PATH or PATH.json; other dots in the name stay."""
+    return path.with_name(path.name.removesuffix(".json") + ending)
+
+
+def claim(path: Path | None, overwrite: bool) -> None:
+    """Before anything is measured: make the folder of PATH.json, which is not overwritten unasked.
+
+    UserError if another command has written it, unless `overwrite`. Commands are the same if they
+    differ in --output and --overwrite alone, which change no number.
+    """
+    if path is None:
+        return
+    path = with_ending(path, ".json")
+    if not overwrite and (before := read_result(path)):
+        command = str(before["about"].get("command"))
+        if _settings(command) != _settings(origin()["command"]):
+            raise UserError(
+                f"{path} holds the result of `{command}`: give another --output, or --overwrite"
+            )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error}): give another --output") from error
+
+
+def _settings(command: str) -> str:
+    return re.sub(r" --(overwrite|output[ =]\S+)(?= |$)", "", command)
+
+
+def read_result(path: Path, flags: str = "--output") -> dict[str, Any] | None:
+    """The document of a file of results, None where there is no file.
+
+    UserError, naming the flags that write elsewhere, if it cannot be read or lacks its `about`.
+    """
+    if not path.exists():
+        return None
+    remedy = f"give another {flags}, or --overwrite"
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a result ({error}): {remedy}") from error
+    if not (isinstance(document, dict) and isinstance(document.get("about"), dict)):
+        raise UserError(f"{path} has no `about` that says what made it: {remedy}")
+    return document
+
+
 def refuse_foreign(path: Path, **about: object) -> None:
     """UserError if PATH.json holds a result that differs in one of these: it is not overwritten unasked."""
-    path = path.with_suffix(".json")
-    if not path.exists():
+    path, flags = with_ending(path, ".json"), "--output or --results"
+    before = read_result(path, flags)
+    if before is None:
         return
-    written = json.loads(path.read_text())["about"]
     for key, value in about.items():
-        if written.get(key) != value:
+        if (found := before["about"].get(key)) != value:
             raise UserError(
-                f"{path} holds a result of {key} {written.get(key)}, this one has {value}: write "
-                "elsewhere, or give --overwrite"
+                f"{path} holds a result of {key} {found}, this one has {value}: give another {flags}, "
+                "or --overwrite"
             )
 
 
 def write_result(path: Path | None, document: dict[str, object], text: str) -> None:
     """Print the table and the document, one line of JSON; with a path write PATH.md and PATH.json."""
     about = "\n".join(f"    {key}: {value}" for key, value in document["about"].items())
-    text = f"{text}\n{about}\n"
+    text = f"{text.rstrip()}\n\n{about}\n"  # the empty line makes them a block of their own
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path.with_suffix(".md"), text)
-        write_json(path.with_suffix(".json"), document)
+        write_text(with_ending(path, ".md"), text)
+        write_json(with_ending(path, ".json"), document)
     print(text)
     print(json.dumps(document))

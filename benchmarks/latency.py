@@ -14,12 +14,15 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import (
+    add_output,
+    at_least,
+    batch_sizes,
+    claim,
     default_dtype,
     markdown,
     matrix_rate,
@@ -121,7 +124,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="peak memory of CPU runs as well")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
-    parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
+    add_output(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
     args.dtype = args.dtype or default_dtype(device)
@@ -130,11 +133,13 @@ def parse() -> argparse.Namespace:
     for name in args.models.split(","):
         if name not in MODELS:
             raise UserError(f"--models {name} is no model; use some of {','.join(MODELS)}")
-    if not all(batch.isdigit() and int(batch) > 0 for batch in args.batches.split(",")):
-        raise UserError(f"--batches {args.batches} are no numbers of images, such as 1,8,64")
+    args.batches = batch_sizes(args.batches)
+    at_least(args, 1, "num_iter", "repeats", "threads")
+    at_least(args, 0, "warmup")
     for mode in args.modes.split(","):
         if mode not in MODES:
             raise UserError(f"--modes {mode} is unknown; use some of {','.join(MODES)}")
+    claim(args.output, args.overwrite)
     args.compile = not args.no_compile and can_compile(device, show=True)
     args.device = str(device)
     return args
@@ -150,7 +155,7 @@ def main() -> None:
     with torch.no_grad():
         ceilings = matrix_rate(device, DTYPES[args.dtype]), read_rate(device)
         for name in args.models.split(","):
-            for batch in map(int, args.batches.split(",")):
+            for batch in args.batches:
                 rows += measure(name, batch, args.modes.split(","), args, ceilings)
     about = {
         **origin(),

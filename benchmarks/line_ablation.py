@@ -4,19 +4,28 @@
 
 Codes that the bundled GPT sampled with the full cache are fed, position by position, through each
 compressed one. KL(full || compressed) of the next token, in nats, averaged over images and the
-tokens of a line, needs no second sampling and no FID: a hundred images rank what thousands would.
-Results: benchmarks/results/line_ablation.{json,md}.
+tokens of a line, needs no second sampling, no FID and few images: all settings see the same codes.
+Results: output_dir/benchmarks/line_ablation.{json,md}, or where --output says; those of the documents
+are benchmarks/results/line_ablation.{json,md}.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import RESULTS, markdown, origin, write_text
+from benchmarks.common import (
+    OUTPUT,
+    add_output,
+    at_least,
+    claim,
+    markdown,
+    origin,
+    with_ending,
+    write_text,
+)
 from benchmarks.line_common import BUDGETS, PRESET, Run, load_tiny
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS, POOLINGS
@@ -65,15 +74,23 @@ def table(rows: list[dict], key: tuple[str, ...]) -> str:
     return markdown([*key, *BUDGETS], body)
 
 
-def main() -> None:
-    """Command line."""
+def parse() -> argparse.Namespace:
+    """Flags, checked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.line_ablation", description=__doc__)
-    parser.add_argument("--num_images", type=int, default=100)
+    parser.add_argument("--num_images", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
     parser.add_argument("--device")
-    parser.add_argument("--output", type=Path, default=RESULTS / "line_ablation.json")
+    add_output(parser, OUTPUT / "line_ablation")
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    at_least(args, 1, "num_images")
+    at_least(args, 0, "seed")
+    claim(args.output, args.overwrite)
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
     device = pick_device(args.device)
     model, _ = load_tiny(device, pick_dtype("float32", device))
     run = Run(args.num_images, args.seed, args.num_images)
@@ -104,7 +121,8 @@ def main() -> None:
         "device": str(device),
         "dtype": "float32",
     }
-    write_json(args.output, {"about": about, "rows": rows})
+    output = with_ending(args.output, ".json")
+    write_json(output, {"about": about, "rows": rows})
     ours = [row for row in rows if row["method"] == "linear"]
     parts = [
         "KL(full cache || compressed) of the next token, thousandths of a nat, mean over images and lines.",
@@ -116,8 +134,8 @@ def main() -> None:
         table([r for r in rows if r["method"] != "linear"], ("method",)),
         "\n".join(f"    {key}: {value}" for key, value in about.items()),
     ]
-    write_text(args.output.with_suffix(".md"), "\n\n".join(parts) + "\n")
-    print(json.dumps({"rows": len(rows), "output": str(args.output)}))
+    write_text(with_ending(args.output, ".md"), "\n\n".join(parts) + "\n")
+    print(json.dumps({"rows": len(rows), "output": str(output)}))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,24 @@ import time
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from benchmarks.common import clock_of, markdown, origin, read_rate, timed, write_result
+from benchmarks.common import (
+    add_output,
+    at_least,
+    batch_sizes,
+    claim,
+    clock_of,
+    markdown,
+    origin,
+    read_rate,
+    timed,
+    write_result,
+)
 from models import llamagen
 from models.line_cache import LineARConfig, LinePlan, make_cache
+from models.line_methods import METHODS
 from models.llamagen import GPT
 from util.device import DTYPES, device_name, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
@@ -112,7 +123,7 @@ def measure(
     return found
 
 
-def parse_args() -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     """The command line; batches and configs (budget -> LineARConfig) are read from their texts."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.line_latency", description=__doc__)
     parser.add_argument(
@@ -123,7 +134,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--budgets", default="1,1/4,1/6", help="the first is what others compare with"
     )
-    parser.add_argument("--method", default="linear")
+    parser.add_argument("--method", default="linear", help=f"one of {', '.join(METHODS)}")
     parser.add_argument("--cfg", type=float, default=1.75)
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
     parser.add_argument("--max_batch", action="store_true", help="look for the largest (CUDA)")
@@ -133,12 +144,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads (1)")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
-    parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
+    add_output(parser)
     args = parser.parse_args()
     if args.max_batch and args.sizes_only:
         raise UserError("--max_batch samples, which --sizes_only does not: leave one of them away")
     if not args.model.startswith("gpt_") or not hasattr(llamagen, args.model):
         raise UserError(f"--model {args.model} is no GPT: use gpt_b to gpt_3b or gpt_tiny")
+    if args.method not in METHODS:
+        raise UserError(f"--method {args.method} is unknown; use one of {', '.join(METHODS)}")
+    args.batches = batch_sizes(args.batches)
+    at_least(args, 1, "lines", "repeats", "threads")
     try:
         args.configs = {
             b: LineARConfig(budget=float(Fraction(b)), method=args.method)
@@ -146,18 +161,13 @@ def parse_args() -> argparse.Namespace:
         }
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"--budgets {args.budgets}: {error}") from error
-    try:
-        args.batches = [int(b) for b in args.batches.split(",")]
-    except ValueError as error:
-        raise UserError(f"--batches {args.batches}: give numbers like 1,16,64") from error
-    if min(*args.batches, args.repeats) < 1:
-        raise UserError(f"--batches {args.batches}, --repeats {args.repeats}: must be at least 1")
+    claim(args.output, args.overwrite)
     return args
 
 
 def main() -> None:
     """Command line."""
-    args = parse_args()
+    args = parse()
     set_threads(args.threads)
     device = torch.device("meta") if args.sizes_only else pick_device(args.device)
     dtype = DTYPES[args.dtype or "bf16"] if args.sizes_only else pick_dtype(args.dtype, device)
@@ -208,7 +218,9 @@ def main() -> None:
     document = {"about": about, "rows": rows, "largest_batch": largest}
     head = [key for key in HEAD if key in rows[0]]
     table = markdown(head, [[row[key] for key in head] for row in rows])
-    table += "".join(f"\nLargest batch at {b}: {n}" for b, n in largest.items())
+    if largest:
+        found = ", ".join(f"{n} at budget {b}" for b, n in largest.items())
+        table += f"\nLargest batch: {found}.\n"
     write_result(args.output, document, table)
 
 

@@ -3,8 +3,9 @@
     python -m benchmarks.line_quality --num_images 1000
 
 Every row has the labels and seeds of the first, so rows differ by the cache alone. A row is written
-when it is done, with the commit that made it; the same command goes on.
-Results: benchmarks/results/line_quality.{json,md,svg,png}.
+when it is done, with the commit that made it; the same command goes on, and --overwrite begins anew.
+Results: output_dir/benchmarks/line_quality.{json,md,svg,png}, or where --output says; those of the
+documents are benchmarks/results/line_quality.{json,md,svg,png}.
 """
 
 import argparse
@@ -16,7 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import RESULTS, markdown, origin, write_text
+from benchmarks.common import (
+    OUTPUT,
+    add_output,
+    at_least,
+    claim,
+    markdown,
+    origin,
+    read_result,
+    with_ending,
+    write_text,
+)
 from benchmarks.line_common import BUDGETS, PRESET, Run, load_tiny
 from benchmarks.svg_plot import line_plot
 from models.gpt_images import GPTSampling, generate
@@ -33,6 +44,7 @@ from util.images import save_png, side_by_side_sheet, to_uint8
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
 EVERY = (",".join(METHODS), ",".join(BUDGETS))  # methods and budgets of the whole table
+GRID = (PRESET.img_size // PRESET.vae_stride,) * 2  # lines, tokens per line
 COLUMNS = 10  # images of the picture, one of each class
 SAME = (
     "weights",
@@ -74,11 +86,14 @@ def draw(rows: list[dict], output: Path) -> None:
     found = {(row["method"], row["budget"]): row["fid"] for row in rows}
     series = {name: [found.get((name, budget)) for budget in BUDGETS] for name in METHODS}
     plot = line_plot("FID over the budget of the cache", list(BUDGETS), series, (FULL, full["fid"]))
-    write_text(output.with_suffix(".svg"), plot)
+    write_text(with_ending(output, ".svg"), plot)
 
 
 def plans(methods: str, budgets: str, recent: int) -> list[tuple[str, str, LineARConfig | None]]:
-    """Rows: method, budget, configuration. UserError for a name that the table does not have."""
+    """Rows: method, budget, configuration. UserError for a name that the table does not have.
+
+    Raises ValueError for recent lines that do not fit a budget.
+    """
     rows: list[tuple[str, str, LineARConfig | None]] = [(FULL, "1", None)]
     for name in methods.split(","):
         for budget in budgets.split(","):
@@ -87,22 +102,24 @@ def plans(methods: str, budgets: str, recent: int) -> list[tuple[str, str, LineA
                     f"there is no row {name} {budget}: methods are {', '.join(METHODS)}, budgets "
                     f"{', '.join(BUDGETS)}"
                 )
-            rows.append((name, budget, LineARConfig(BUDGETS[budget], recent=recent, method=name)))
+            config = LineARConfig(BUDGETS[budget], recent=recent, method=name)
+            config.plan(GRID)
+            rows.append((name, budget, config))
     return rows
 
 
 def rows_of_before(output: Path, about: dict) -> list[dict]:
     """Rows of an earlier call. UserError if they are of other images."""
-    if not output.exists():
+    stored = read_result(output)
+    if stored is None:
         return []
-    stored = json.loads(output.read_text())
     for key in SAME:
-        if stored["about"][key] != about[key]:
+        if (found := stored["about"].get(key)) != about[key]:
             raise UserError(
-                f"{output} has rows with {key} {stored['about'][key]}, this run has {about[key]}: "
-                "give another --output"
+                f"{output} has rows with {key} {found}, this run has {about[key]}: give another "
+                "--output, or --overwrite"
             )
-    return stored["rows"]
+    return stored.get("rows", [])
 
 
 def picture(
@@ -122,12 +139,12 @@ def picture(
     return side_by_side_sheet(strips, scale=2)
 
 
-def main() -> None:
-    """Command line."""
+def parse() -> argparse.Namespace:
+    """Flags, checked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.line_quality", description=__doc__)
     parser.add_argument("--num_images", type=int, default=1000)
-    parser.add_argument("--methods", default=EVERY[0], help="rows to add; others stay as they are")
-    parser.add_argument("--budgets", default=EVERY[1])
+    parser.add_argument("--methods", default=EVERY[0], help="rows of the table")
+    parser.add_argument("--budgets", default=EVERY[1], help="its columns")
     parser.add_argument("--batch", type=int, default=250, help="images per batch")
     parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
     parser.add_argument("--cfg", type=float, default=PRESET.cfg)
@@ -135,14 +152,27 @@ def main() -> None:
     parser.add_argument("--recent", type=int, default=PRESET.line_recent, help="LineAR's lines")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
-    parser.add_argument("--output", type=Path, default=RESULTS / "line_quality.json")
+    add_output(parser, OUTPUT / "line_quality")
     args = parser.parse_args()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    at_least(args, 1, "num_images", "batch")
+    at_least(args, 0, "seed")
+    try:
+        args.sampling = GPTSampling(args.cfg, top_p=args.top_p)
+        args.plans = plans(args.methods, args.budgets, args.recent)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    claim(args.output, args.overwrite)
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
+    output = with_ending(args.output, ".json")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model, tokenizer = load_tiny(device, dtype)
     run = Run(args.num_images, args.seed, args.batch)
-    plain = GPTSampling(args.cfg, top_p=args.top_p)
     about = {
         **origin(),
         "weights": describe(PRESET.resume, use_ema=False),
@@ -155,31 +185,31 @@ def main() -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-    rows = rows_of_before(args.output, about)
+    rows = [] if args.overwrite else rows_of_before(output, about)
     done = {(row["method"], row["budget"]) for row in rows}
-    for method, budget, config in plans(args.methods, args.budgets, args.recent):
+    for method, budget, config in args.plans:
         if (method, budget) in done:
             continue
         began = time.perf_counter()
-        images = run.images(model, tokenizer, replace(plain, line_ar=config))
+        images = run.images(model, tokenizer, replace(args.sampling, line_ar=config))
         seconds = time.perf_counter() - began
         row = {
             "method": method,
             "budget": budget,
-            "lines": LineARConfig.of(config).plan(model.grid).budget // model.grid[1],
+            "lines": LineARConfig.of(config).plan(GRID).budget // GRID[1],
             **run.score(images),
             "images_per_s": args.num_images / seconds,
             "commit": about["commit"],
         }
         rows.append(row)
-        write_json(args.output, {"about": about, "rows": rows})
+        write_json(output, {"about": about, "rows": rows})
         print(json.dumps(row), flush=True)
-    write_json(args.output, {"about": about, "rows": rows})  # of the command that made the tables
-    write_text(args.output.with_suffix(".md"), tables(rows, about))
-    draw(rows, args.output)
-    sheet = picture(run, model, tokenizer, plain, rows, args.recent)
-    save_png(args.output.with_suffix(".png"), sheet)
-    print(json.dumps({"rows": len(rows), "output": str(args.output)}))
+    write_json(output, {"about": about, "rows": rows})  # of the command that made the tables
+    write_text(with_ending(output, ".md"), tables(rows, about))
+    draw(rows, output)
+    sheet = picture(run, model, tokenizer, args.sampling, rows, args.recent)
+    save_png(with_ending(output, ".png"), sheet)
+    print(json.dumps({"rows": len(rows), "output": str(output)}))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python -m benchmarks.redundancy --model mar_huge --num_images 16         # an official one
 
 Needs matplotlib (pip install '.[figures]'). Model, tokenizer, sampling and LazyMAR flags are those of
-eval.py; all images are one batch. Three figures, each beside its numbers in one JSON:
+eval.py; all images are one batch. Results: output_dir/benchmarks/redundancy_MODEL*, or where --output
+says; those of the documents are in benchmarks/results. Three figures, each beside its numbers in one JSON:
 
 * tokens: similarity of decoder features between neighbouring steps of plain MAR, for tokens decoded
   earlier, in the previous step, now, and later.
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engine
-from benchmarks.common import RESULTS, markdown, origin, refuse_foreign, write_result
+from benchmarks.common import OUTPUT, claim, markdown, origin, with_ending, write_result
 from benchmarks.redundancy_figures import draw, require_matplotlib
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig
@@ -242,7 +243,8 @@ def parse() -> argparse.Namespace:
     resolve(args, "eval", PRESETS)  # refuses GPT models, which LazyMAR does not know
     if args.cfg == 1.0:
         raise UserError("--cfg is 1: without guidance there is no residual; give another scale")
-    args.output = args.output or RESULTS / f"redundancy_{args.model}"
+    args.output = with_ending(args.output or OUTPUT / f"redundancy_{args.model}", "")
+    claim(args.output, args.overwrite)
     return args
 
 
@@ -256,8 +258,6 @@ def main() -> None:
     sampling = engine.SamplingConfig.from_args(args)
     model = engine.build_model(args)
     weights = engine.load_weights(model, args)
-    if not args.overwrite:
-        refuse_foreign(args.output, weights=weights, images=args.num_images)
     tokenizer = engine.open_tokenizer(args, device)
     model = model.to(device).eval()
     plan = DecodingPlan.create(model.seq_len, args.num_iter, args.cfg, args.cfg_schedule)
@@ -319,6 +319,7 @@ def summary(document: dict[str, dict]) -> str:
             "",
             guidance,
             f"Image of the strip: {share:.1%} of the tokens are recomputed behind the probe layer.",
+            "",
         ]
     )
 

@@ -5,23 +5,23 @@
 Tells what a FID of mar_tiny or gpt_tiny means: how real pictures score that the statistics have not
 seen, how much the tokenizer costs, and which faults the classifier's features see. Also the spread
 of each latent channel over the pictures that the tokenizer was fitted to. A minute or two of one core.
-Results: benchmarks/results/tiny_references.{json,md}.
+Results: output_dir/benchmarks/tiny_references.{json,md}, or where --output says; those of the
+documents are benchmarks/results/tiny_references.{json,md}.
 """
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.common import RESULTS, markdown, origin, write_result
+from benchmarks.common import OUTPUT, add_output, at_least, claim, markdown, origin, write_result
 from benchmarks.line_common import Pictures
 from models.linear_tokenizer import LinearTokenizer
 from models.presets import PRESETS
 from util import metrics
-from util.device import set_threads
-from util.errors import UserError, run_main
+from util.device import device_name, set_threads
+from util.errors import run_main
 from util.score_request import ScoreRequest
 from util.shapes import CLASSES, HELD_OUT_START, label_of, render
 from util.tiny_assets import DEFAULT_IMAGES, batches, channel_spread, psnr, restore, to_float
@@ -30,6 +30,7 @@ PRESET = PRESETS["mar_tiny"]
 START = HELD_OUT_START + DEFAULT_IMAGES["stats"]  # behind those of the statistics
 FEW = 1000  # images, as in most tables
 PATCH = 4  # pixels: the tokenizer's stride
+SEED = 0  # of the damage
 HEAD = ("", "images", "FID", "IS", "accuracy")
 Images = np.ndarray  # uint8 (N, 64, 64, 3)
 
@@ -59,7 +60,7 @@ def versions(
     images: Images, labels: np.ndarray, tokenizer: LinearTokenizer
 ) -> dict[str, tuple[Callable[[], Images], np.ndarray]]:
     """Title of a row -> what makes its pictures, their labels."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(SEED)
     kept = labels != CLASSES.index("triangle")
     few = f"as rendered, the first {min(FEW, len(images)):,}"
     return {
@@ -77,16 +78,22 @@ def versions(
     }
 
 
-def main() -> None:
-    """Command line."""
+def parse() -> argparse.Namespace:
+    """Flags, checked."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tiny_references", description=__doc__
     )
     parser.add_argument("--num_images", type=int, default=5000, help="held-out pictures")
-    parser.add_argument("--output", type=Path, default=RESULTS / "tiny_references")
+    add_output(parser, OUTPUT / "tiny_references")
     args = parser.parse_args()
-    if args.num_images < 100:
-        raise UserError(f"--num_images {args.num_images}: give 100 or more")
+    at_least(args, 100, "num_images")
+    claim(args.output, args.overwrite)
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
     set_threads(1)
     tokenizer = LinearTokenizer.from_file(PRESET.vae_path)
     request = ScoreRequest(PRESET.features, PRESET.features_path, PRESET.fid_stats)
@@ -108,6 +115,10 @@ def main() -> None:
         "pictures": f"{indices.start} .. {indices.stop - 1} of util.shapes",
         "reference": f"{PRESET.fid_stats}",
         "tokenizer_psnr_db": round(quality, 2),
+        "device": device_name(torch.device("cpu")),
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+        "seeds": f"pictures: their numbers; noise and patches: numpy's default_rng({SEED})",
         "latents": f"pictures 0 .. {fitted - 1}, times latent_scale {tokenizer.latent_scale:.5f}",
     }
     scores = [

@@ -12,11 +12,19 @@ JSON document.
 import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from benchmarks.common import default_dtype, markdown, origin, seconds_of, write_result
+from benchmarks.common import (
+    add_output,
+    at_least,
+    claim,
+    default_dtype,
+    markdown,
+    origin,
+    seconds_of,
+    write_result,
+)
 from benchmarks.eager_training import EagerTraining
 from benchmarks.mar_work import MODELS, build
 from benchmarks.memory import peak_of
@@ -120,7 +128,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory", action="store_true", help="peak memory as well")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
-    parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
+    add_output(parser)
     args = parser.parse_args()
     device = pick_device(args.device)
     args.dtype = args.dtype or default_dtype(device)
@@ -128,9 +136,9 @@ def parse() -> argparse.Namespace:
     for row in args.rows:
         if row not in ROWS:
             raise UserError(f"--rows {row} is unknown; use some of {','.join(ROWS)}")
-    for name in ("batch", "repeats", "threads"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    at_least(args, 1, "batch", "repeats", "threads")
+    at_least(args, 0, "warmup")
+    claim(args.output, args.overwrite)
     return args
 
 

@@ -11,12 +11,19 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from benchmarks import eager_mar
-from benchmarks.common import markdown, origin, seconds_of, write_result
+from benchmarks.common import (
+    add_output,
+    at_least,
+    claim,
+    markdown,
+    origin,
+    seconds_of,
+    write_result,
+)
 from benchmarks.mar_work import MODELS, build
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig
@@ -77,8 +84,8 @@ def rows_of(
     return rows
 
 
-def main() -> None:
-    """Command line."""
+def parse() -> argparse.Namespace:
+    """Flags, checked."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.waterfall", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -92,8 +99,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice if not given)")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
-    parser.add_argument("--output", type=Path, help="also write FILE.json and FILE.md")
+    add_output(parser)
     args = parser.parse_args()
+    at_least(args, 1, "batch", "num_iter", "repeats", "threads")
+    at_least(args, 0, "warmup")
+    claim(args.output, args.overwrite)
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)

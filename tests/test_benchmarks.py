@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ from benchmarks import (
     training,
     waterfall,
 )
-from benchmarks.common import markdown
+from benchmarks.common import clock_of, markdown
 from benchmarks.eager_training import masked_loss
-from benchmarks.mar_work import MODES, Work, count, count_work
+from benchmarks.mar_work import MODELS, MODES, Work, build, count, count_work
 from models.plan import DecodingPlan
 from tests.conftest import ROOT
 from tests.golden_data import relative_error
@@ -63,6 +64,21 @@ def test_a_lazy_image_is_less_work_than_a_plain_one():
 def test_limits_are_work_over_rates():
     work = Work(transformer_flops=60.0, head_flops=30.0, head_bytes=80.0)
     assert work.limits(batch=2, rate=10.0, bandwidth=4.0) == (18.0, 12.0 + 20.0)
+
+
+def test_the_heads_have_the_published_sizes():
+    nets = {name: build(name, "meta").diffloss.net for name in MODELS}
+    sizes = {name: (len(net.res_blocks), net.cond_embed.out_features) for name, net in nets.items()}
+    assert sizes == {  # MAR's README; the bundled model's own
+        "mar_base": (6, 1024), "mar_large": (8, 1280), "mar_huge": (12, 1536), "mar_tiny": (4, 160),
+    }  # fmt: skip
+
+
+def test_one_thread_is_clocked_by_its_own_seconds(one_thread):
+    torch.set_num_threads(1)
+    assert clock_of(torch.device("cpu")) is time.process_time
+    torch.set_num_threads(2)
+    assert clock_of(torch.device("cpu")) is time.perf_counter
 
 
 def test_tables_show_three_digits():
@@ -135,6 +151,7 @@ def test_the_references_see_damage(monkeypatch, capsys, tmp_path):
     assert fid["no triangles"] > 2 * fid["as rendered"]
     assert fid["3% of the 4x4 patches from another picture"] > 1.5 * fid["as rendered"]
     assert len(document["channels"]) == 8
+    assert {"device", "dtype", "seeds"} <= document["about"].keys()
     assert (tmp_path / "result.md").exists()
 
 

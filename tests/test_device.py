@@ -1,9 +1,22 @@
-"""Threads are chosen, compilation is only tried where it wins."""
+"""Threads are chosen, compilation is only tried where it wins, hardware has its name."""
+
+import platform
 
 import pytest
 import torch
 
-from util.device import can_compile, set_threads
+from util import device
+from util.device import can_compile, device_name, set_threads
+
+
+def test_a_cpu_is_named_by_its_model(monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: Fast CPU\nmodel name\t: Slow\n")
+    monkeypatch.setattr(device, "Path", lambda path: cpuinfo)
+    assert device_name(torch.device("cpu")) == "Fast CPU"
+    for text in ("processor: 0\n", None):  # as on ARM, as on macOS
+        cpuinfo.write_text(text) if text else cpuinfo.unlink()
+        assert device_name(torch.device("cpu")) in (platform.processor(), platform.machine())
 
 
 @pytest.mark.parametrize(("stated", "expected"), [(3, 3), (None, 1)])

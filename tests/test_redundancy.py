@@ -147,9 +147,10 @@ def test_the_script_writes_three_figures_beside_their_numbers(
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert document == json.loads((tmp_path / "red.json").read_text())
     assert {"command", "commit", "weights", "device", "dtype", "seed"} <= document["about"].keys()
-    assert "| 4 | " in (tmp_path / "red.md").read_text()
+    text = (tmp_path / "red.md").read_text()
+    assert "| 4 | " in text and "probe layer.\n\n    command: " in text
     written = snapshot(tmp_path)
-    with pytest.raises(UserError, match="holds a result of images 1, this one has 2"):
+    with pytest.raises(UserError, match=r"holds the result of `.* ddim10`: give another --output"):
         script("--num_sampling_steps", "ddim10", "--num_images", 2)
     assert snapshot(tmp_path) == written
     for name in ("tokens", "guidance", "strip"):

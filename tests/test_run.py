@@ -18,6 +18,7 @@ from models.tokenizers import latent_scale_of, load_tokenizer
 from tests.conftest import ROOT, flags_for, random_mar
 from tests.test_eval import images_of, pixels_of, written_at
 from util import files, images
+from util.run_dir import MAY_DIFFER, RunDir
 
 CPU = torch.device("cpu")
 LAZY = ["--num_iter", 6, "--lazy_mar", "--warmup", 1, "--interval", 3, "--probe_layer", 1]
@@ -143,6 +144,14 @@ def test_what_may_change_is_told_and_recorded(run, monkeypatch):
     assert "eval_bsz 2 -> 4" in told.getvalue()
     assert second["mixed"]["eval_bsz"] == [2, 4]
     assert [call["eval_bsz"] for call in manifest_of(second)["calls"]] == [2, 4]
+
+
+def test_a_folder_goes_on_on_another_device(tmp_path):
+    call = {**dict.fromkeys(MAY_DIFFER), "device_name": "x86_64"}
+    folder = RunDir(tmp_path / "run")
+    assert folder.open({"seed": 1}, call, 2) == []
+    call["device_name"] = "Intel(R) Xeon(R) Processor"
+    assert folder.open({"seed": 1}, call, 2) == ["device_name x86_64 -> Intel(R) Xeon(R) Processor"]
 
 
 @pytest.mark.parametrize("name", ["sheet.png", "photo.JPG", "7.png", "00002.png", "100000.png"])
