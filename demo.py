@@ -4,12 +4,13 @@
     python demo.py                      # the bundled model
     python demo.py --model mar_huge     # an official one, after python -m util.download mar_huge vae
 
-Model, tokenizer and LazyMAR flags are those of eval.py. Serves on this machine alone.
+Flags of model, tokenizer, sampling and LazyMAR are those of eval.py; --num_iter, --cfg and --seed are what
+the page begins with. Serves on this machine alone.
 """
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -18,12 +19,12 @@ import torch
 from torch import nn
 
 import engine
-from models.lazy_mar import LazyMARConfig
 from models.mar import MAR
 from models.presets import PRESETS
 from models.sampler import Sampler
 from util.device import pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
+from util.flag_groups import add_lazy_mar, add_model, add_sampling, add_tokenizer, add_weights
 from util.flags import make_parser, resolve
 from util.images import to_uint8
 from util.report import psnr
@@ -32,7 +33,12 @@ from util.shapes import CLASSES
 if TYPE_CHECKING:
     import gradio
 
+# Of the flags, those that mean something for one image at a time.
+GROUPS = (add_model, add_tokenizer, add_sampling, add_lazy_mar, add_weights)
+
 SHOWN = 384  # least pixels of a picture on the page
+START_CLASS = 207  # of ImageNet: golden retriever, the first of the README's example
+MOST_STEPS, MOST_GUIDANCE = 256, 10  # ends of the sliders, unless more is asked for
 
 
 @dataclass(frozen=True)
@@ -60,36 +66,36 @@ class SideBySide:
         model: MAR,
         tokenizer: nn.Module,
         latent_scale: float,
-        config: LazyMARConfig,
+        sampling: engine.SamplingConfig,
         dtype: torch.dtype,
     ) -> None:
-        """Model and tokenizer on one device; the first pair, which would be slower, is drawn here."""
+        """Model and tokenizer on one device; sampling says what LazyMAR caches.
+
+        The first pair, which would be slower, is drawn here.
+        """
         self.sampler = Sampler(model, dtype)
-        self.tokenizer, self.latent_scale, self.config = tokenizer, latent_scale, config
+        self.tokenizer, self.latent_scale, self.sampling = tokenizer, latent_scale, sampling
         self.pair(label=0, seed=0, num_iter=2, cfg=2.0)
 
     def pair(self, label: int, seed: int, num_iter: int, cfg: float) -> tuple[Picture, Picture]:
         """MAR's and LazyMAR's picture. Raises ValueError for a label, seed or number that does not fit."""
-        return self._draw(label, seed, num_iter, cfg, None), self._draw(
-            label, seed, num_iter, cfg, self.config
-        )
+        lazy = replace(self.sampling, num_iter=num_iter, cfg=cfg)
+        return self._draw(label, seed, replace(lazy, lazy_mar=None)), self._draw(label, seed, lazy)
 
     @torch.no_grad()
-    def _draw(
-        self, label: int, seed: int, num_iter: int, cfg: float, config: LazyMARConfig | None
-    ) -> Picture:
+    def _draw(self, label: int, seed: int, sampling: engine.SamplingConfig) -> Picture:
         noise = self.sampler.model.image_noise([seed])
         began = time.perf_counter()
-        latents = self.sampler.sample_tokens(
-            1, num_iter, cfg, labels=[label], lazy_mar=config, noise=noise
-        )
+        latents = self.sampler.sample_tokens(1, **vars(sampling), labels=[label], noise=noise)
         image = to_uint8(self.tokenizer.decode(latents.float() / self.latent_scale))[0]
         return Picture(image, time.perf_counter() - began)  # the bytes are here: the GPU is done
 
 
-def page(side: SideBySide, names: tuple[str, ...] | None, cfg: float) -> "gradio.Blocks":
-    """The page; names of the classes, or None where there are only numbers; guidance to begin with."""
+def page(side: SideBySide, names: tuple[str, ...] | None, start_seed: int) -> "gradio.Blocks":
+    """The page; names of the classes, or None where there are only numbers."""
     import gradio
+
+    start, class_num = side.sampling, side.sampler.model.class_num
 
     def enlarged(picture: Picture) -> np.ndarray:
         factor = -(-SHOWN // picture.image.shape[0])
@@ -115,10 +121,13 @@ def page(side: SideBySide, names: tuple[str, ...] | None, cfg: float) -> "gradio
                 choices = [(name, label) for label, name in enumerate(names)]
                 label = gradio.Dropdown(choices, value=0, label="class")
             else:
-                label = gradio.Number(207, precision=0, label="class")
-            seed = gradio.Number(0, precision=0, label="seed")
-            num_iter = gradio.Slider(1, 256, 64, step=1, label="steps")
-            guidance = gradio.Slider(1, 10, cfg, step=0.05, label="guidance")
+                label = gradio.Number(min(START_CLASS, class_num - 1), precision=0, label="class")
+            seed = gradio.Number(start_seed, precision=0, label="seed")
+            num_iter = gradio.Slider(
+                1, max(MOST_STEPS, start.num_iter), start.num_iter, step=1, label="steps"
+            )
+            least, most = min(1, start.cfg), max(MOST_GUIDANCE, start.cfg)
+            guidance = gradio.Slider(least, most, start.cfg, step=0.01, label="guidance")
         button = gradio.Button("Sample", variant="primary")
         said = gradio.Markdown()
         with gradio.Row():
@@ -132,11 +141,12 @@ def page(side: SideBySide, names: tuple[str, ...] | None, cfg: float) -> "gradio
 
 def parse() -> argparse.Namespace:
     """Flags, checked."""
-    parser = make_parser("demo")
+    parser = make_parser("demo", GROUPS)
     parser.description = __doc__.splitlines()[0]
     parser.set_defaults(model="mar_tiny", resume=None)
     parser.add_argument("--port", type=int, default=7860, help="of the page on this machine")
     args = parser.parse_args()
+    make_parser("eval").parse_args([], namespace=args)  # resolve asks for all flags
     args.lazy_mar = True
     resolve(args, "eval", PRESETS)
     return args
@@ -149,17 +159,17 @@ def main() -> None:
         raise UserError("the demo needs gradio: install it with `pip install '.[demo]'`")
     set_threads(args.threads)
     device = pick_device(args.device)
-    config = engine.SamplingConfig.from_args(args).lazy_mar
+    sampling = engine.SamplingConfig.from_args(args)
     model = engine.build_model(args)
     engine.load_weights(model, args)
     tokenizer = engine.open_tokenizer(args, device)
     scale = engine.scale_of(tokenizer, args)
     side = SideBySide(
-        model.to(device).eval(), tokenizer, scale, config, pick_dtype(args.dtype, device)
+        model.to(device).eval(), tokenizer, scale, sampling, pick_dtype(args.dtype, device)
     )
     names = CLASSES if args.model == "mar_tiny" and args.class_num == len(CLASSES) else None
     try:
-        page(side, names, args.cfg).launch(server_name="127.0.0.1", server_port=args.port)
+        page(side, names, args.seed).launch(server_name="127.0.0.1", server_port=args.port)
     except OSError as error:
         raise UserError(f"--port {args.port} cannot be used ({error}); give another one") from error
 

@@ -8,12 +8,14 @@ import sys
 import time
 import urllib.request
 from importlib.util import find_spec
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 
 import demo
+import engine
 from models import mar
 from models.lazy_mar import LazyMARConfig
 from models.linear_tokenizer import LinearTokenizer
@@ -35,19 +37,27 @@ def bundled():
     return model, LinearTokenizer.from_file(ROOT / PRESET.vae_path)
 
 
-@pytest.fixture(scope="module")
-def side(bundled):
+def side_by_side(bundled, cfg_schedule, temperature):
     model, tokenizer = bundled
     config = LazyMARConfig(head_interval=PRESET.head_interval)
-    return demo.SideBySide(model, tokenizer, tokenizer.latent_scale, config, torch.float32)
+    sampling = engine.SamplingConfig(64, PRESET.cfg, cfg_schedule, temperature, config)
+    return demo.SideBySide(model, tokenizer, tokenizer.latent_scale, sampling, torch.float32)
 
 
-def test_the_pictures_are_those_of_sample_tokens_for_the_same_seed(side, bundled):
+@pytest.fixture(scope="module")
+def side(bundled):
+    return side_by_side(bundled, "linear", 1.0)
+
+
+@pytest.mark.parametrize(("schedule", "temperature"), [("linear", 1.0), ("constant", 0.9)])
+def test_the_pictures_are_those_of_sample_tokens_for_the_same_seed(bundled, schedule, temperature):
     model, tokenizer = bundled
+    side = side_by_side(bundled, schedule, temperature)
     pictures = side.pair(label=4, seed=7, num_iter=10, cfg=3.0)
-    for picture, lazy_mar in zip(pictures, (None, side.config), strict=True):
-        noise = model.image_noise([7])
-        latents = model.sample_tokens(1, 10, 3.0, labels=[4], noise=noise, lazy_mar=lazy_mar)
+    for picture, lazy_mar in zip(pictures, (None, side.sampling.lazy_mar), strict=True):
+        latents = model.sample_tokens(
+            1, 10, 3.0, schedule, [4], temperature, noise=model.image_noise([7]), lazy_mar=lazy_mar
+        )
         expected = to_uint8(tokenizer.decode(latents / tokenizer.latent_scale))[0]
         assert np.array_equal(picture.image, expected)
         assert picture.seconds > 0
@@ -73,7 +83,12 @@ def test_the_caption_compares_seconds_and_pixels():
 
 @pytest.mark.parametrize(
     ("flags", "reason"),
-    [(["--model", "gpt_tiny"], "is not for --model gpt_tiny"), (["--port", "x"], "--port")],
+    [
+        (["--model", "gpt_tiny"], "is not for --model gpt_tiny"),
+        (["--port", "x"], "--port"),
+        (["--num_images", "4"], "unrecognized arguments: --num_images 4"),
+        (["--top_k", "5"], "--top_k is for GPT models"),
+    ],
 )
 def test_flags_that_do_not_fit_are_refused(monkeypatch, flags, reason):
     monkeypatch.setattr(sys, "argv", ["demo.py", *flags])
@@ -86,6 +101,42 @@ def test_without_gradio_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(demo, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install '\.\[demo\]'"):
         demo.main()
+
+
+@pytest.fixture
+def gradio(monkeypatch):
+    """Records what the page asks of gradio."""
+    recorder = MagicMock()
+    monkeypatch.setitem(sys.modules, "gradio", recorder)
+    monkeypatch.setattr(demo, "find_spec", lambda name: recorder)
+    return recorder
+
+
+def beginnings(gradio):
+    """Label => lowest and highest value, if it has them, and the first one."""
+    calls = (*gradio.Number.call_args_list, *gradio.Slider.call_args_list)
+    return {call.kwargs["label"]: call.args for call in calls}
+
+
+@pytest.mark.parametrize(
+    ("flags", "seed", "steps", "guidance"),
+    [
+        ("", 1, (1, 256, 64), (1, 10, 3)),
+        ("--seed 7 --num_iter 300 --cfg 12.5", 7, (1, 300, 300), (1, 12.5, 12.5)),
+        ("--cfg 0.5", 1, (1, 256, 64), (0.5, 10, 0.5)),
+    ],
+)
+def test_the_page_begins_with_what_the_flags_say(
+    gradio, one_thread, monkeypatch, flags, seed, steps, guidance
+):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--num_sampling_steps", "ddim10", *flags.split()])
+    demo.main()
+    assert beginnings(gradio) == {"seed": (seed,), "steps": steps, "guidance": guidance}
+
+
+def test_without_names_the_page_begins_with_a_class_that_the_model_has(gradio, side):
+    demo.page(side, None, 0)
+    assert beginnings(gradio)["class"] == (9,)
 
 
 # ---- in a browser --------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import json
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +58,17 @@ def test_a_notebook_away_from_the_repository_asks_where_it_is(notebook, monkeypa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="give REPOSITORY"):
         exec("".join(notebook[0]["source"]), {})
+
+
+def test_a_notebook_that_starts_again_takes_the_clone_it_has(notebook, monkeypatch, tmp_path):
+    (tmp_path / "lazymar" / "models").mkdir(parents=True)
+    (tmp_path / "lazymar" / "models" / "lazy_mar.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(subprocess, "run", None)  # neither git nor pip is called
+    exec("".join(notebook[0]["source"]), {})
+    assert Path.cwd() == tmp_path / "lazymar"
+    assert sys.path[0] == str(tmp_path / "lazymar")
 
 
 # ---- the README's own acceleration --------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """The repository as a package: what it installs and promises, what users of the original call."""
 
+import argparse
 import inspect
 import os
 import re
 import shlex
+import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,7 @@ BUNDLES = {"mar_tiny": 25e6, "gpt_tiny": 15e6}  # bytes at most
 MANUALS = (
     "README.md",
     "CONTRIBUTING.md",
+    "benchmarks/README.md",
     *(f"pretrained_models/{name}/README.md" for name in BUNDLES),
 )
 
@@ -106,16 +110,34 @@ def targets() -> set[str]:
     return set(re.findall(r"^([a-z][a-z-]*):", read("Makefile"), re.MULTILINE))
 
 
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LOOP = re.compile(r"for (\w+) in (\S+); do (.+); done")
+STARTS = ("make ", "python ", "torchrun ", "sbatch ", "scripts/")
+
+
+def unrolled(line: str) -> list[str]:
+    """A loop over files as one command per file; any other line as it is."""
+    loop = LOOP.match(line)
+    if loop is None:
+        return [line]
+    name, pattern, command = loop.groups()
+    files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(pattern))]
+    assert files, pattern
+    return [command.replace(f"${name}", file) for file in files]
+
+
 def commands(name: str) -> list[list[str]]:
     """The words of each command in code blocks and in `code` of a Markdown file, or in a script."""
     text = read(name)
     if name.endswith(".md"):
-        blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL)
-        prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-        text = "\n".join([*blocks, *re.findall(r"`([^`\n]+)`", prose)])
+        blocks = [
+            block for language, block in BLOCK.findall(text) if language in ("", "bash", "sh")
+        ]
+        spans = re.findall(r"`([^`]+)`", BLOCK.sub("", text))  # may go on in the next line
+        text = "\n".join([*blocks, *(" ".join(span.split()) for span in spans)])
     lines = re.sub(r"\\\n", " ", text).splitlines()
-    starts = ("make ", "python ", "torchrun ", "scripts/")
-    return [shlex.split(line, comments=True) for line in lines if line.startswith(starts)]
+    lines = [re.sub(r"^\s*([A-Z_]+=\S+ +)*", "", each) for line in lines for each in unrolled(line)]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith(STARTS)]
 
 
 SOURCES = [*MANUALS, *(f"scripts/{path.name}" for path in sorted((ROOT / "scripts").glob("*.sh")))]
@@ -126,6 +148,7 @@ def test_commands_are_found_in_every_manual_and_script():
     assert {source for source, _ in COMMANDS} == set(SOURCES)
     assert ("README.md", ["make", "demo"]) in COMMANDS
     assert ("README.md", ["make", "test"]) in COMMANDS
+    assert ("benchmarks/README.md", ["scripts/ablation_keep.sh", "--dtype", "bf16"]) in COMMANDS
 
 
 @pytest.mark.parametrize(("source", "command"), COMMANDS, ids=lambda part: " ".join(part)[:60])
@@ -133,8 +156,9 @@ def test_what_a_documented_command_starts_exists(source, command):
     program = command[0]
     if program == "make":
         assert set(command[1:]) <= targets()
-    elif program.startswith("scripts/"):
-        assert os.access(ROOT / program, os.X_OK)
+    elif program == "sbatch" or program.startswith("scripts/"):
+        (script,) = [word for word in command if word.startswith("scripts/")]
+        assert os.access(ROOT / script, os.X_OK)
     elif "-m" in command:
         module = command[command.index("-m") + 1]
         assert module == "pytest" or (ROOT / f"{module.replace('.', '/')}.py").is_file()
@@ -145,27 +169,62 @@ def test_what_a_documented_command_starts_exists(source, command):
         assert (ROOT / script).is_file()
 
 
+DOCUMENTED = [command for source, command in COMMANDS if source.endswith(".md")]
+PROGRAMS = ("eval.py", "main_mar.py", "main_cache.py")
 FLAGGED = [
     command
-    for source, command in COMMANDS
-    if source.endswith(".md") and {"eval.py", "main_mar.py", "main_cache.py"} & set(command[:3])
+    for command in DOCUMENTED
+    if any(word in PROGRAMS or word.endswith(".sh") for word in command[:3])
+]
+MODULES = [
+    command
+    for command in DOCUMENTED
+    if command[1:2] == ["-m"] and command[2] != "pytest" and len(command) > 3
 ]
 
 
 @pytest.mark.parametrize("command", FLAGGED, ids=lambda command: " ".join(command)[:80])
 def test_the_flags_of_a_documented_command_parse_and_its_model_exists(command):
-    at = next(i for i, word in enumerate(command) if word.endswith(".py"))
-    program = command[at].removesuffix(".py")
+    at = next(i for i, word in enumerate(command) if word.endswith((".py", ".sh")))
+    program = Path(command[at]).stem if command[at] in PROGRAMS else "eval"  # scripts run eval.py
     args = make_parser(program).parse_args([word for word in command[at + 1 :] if word != "..."])
     resolve(args, program, PRESETS)
 
 
+class Parsed(Exception):
+    """Ends a command as soon as its words are parsed."""
+
+
+@pytest.mark.parametrize("command", MODULES, ids=lambda command: " ".join(command)[:80])
+def test_the_words_of_a_documented_module_parse(command, monkeypatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(*args):
+        parse_args(*args)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [word for word in command[2:] if word != "..."])
+    with pytest.raises(Parsed):
+        import_module(command[2]).main()
+
+
+def anchors(manual: Path) -> set[str]:
+    """What GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", manual.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("name", MANUALS)
-def test_every_picture_and_local_link_of_a_manual_exists(name):
-    links = re.findall(r"\]\(([^)#\s]+)\)", read(name))
-    local = [link for link in links if not link.startswith(("http:", "https:"))]
-    folder = (ROOT / name).parent
-    assert [link for link in local if not (folder / link).exists()] == []
+def test_every_picture_and_local_link_of_a_manual_leads_somewhere(name):
+    manual = ROOT / name
+    links = re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", manual.read_text()))
+    for link in links:
+        if not link.startswith(("http:", "https:")):
+            path, _, anchor = link.partition("#")
+            target = manual.parent / path if path else manual
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
 
 
 def test_the_readme_opens_with_a_picture_a_table_and_the_two_commands():

@@ -57,9 +57,8 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("sampling and evaluation").add_argument
+    add = parser.add_argument_group("sampling").add_argument
     add("--num_iter", type=int, default=64, help="autoregressive steps per image")
-    add("--num_images", type=int, default=50000, help="images to generate")
     add("--cfg", type=float, help="guidance scale, 1.0 is none")
     add(
         "--cfg_schedule",
@@ -71,11 +70,15 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--top_k", type=int, default=0, help="GPT: draw from the most likely codes, 0 is all")
     add("--top_p", type=float, help="GPT: draw from this share of probability")
     add("--cfg_interval", type=int, default=-1, help="GPT: last guided step, -1 is all")
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--num_images", type=int, default=50000, help="images to generate")
     add("--eval_bsz", type=int, default=64, help="images per batch")
     add("--vae_bsz", type=int, help="images that the tokenizer decodes at once; without it a batch")
     add("--vae_dtype", choices=tuple(DTYPES), help="of the tokenizer; without it --dtype")
     add("--no_compile", action="store_true", help="on CUDA: no torch.compile, no CUDA graphs")
-    add("--no_ema", action="store_true", help="evaluate model instead of model_ema")
     add(
         "--overwrite", action="store_true", help="discard images of another configuration, or a run"
     )
@@ -260,15 +263,20 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add("--no_pin_mem", action="store_false", dest="pin_mem")
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default="./output_dir", metavar="DIR", help="checkpoints, images, log")
-    add("--log_dir", metavar="DIR", help="TensorBoard files; without it --output_dir")
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("weights, seed and device").add_argument
     add("--resume", default="", metavar="DIR", help="checkpoint-last.pth is in DIR")
+    add("--no_ema", action="store_true", help="evaluate model instead of model_ema")
     add("--seed", type=int, default=1, help="of everything random")
     add("--device", help="cpu, cuda, cuda:1, mps; without it cuda if there is one, else cpu")
     add("--dtype", choices=tuple(DTYPES), help="without it bf16 on cuda, float32 elsewhere")
     add("--threads", type=int, help="CPU threads per process (1)")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="./output_dir", metavar="DIR", help="checkpoints, images, log")
+    add("--log_dir", metavar="DIR", help="TensorBoard files; without it --output_dir")
     add("--world_size", type=int, default=1, help="accepted; torchrun starts the processes")
     add("--local_rank", type=int, default=-1, help="accepted; torchrun sets LOCAL_RANK")
     add("--dist_on_itp", action="store_true", help="take the ranks from Open MPI's environment")
@@ -279,10 +287,12 @@ GROUPS = (
     add_model,
     add_tokenizer,
     add_sampling,
+    add_evaluation,
     add_scoring,
     add_lazy_mar,
     add_line_ar,
     add_training,
     add_data,
+    add_weights,
     add_run,
 )

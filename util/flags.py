@@ -6,7 +6,7 @@ name of the model, see `resolve`.
 
 import argparse
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import NoReturn, TypeVar
 
@@ -115,13 +115,16 @@ def lazy_mar_values(args: argparse.Namespace, fields: Iterable[str]) -> dict[str
     return None
 
 
-def make_parser(program: str) -> argparse.ArgumentParser:
+def make_parser(
+    program: str, groups: Iterable[Callable[[argparse.ArgumentParser], None]] = GROUPS
+) -> argparse.ArgumentParser:
     """Parser of "main_mar", "main_cache" or "eval" with the defaults that this command has.
 
-    Every command knows every flag, as in the original; only the defaults differ.
+    These three know every flag, as in the original; only the defaults differ. Another command may
+    take some of the groups.
     """
     parser = _Parser(f"{program}.py", formatter_class=_HelpFormatter)
-    for add in GROUPS:
+    for add in groups:
         add(parser)
     parser.set_defaults(model="mar_large")
     if program == "main_cache":
