@@ -28,6 +28,7 @@ import engine
 from benchmarks.ablation_rows import STEPS, Row, Series, frontier_series, groups, rivals
 from benchmarks.common import (
     OUTPUT,
+    at_least,
     markdown,
     origin,
     refuse_foreign,
@@ -222,7 +223,7 @@ class Ablation:
             "group": group,
             **self.settings,
             **{key: runs[0][key] for key in same},
-            "commits of the runs": ", ".join(sorted({run["commit"] for run in runs})),
+            "commits of the runs": ", ".join(sorted({str(run["commit"]) for run in runs})),
             "timing": f"batch {self.args.timing_bsz}, the fastest of {self.args.repeats}, rows in turns",
             "peak": f"of a batch of {self.args.eval_bsz}, {PEAK[self.device.type == 'cuda']}",
         }
@@ -329,10 +330,7 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     if args.family != "mar":
         raise UserError(f"--model {args.model} has no LazyMAR: use one of the mar_ models")
     args.timing_bsz = args.eval_bsz if args.timing_bsz is None else args.timing_bsz
-    if min(args.timing_bsz, args.repeats) < 1:
-        raise UserError(
-            f"--timing_bsz {args.timing_bsz}, --repeats {args.repeats}: must be at least 1"
-        )
+    at_least(args, 1, "timing_bsz", "repeats")
     args.group = list(GROUPS) if args.group == "all" else args.group.split(",")
     for name in args.group:
         if name not in GROUPS:

@@ -7,7 +7,8 @@ Random weights, so nothing has to be downloaded. After warm-up the modes take tu
 moment hits all of them; medians count. Limits use ceilings measured in the same run: `arithmetic`
 is FLOPs over the rate of a large matrix product; `with reads` also reads the head's weights at
 every denoising step. Peak memory is the device's own count on CUDA, on CPUs that of a fresh process
-with a head of 4 steps (--memory). The last line is one JSON document.
+with a head of 4 steps (--memory). On one CPU thread the clock counts the thread's own seconds. The last
+line is one JSON document.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from benchmarks.common import (
     matrix_rate,
     origin,
     read_rate,
-    seconds_of,
+    timed,
     write_result,
 )
 from benchmarks.mar_work import MODELS, MODES, build, count_work
@@ -71,7 +72,7 @@ def measure(
         for mode, call in calls.items():
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            seconds = seconds_of(call, device)
+            seconds = timed(call, device)
             if device.type == "cuda":
                 peaks[mode] = torch.cuda.max_memory_allocated() / 1e9
             if repeat >= 0:

@@ -22,7 +22,7 @@ from benchmarks.common import (
     default_dtype,
     markdown,
     origin,
-    seconds_of,
+    timed,
     write_result,
 )
 from benchmarks.eager_training import EagerTraining
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     times: dict[str, list[float]] = {row: [] for row in args.rows}
     for k in range(args.warmup + args.repeats):
         for row, step in steps.items():
-            seconds = seconds_of(lambda step=step, k=k: step(k), device)
+            seconds = timed(lambda step=step, k=k: step(k), device)
             if k >= args.warmup:
                 times[row].append(seconds)
             print(

@@ -21,7 +21,7 @@ from benchmarks.common import (
     claim,
     markdown,
     origin,
-    seconds_of,
+    timed,
     write_result,
 )
 from benchmarks.mar_work import MODELS, build
@@ -124,7 +124,7 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(-warmup, args.repeats):
         for name, call in calls.items():
-            seconds = seconds_of(call, device)
+            seconds = timed(call, device)
             if repeat >= 0:
                 times[name].append(seconds)
             print(f"{name}: {seconds:.3f} s", flush=True)

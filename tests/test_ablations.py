@@ -129,7 +129,7 @@ def test_the_documented_command_is_not_refused_for_what_is_committed(monkeypatch
 
 def test_turns_and_timed_batches_are_at_least_one():
     for flag in ("--repeats", "--timing_bsz"):
-        with pytest.raises(UserError, match=f"{flag} 0"):
+        with pytest.raises(UserError, match=f"{flag} is 0"):
             ablations.parse_args(["--model", "mar_tiny", flag, "0"])
 
 
