@@ -55,6 +55,16 @@ def test_paired_runs_get_speed_up_and_psnr(tmp_path, monkeypatch, capsys):
     assert second["psnr"] == pytest.approx(28.13, abs=0.01)
 
 
+def test_rows_name_the_settings_in_which_they_differ(tmp_path):
+    plain, fewer = (make_run(tmp_path / str(n), False, 1.0, 100, num_iter=n) for n in (64, 32))
+    rows = table_of(plain, fewer).splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:4]] == [
+        "| MAR, num_iter 64",
+        "| MAR, num_iter 32",
+    ]
+    assert table_of(plain, plain).splitlines()[2].startswith("| MAR | ")
+
+
 def test_identical_images_are_told_and_do_not_lift_the_mean(tmp_path):
     plain, lazy = (
         make_run(tmp_path / "a", False, 2.0, 100),

@@ -26,6 +26,8 @@ PAIRED = (
     "seed_mode",
     "model",
 )  # image i: the same task
+# Settings that a row names if the runs differ in them.
+TOLD = ("num_iter", "cfg", "cfg_schedule", "temperature", "top_k", "top_p")
 SHEET_COLUMNS = 10
 SHEET_SCALE = 2
 # Optional columns, shown if any run has them: key of the results, heading, format.
@@ -113,7 +115,7 @@ def cells(run: Json) -> list[str]:
     if run.get("is_mean") is not None:
         inception = f"{run['is_mean']:.2f} ± {run['is_std']:.2f}"
     return [
-        str(run["method"]),
+        str(run.get("label", run["method"])),
         _number(run.get("fid"), ".3f"),
         inception,
         _number(run.get("accuracy"), ".1%"),
@@ -127,12 +129,17 @@ def row(run: Json) -> str:
 
 
 def compare(runs: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Each run, and beside the first its speedup, closeness and lpips (None where there is none)."""
+    """Each run, and beside the first its speedup, closeness and lpips (None where there is none).
+
+    label: the method, and those settings in which the runs differ.
+    """
     first = runs[0]
     pairs = [run is not first and paired(run, first) for run in runs]
     lpips = make_lpips() if any(pairs) else None
+    told = [key for key in TOLD if any(run.get(key) != first.get(key) for run in runs)]
     found = []
     for run, pair in zip(runs, pairs, strict=True):
+        label = ", ".join([run["method"], *(f"{key} {run[key]}" for key in told if key in run)])
         seconds, base = run.get("sec_per_image"), first.get("sec_per_image")
         beside = {
             "speedup": base / seconds if seconds and base else None,
@@ -141,7 +148,7 @@ def compare(runs: list[dict[str, object]]) -> list[dict[str, object]]:
         }
         if pair and lpips:
             beside["lpips"] = float(np.mean([lpips(*images) for images in image_pairs(run, first)]))
-        found.append(run | beside)
+        found.append(run | beside | {"label": label})
     return found
 
 
@@ -181,7 +188,7 @@ def sheet(runs: list[dict[str, object]]) -> np.ndarray:
     rows = {}
     for run in runs:
         folder = Path(run["path"]) / "images"
-        label = str(run["method"])
+        label = str(run["label"])
         if seconds := run.get("sec_per_image"):
             label += f", {seconds:.2f} s per image"
         rows[label] = np.stack([read_image(folder / png_name(i)) for i in chosen])
