@@ -31,7 +31,8 @@ VERBATIM = {
 }
 # (document, beginning of the heading): result files, keys whose equality makes rows of a file one row.
 NUMBERS = {
-    (README, "| caches | PSNR"): (["ablations_mar_tiny_caches"], ["name"]),
+    (README, "| caches | FID"): (["ablations_mar_tiny_caches"], ["name"]),
+    (README, "| method | FID"): (["ablations_mar_tiny_frontier"], ["name"]),
     (README, "| | dtype | s / image"): (["latency_cpu_f32", "latency_cpu_bf16"], ["dtype", "mode"]),
     (README, "| | 1/2 | 1/4 | 1/6 | 1/8 |"): (
         ["line_ablation"],
@@ -56,6 +57,7 @@ WITHOUT_NUMBERS = [
     (README, "| cache | idea"),
     (BENCHMARKS, "| script | measures"),
     (BENCHMARKS, "| results | of"),
+    (BENCHMARKS, "| group | what"),
     (TINY, "| file | what it is"),
     (TINY_GPT, "| file | what it is"),
 ]
