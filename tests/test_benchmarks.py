@@ -171,7 +171,7 @@ def test_trainings_are_compared_step_by_step(tmp_path):
     text = retraining.report(tmp_path)
     assert "3 points from step 50 to 150" in text
     assert "by 1.0% in the median and by 9.5% at most" in text
-    assert "| again, two processes | 0.500 | 8.00 ± 0.10 | 90.0% | abc |" in text
+    assert "| again, two processes | 0.500 | 8.00 ± 0.10 | 90.0% | abc+ |" in text
 
 
 def test_trainings_that_do_not_compare_are_refused(tmp_path):
