@@ -159,10 +159,9 @@ class Ablation:
         size = self.args.timing_bsz
         labels = [i % self.model.class_num for i in range(size)]
         noise = self.model.image_noise(range(size))
+        sampler = Sampler(self.model, self.dtype, compile=compile, graphs=compile)
         turns = [row for _ in range(self.args.repeats) for row in unique]
         for row in tqdm(turns, desc="timing", unit="turn", disable=None):
-            # A sampler of its own: what it compiles and records for one row would crowd out another's.
-            sampler = Sampler(self.model, self.dtype, compile=compile, graphs=compile)
             sample = partial(
                 sampler.sample_tokens,
                 size,

@@ -137,6 +137,8 @@ def claim(path: Path | None, overwrite: bool) -> None:
     """
     if path is None:
         return
+    if not path.name:
+        raise UserError(f"--output {path} names no file: give one, such as output_dir/result")
     path = with_ending(path, ".json")
     if not overwrite and (before := read_result(path)):
         command = str(before["about"].get("command"))

@@ -12,10 +12,9 @@ import json
 from pathlib import Path
 from statistics import median
 
-from benchmarks.common import markdown, origin, write_text
+from benchmarks.common import RESULTS, markdown, origin, write_text
 from util.errors import UserError, run_main
 
-RESULTS = Path(__file__).parent / "results"
 BUNDLED = "tiny_1000_mar_tiny-mar.json"
 RUNS = {"one": "again, one process", "two": "again, two processes"}
 SAME = ("num_images", "num_iter", "cfg", "dtype", "eval_bsz")

@@ -87,6 +87,12 @@ def test_a_folder_that_cannot_be_made_is_told_at_the_start(tmp_path):
         claim(tmp_path / "file" / "result", overwrite=False)
 
 
+@pytest.mark.parametrize("output", ["", "."])
+def test_an_output_without_a_name_is_refused(output):
+    with pytest.raises(UserError, match="--output . names no file"):
+        claim(Path(output), overwrite=False)
+
+
 def test_a_dot_in_the_name_of_a_result_stays(command, tmp_path):
     command(latency)
     document = {"about": {"command": "python -m benchmarks.other", "weights": "a"}, "rows": []}
