@@ -2,7 +2,7 @@
 
 Two families: "mar" (MAR, LazyMAR) and "gpt" (LlamaGen, LineAR). What an evaluation needs to know of
 them is here: how images are sampled, which settings decide them, what a run is called. The run
-itself knows no model, see util/evaluation.py.
+itself knows no model, see util/evaluation/run.py.
 """
 
 import argparse
@@ -23,10 +23,11 @@ from models.noise import ImageNoise
 from models.plan import DecodingPlan
 from models.sampler import Sampler
 from models.tokenizers import latent_scale_of, load_tokenizer
-from util import checkpoint, dist, evaluation
+from util import checkpoint, dist
 from util.device import DTYPES, autocast, can_compile, to_device
-from util.dry_run import dry_run
 from util.errors import UserError
+from util.evaluation import run as evaluation
+from util.evaluation.dry_run import dry_run
 from util.files import sha256_of
 from util.flags import lazy_mar_values, line_ar_values
 

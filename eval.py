@@ -18,11 +18,12 @@ import torch
 
 import engine
 from models.presets import PRESETS
-from util import checkpoint, dist, evaluation, metrics, report
+from util import checkpoint, dist, metrics, report
 from util.device import pick_device, pick_dtype, set_threads
 from util.errors import run_main
+from util.evaluation import run as evaluation
+from util.evaluation.run_folder import RunDir
 from util.flags import SCORED_AS, make_parser, resolve
-from util.run_dir import RunDir
 
 
 def parse_args() -> argparse.Namespace:

@@ -17,12 +17,12 @@ from tqdm import tqdm
 import engine
 from models.presets import PRESETS
 from util import dist
-from util.data import ImageFolder, in_one_sentence, to_unit_range
-from util.data_check import check_files
+from util.data.checks import check_files
+from util.data.datasets import ImageFolder, in_one_sentence, to_unit_range
+from util.data.latents import write_moments, write_note
 from util.device import pick_device, set_threads
 from util.errors import UserError, run_main
 from util.flags import make_parser, resolve
-from util.latents import write_moments, write_note
 
 
 @torch.no_grad()

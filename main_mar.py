@@ -22,9 +22,8 @@ import engine
 from models import mar
 from models.presets import PRESETS
 from models.vae import DiagonalGaussianDistribution
-from util import checkpoint, dist, metrics, training
-from util.data import BatchPlan, batches, to_unit_range
-from util.data_check import (
+from util import checkpoint, dist, metrics
+from util.data.checks import (
     check_same_classes,
     check_spread,
     note,
@@ -32,15 +31,17 @@ from util.data_check import (
     record_classes,
     some_items,
 )
+from util.data.datasets import BatchPlan, batches, to_unit_range
 from util.device import pick_device, pick_dtype, set_threads
-from util.ema import EMA
 from util.errors import UserError, run_main
-from util.evaluation import Run, request_of
+from util.evaluation.run import Run, request_of
+from util.evaluation.run_folder import RunDir
 from util.flags import make_parser, resolve
-from util.lr import LRSchedule, make_optimizer, scaled_lr
-from util.run_dir import RunDir
-from util.signals import Stopped, StopRequest
-from util.watch import Watch, sheet_of
+from util.training import step as training
+from util.training.ema import EMA
+from util.training.monitor import Watch, sheet_of
+from util.training.optimizer import LRSchedule, make_optimizer, scaled_lr
+from util.training.signals import Stopped, StopRequest
 
 SHEET_COLUMNS = 10
 

@@ -43,9 +43,10 @@ from models.lazy_mar import LazyMARConfig
 from models.plan import DecodingPlan
 from models.presets import PRESETS
 from models.sampler import Sampler
-from util import dist, evaluation, metrics, report
+from util import dist, metrics, report
 from util.device import can_compile, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
+from util.evaluation import run as evaluation
 from util.files import write_json
 from util.flags import make_parser, resolve
 

@@ -14,8 +14,8 @@ import torch
 
 from util.device import DTYPES, pick_dtype
 from util.errors import UserError
+from util.evaluation.run_folder import provenance
 from util.files import atomic_path, write_json
-from util.run_dir import provenance
 
 RESULTS = Path(__file__).parent / "results"  # what the documents cite
 OUTPUT = Path("output_dir/benchmarks")  # where results go unless told

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.mar import MAR
 from util.device import autocast
-from util.lr import parameter_groups
+from util.training.optimizer import parameter_groups
 
 
 def masked_loss(

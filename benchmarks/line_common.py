@@ -11,10 +11,10 @@ from models.llamagen import GPT, gpt_tiny
 from models.presets import PRESETS
 from models.vq import VQModel, vq_tiny
 from util import metrics
-from util.batch_grid import image_label, image_seed
 from util.checkpoint import load_into
+from util.evaluation.batches import image_label, image_seed
+from util.evaluation.request import ScoreRequest
 from util.images import to_uint8
-from util.score_request import ScoreRequest
 
 PRESET = PRESETS["gpt_tiny"]
 BUDGETS = {"1/2": 1 / 2, "1/4": 1 / 4, "1/6": 1 / 6, "1/8": 1 / 8}

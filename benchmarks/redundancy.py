@@ -37,9 +37,9 @@ from models.plan import DecodingPlan, DecodingStep
 from models.predictor import PlainPredictor
 from models.presets import PRESETS
 from models.sampling_copy import sampling_copy
-from util.batch_grid import image_label, image_seed
 from util.device import device_name, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
+from util.evaluation.batches import image_label, image_seed
 from util.flags import make_parser, resolve
 from util.images import to_uint8
 

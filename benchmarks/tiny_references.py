@@ -22,9 +22,9 @@ from models.presets import PRESETS
 from util import metrics
 from util.device import device_name, set_threads
 from util.errors import run_main
-from util.score_request import ScoreRequest
+from util.evaluation.request import ScoreRequest
 from util.shapes import CLASSES, HELD_OUT_START, label_of, render
-from util.tiny_assets import DEFAULT_IMAGES, batches, channel_spread, psnr, restore, to_float
+from util.tiny.assets import DEFAULT_IMAGES, batches, channel_spread, psnr, restore, to_float
 
 PRESET = PRESETS["mar_tiny"]
 START = HELD_OUT_START + DEFAULT_IMAGES["stats"]  # behind those of the statistics

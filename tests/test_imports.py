@@ -15,8 +15,8 @@ ALLOWED = {
     "engine": {"models", "diffusion", "util"},
 }
 # Commands that make the bundled files, or count the work of models; nothing else may import them.
-COMMANDS_ON_MODELS = {"util.tiny_assets", "util.tiny_vq", "util.tiny_gpt", "util.flops"}
-ONLY_HOME = {"torchvision": "util.data", "torch_fidelity": "util.metrics"}
+COMMANDS_ON_MODELS = {"util.tiny.assets", "util.tiny.vq", "util.tiny.gpt", "util.flops"}
+ONLY_HOME = {"torchvision": "util.data.datasets", "torch_fidelity": "util.metrics"}
 
 
 def imports(tree: ast.AST, module: str) -> set[str]:

@@ -21,9 +21,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from util.download import name_of
-from util.ema import EMA
 from util.errors import UserError, run_main
 from util.files import atomic_path, sha256_of, write_json
+from util.training.ema import EMA
 
 LAST = "checkpoint-last.pth"
 # Flags whose values are words and still no paths; what is shared names no folder of its author's.

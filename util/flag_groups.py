@@ -7,10 +7,10 @@ that is not given has the default that its command gives it, see util/flags.py.
 import argparse
 from fractions import Fraction
 
-from util.batch_grid import SEED_MODES
 from util.device import DTYPES
 from util.dist import PATIENCE
-from util.score_request import METRICS
+from util.evaluation.batches import SEED_MODES
+from util.evaluation.request import METRICS
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -23,9 +23,9 @@ from models.lazy_mar import CACHES, LazyMARConfig
 from models.plan import DecodingPlan
 from models.presets import PRESETS
 from util.errors import UserError, run_main
+from util.evaluation.run_folder import provenance
 from util.files import atomic_path
 from util.published import tflops_at_64
-from util.run_dir import provenance
 
 MODELS = ("mar_base", "mar_large", "mar_huge")
 LAZY = LazyMARConfig()
