@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from util.config import setting
 from util.errors import UserError
 
 PATIENCE = 120.0  # seconds without a sign of life until a process counts as dead
@@ -25,6 +26,19 @@ _BLAME_WITHIN = 5.0  # seconds in which a process that stops says why
 _STORE_TIMEOUT = 600.0  # seconds to find the store, in which the other machines may start up
 
 Json = object  # what json.dumps takes
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How the processes of a run were started and find each other."""
+
+    world_size: int = setting(1, "accepted; the launcher says how many there are", least=1)
+    local_rank: int = setting(-1, "accepted; the launcher says it")
+    dist_on_itp: bool = setting(False, "take the ranks from Open MPI's environment")
+    dist_url: str = setting("env://", "where the processes meet", metavar="URL")
+    patience: float = setting(
+        PATIENCE, "seconds without a heartbeat until a process counts as dead", least=1
+    )
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ Names, sizes and classes are known of every file. One file of each class is read
 latent whose length is unusual; with --check_data all files are.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from util.data.class_folders import name_some
+from util.data.config import DataConfig
 from util.data.datasets import CachedFolder, CachedTensors, ImageFolder
 from util.data.latents import check_note
 from util.dist import World
@@ -31,27 +32,38 @@ SPREAD = (0.5, 2.0)  # of latents that the noise schedule, made for a deviation 
 TrainingData = ImageFolder | CachedFolder | CachedTensors
 
 
-def open_data(args: argparse.Namespace, world: World | None = None) -> TrainingData:
+@dataclass(frozen=True)
+class DataShape:
+    """What a model asks of its data. latent_shape: (C, h, w); tokenizer_path: that of the latents."""
+
+    img_size: int
+    latent_shape: tuple[int, int, int]
+    class_num: int
+    tokenizer_path: str
+
+
+def open_data(config: DataConfig, shape: DataShape, world: World | None = None) -> TrainingData:
     """Training data, checked against the model's geometry. UserError if they disagree."""
     world = world or World()
-    if not args.use_cached:
-        if args.cached_path:
+    data: ImageFolder | CachedFolder
+    if not config.use_cached:
+        if config.cached_path:
             note("--cached_path has no effect without --use_cached: training from images", world)
-        data = ImageFolder(Path(args.data_path) / "train", args.img_size)
+        data = ImageFolder(Path(config.data_path) / "train", shape.img_size)
     else:
-        if args.cached_path is None:
+        if config.cached_path is None:
             raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
-        side = args.img_size // args.vae_stride
-        data = CachedFolder(args.cached_path, (2 * args.vae_embed_dim, side, side))
-        check_note(args.cached_path, args.vae_path, args.img_size)
-    _check_classes(data, args, world)
-    check_files(data, world, every=args.check_data, threads=args.num_workers)
-    if args.use_cached:
-        size, in_memory = data.memory_bytes(), args.cache_in_memory
+        channels, *sides = shape.latent_shape
+        data = CachedFolder(config.cached_path, (2 * channels, *sides))
+        check_note(config.cached_path, shape.tokenizer_path, shape.img_size)
+    _check_classes(data, shape.class_num, world)
+    check_files(data, world, every=config.check_data, threads=config.num_workers)
+    if isinstance(data, CachedFolder):
+        size, in_memory = data.memory_bytes(), config.cache_in_memory
         if in_memory or (in_memory is None and size < IN_MEMORY_BELOW):
             if world.is_main:
                 print(f"reading {size / 2**30:.2f} GiB of latents into memory", flush=True)
-            data = CachedTensors(data)
+            return CachedTensors(data)
     return data
 
 
@@ -61,17 +73,15 @@ def note(text: str, world: World) -> None:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def _check_classes(
-    data: ImageFolder | CachedFolder, args: argparse.Namespace, world: World
-) -> None:
+def _check_classes(data: ImageFolder | CachedFolder, class_num: int, world: World) -> None:
     count = len(data.files.classes)
-    if count > args.class_num:
+    if count > class_num:
         raise UserError(
-            f"the data have {count} classes, the model {args.class_num}: give --class_num {count}"
+            f"the data have {count} classes, the model {class_num}: give --class_num {count}"
         )
-    if count < args.class_num:
+    if count < class_num:
         note(
-            f"the data have {count} classes, the model {args.class_num}: classes from {count} on "
+            f"the data have {count} classes, the model {class_num}: classes from {count} on "
             f"are never trained, and an evaluation samples all; give --class_num {count}",
             world,
         )

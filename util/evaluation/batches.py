@@ -1,21 +1,23 @@
-"""Which image is made where: a grid of batches that depends on nothing but the size of the run.
+"""The batches of a run, fixed by its size.
 
-Batch k holds the same images in the same rows whatever is missing, whoever computes it and however
-many processes there are, so every image meets the same kernels on the same shapes: a run that was
-killed and resumed with other processes gives the same bits. Processes need not agree on anything.
+Batch k holds the same images in the same rows for any number of processes and whatever is missing,
+so every image meets the same kernels on the same shapes. Resuming with any number of processes
+gives identical bits, and processes need not agree on anything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from util.evaluation.conditions import Condition, Conditions
 
 SEED_MODES = ("image", "rank")
 
 
 @dataclass(frozen=True)
 class BatchGrid:
-    """num_images in batches of `rows` rows; the last is filled up with images that are thrown away."""
+    """num_images in batches of `rows` rows; the last is padded with images that are discarded."""
 
     num_images: int
     rows: int
@@ -30,7 +32,7 @@ class BatchGrid:
         return -(-self.num_images // self.rows)
 
     def padded(self, batch: int) -> range:
-        """Indices of all rows of a batch; those from num_images on are padding."""
+        """Indices of all rows of a batch, padding included."""
         return range(batch * self.rows, (batch + 1) * self.rows)
 
     def images(self, batch: int) -> range:
@@ -38,24 +40,23 @@ class BatchGrid:
         return range(batch * self.rows, min((batch + 1) * self.rows, self.num_images))
 
     def share(self, rank: int, size: int) -> range:
-        """The batches of one of `size` processes, as MAR deals them out: in turn."""
+        """The batches of one of `size` processes, in turn as in MAR."""
         return range(rank, len(self), size)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What image i of a run is: its label and its seed."""
+    """What image i of a run is: its condition and its seed."""
 
     grid: BatchGrid
-    class_num: int
+    all_conditions: Conditions
     seed: int
     seed_mode: str = "image"
     processes: int = 1  # matters to seed_mode "rank" alone
 
-    def labels(self, indices: Sequence[int]) -> list[int]:
-        """Classes in order, as many images of each; padding has the last class."""
-        last = self.grid.num_images - 1
-        return [image_label(min(i, last), last + 1, self.class_num) for i in indices]
+    def conditions(self, indices: Iterable[int]) -> Sequence[Condition]:
+        """Class labels or prompts of these images."""
+        return self.all_conditions.of(indices, self.grid.num_images)
 
     def seeds(self, batch: int) -> list[int]:
         """Seeds of all rows of a batch.
@@ -89,8 +90,3 @@ def jobs_of(
 def image_seed(seed: int, index: int) -> int:
     """The seed of image `index` of the run with --seed `seed`: no two of them share one."""
     return (seed << 32) + index
-
-
-def image_label(index: int, num_images: int, class_num: int) -> int:
-    """Classes in order, as many images of each; image i has label i // (num_images / class_num)."""
-    return index * class_num // num_images

@@ -21,7 +21,7 @@ def dry_run(
     if not world.is_main:
         return {}
     grid, folder = run.task.grid, RunDir(run.path)
-    fresh = folder.check(run.config, run.num_images, run.overwrite) or not run.save
+    fresh = folder.check(run.config, run.num_images, run.settings.overwrite) or run.settings.no_save
     missing = list if fresh else folder.missing
     shares = [jobs_of(grid, rank, world.size, missing) for rank in range(world.size)]
     to_make = [sum(len(job.wanted) for job in jobs) for jobs in shares]
@@ -39,7 +39,7 @@ def dry_run(
     seconds = 0.0
     if sum(to_make):
         batch = next(jobs[0].batch for jobs in shares if jobs)
-        prepared = generator.prepare(run.task.labels(grid.padded(batch)), run.task.seeds(batch))
+        prepared = generator.prepare(run.task.conditions(grid.padded(batch)), run.task.seeds(batch))
         # On CUDA the first batch compiles and the second records graphs.
         batches = 3 if device.type == "cuda" else 1
         for _ in range(batches):

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from util.device import to_host
 from util.evaluation.batches import Job, Task
+from util.evaluation.conditions import Condition
 from util.images import PngWriter, find_broken, refuse_broken, to_bytes
 
 
 class ImageGenerator(Protocol):
     """A model that makes images."""
 
-    def prepare(self, labels: list[int], seeds: list[int]) -> Any:
+    def prepare(self, conditions: Sequence[Condition], seeds: Sequence[int]) -> Any:
         """Work of the host alone for one batch, in a thread while the last batch is computed."""
 
     def generate(self, prepared: Any) -> Tensor:
@@ -102,7 +103,7 @@ def produce(
     grid, watch, began = task.grid, Stopwatch(device), time.perf_counter()
 
     def prepare(job: Job) -> Any:
-        return generator.prepare(task.labels(grid.padded(job.batch)), task.seeds(job.batch))
+        return generator.prepare(task.conditions(grid.padded(job.batch)), task.seeds(job.batch))
 
     with ThreadPoolExecutor(1) as thread, sink:
         ahead = [thread.submit(prepare, job) for job in jobs[:1]]

@@ -5,10 +5,9 @@ batches (util/evaluation/batches.py). Then each extracts the features of its sha
 writes its sums into the run folder, and process 0 adds them up. All processes must see that folder.
 """
 
-import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +18,9 @@ from tqdm import tqdm
 from util import dist
 from util.device import device_name
 from util.errors import UserError
-from util.evaluation.batches import BatchGrid, Task, jobs_of
+from util.evaluation.batches import Task, jobs_of
+from util.evaluation.conditions import Condition, Conditions
+from util.evaluation.config import EvaluationConfig
 from util.evaluation.generation import FeatureSink, ImageGenerator, PngSink, Production, produce
 from util.evaluation.image_source import open_source
 from util.evaluation.request import RESULT_OF, SCORES, ScoreRequest
@@ -31,66 +32,28 @@ from util.metrics import Scorer
 
 @dataclass(frozen=True)
 class Run:
-    """One evaluation as the command line asks for it.
+    """One evaluation.
 
-    config: what decides the images, and must not change in a folder. about: what results tell of it.
-    request: None for generation alone. save: keep PNGs, otherwise score the images as they come.
+    config: what decides the images; it must not change in a folder. summary: what results.json says
+    of the model. arguments: the command's flags. request: None generates only.
     """
 
     path: Path
     task: Task
+    settings: EvaluationConfig
     config: Mapping[str, object]
-    about: Mapping[str, object]
+    summary: Mapping[str, object]
     arguments: Mapping[str, object]
     request: ScoreRequest | None
-    overwrite: bool
-    save: bool
-    save_npz: bool
-
-    @classmethod
-    def from_args(
-        cls,
-        args: argparse.Namespace,
-        name: str,
-        config: Mapping[str, object],
-        about: Mapping[str, object],
-        processes: int,
-    ) -> "Run":
-        """From resolved flags; `name` is the folder's below --output_dir. UserError if they disagree."""
-        if args.num_images < 2 and not args.no_score:
-            raise UserError("--num_images is 1, but FID needs at least 2 images: add --no_score")
-        if args.no_save and (args.no_score or args.save_npz):
-            other = "--no_score" if args.no_score else "--save_npz"
-            raise UserError(f"--no_save keeps no images, so {other} has nothing to work with")
-        grid = BatchGrid.create(args.num_images, args.eval_bsz)
-        config = {**config, "seed_mode": args.seed_mode}
-        if args.seed_mode == "rank":  # then these decide the images, too
-            config |= {"processes": processes, "eval_bsz": args.eval_bsz}
-        return cls(
-            path=Path(args.output_dir) / name,
-            task=Task(grid, args.class_num, args.seed, args.seed_mode, processes),
-            config=config,
-            about=about,
-            arguments=vars(args),
-            request=None if args.no_score else request_of(args),
-            overwrite=args.overwrite,
-            save=not args.no_save,
-            save_npz=args.save_npz,
-        )
 
     @property
     def num_images(self) -> int:
         """Images of the run."""
         return self.task.grid.num_images
 
-    def all_labels(self) -> list[int]:
-        """Label of every image."""
-        return self.task.labels(range(self.num_images))
-
-
-def request_of(args: argparse.Namespace) -> ScoreRequest:
-    """What the flags want to know of the images."""
-    return ScoreRequest(args.features, args.features_path, args.fid_stats, args.metrics)
+    def all_conditions(self) -> Sequence[Condition]:
+        """Label or prompt of every image."""
+        return self.task.conditions(range(self.num_images))
 
 
 def finished(run: Run) -> dict[str, object]:
@@ -112,25 +75,25 @@ def evaluate(
     world, folder = meeting.world, RunDir(run.path)
     meeting.next_round()
     if world.is_main:
-        _open(run, folder, world, device)
+        _open(run, folder, world, device, getattr(generator, "execution", {}))
         meeting.say("opened")
     meeting.wait("opened", ranks=[0])
     _check_shared(folder, world)
 
     scorer = None
-    if not run.save:
-        scorer = Scorer(run.request, run.num_images, device, run.all_labels())
+    if run.settings.no_save:
+        scorer = Scorer(run.request, run.num_images, device, run.all_conditions())
     meeting.say("made", asdict(_make(run, folder, generator, scorer, world, device)))
     call = _sum_up([Production(**word) for word in meeting.wait("made")])
-    if world.is_main and run.save:
+    if world.is_main and not run.settings.no_save:
         folder.amend_call({"made": call})
 
     began = time.perf_counter()
-    if run.save and run.request:
+    if not run.settings.no_save and run.request:
         if world.size > 1:
             _patiently(lambda: len(list_images(folder.images)) >= run.num_images)
         images = open_source(folder.images, run.num_images)
-        scorer = Scorer(run.request, run.num_images, device, run.all_labels())
+        scorer = Scorer(run.request, run.num_images, device, run.all_conditions())
         scorer.add(images, _part(run.num_images, world))
     if scorer:
         _merge(scorer, folder.path, meeting)
@@ -140,19 +103,23 @@ def evaluate(
     scoring = time.perf_counter() - began if scorer else None
 
     folder.sweep()
-    if run.save:
+    if not run.settings.no_save:
         folder.write_sheet(run.num_images)
-    if run.save_npz:
-        folder.write_npz(run.all_labels())
-    calls = [each["made"] for each in folder.calls() if "made" in each] if run.save else [call]
+    if run.settings.save_npz:
+        folder.write_npz(run.all_conditions())
+    calls = (
+        [each["made"] for each in folder.calls() if "made" in each]
+        if not run.settings.no_save
+        else [call]
+    )
     results = {
-        **run.about,
+        **run.summary,
         **_timings(calls),
         "seconds_scoring": scoring,
         "processes": world.size,
-        "eval_bsz": run.arguments["eval_bsz"],
+        "eval_bsz": run.settings.eval_bsz,
         "threads": torch.get_num_threads(),
-        "images_dir": str(folder.images) if run.save else None,
+        "images_dir": str(folder.images) if not run.settings.no_save else None,
         "device": str(device),
         "device_name": device_name(device),
         "dtype": run.config["dtype"],
@@ -190,7 +157,7 @@ def score_only(
     path: Path,
     request: ScoreRequest,
     num_images: int,
-    class_num: int,
+    conditions: Conditions,
     meeting: dist.Meeting,
     device: torch.device,
 ) -> dict[str, object]:
@@ -202,7 +169,7 @@ def score_only(
     meeting.next_round()
     is_run = bool(folder.manifest())
     images = folder.images if is_run else path
-    labels = Task(BatchGrid.create(num_images, 1), class_num, 0).labels(range(num_images))
+    labels = conditions.of(range(num_images), num_images)
     dataset = open_source(images, num_images)
     scorer = Scorer(request, num_images, device, labels)
     scorer.add(dataset, _part(num_images, world))
@@ -219,17 +186,25 @@ def score_only(
     return results
 
 
-def _open(run: Run, folder: RunDir, world: dist.World, device: torch.device) -> None:
+def _open(
+    run: Run,
+    folder: RunDir,
+    world: dist.World,
+    device: torch.device,
+    execution: Mapping[str, object],
+) -> None:
     """Claim the folder, and say on stderr what a user should know of it."""
     call = {
         **provenance(),
         "device_name": device_name(device),
         "processes": world.size,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        **{name: run.arguments[name] for name in ("no_compile", "eval_bsz", "vae_bsz")},
+        **execution,
+        "eval_bsz": run.settings.eval_bsz,
+        "vae_bsz": run.arguments.get("vae_bsz"),
         "arguments": dict(run.arguments),
     }
-    changes = folder.open(run.config, call, run.num_images, run.overwrite)
+    changes = folder.open(run.config, call, run.num_images, run.settings.overwrite)
     if changes:
         print(
             f"note: {folder.path} goes on with {', '.join(changes)}: pixels may differ in rounding",

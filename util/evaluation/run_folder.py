@@ -36,7 +36,10 @@ Json = Mapping[str, object]
 
 MANIFEST = "manifest.json"
 # What a call may change without changing images, but for rounding; the user is told.
-MAY_DIFFER = ("commit", "torch", "device_name", "threads", "no_compile", "eval_bsz", "vae_bsz")
+MAY_DIFFER = (
+    *("commit", "torch", "device_name", "threads"),
+    *("compile", "cuda_graphs", "eval_bsz", "vae_bsz"),
+)
 
 
 class RunDir:
@@ -108,7 +111,9 @@ class RunDir:
         if not calls:
             return []
         last = calls[-1]
-        return [f"{k} {last.get(k)} -> {call[k]}" for k in MAY_DIFFER if last.get(k) != call[k]]
+        return [
+            f"{k} {last.get(k)} -> {call.get(k)}" for k in MAY_DIFFER if last.get(k) != call.get(k)
+        ]
 
     def calls(self) -> list[Json]:
         """The calls that have worked on the folder, the last one last."""

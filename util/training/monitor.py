@@ -1,10 +1,10 @@
-"""What is seen of a training run, and what stays of it: log, checkpoints, a polite end."""
+"""Logging, checkpoints and graceful shutdown of a training run."""
 
 import argparse
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from util.data.datasets import BatchPlan
 from util.errors import UserError
 from util.images import save_png, side_by_side_sheet
 from util.training import step as training
+from util.training.config import TrainConfig
 from util.training.log import RunLog
 from util.training.signals import StopRequest
 
@@ -30,28 +31,31 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-class Watch:
+class TrainingMonitor:
     """After every step: log, save, stop. A context manager; leaving it closes the log."""
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        config: TrainConfig,
+        arguments: Mapping[str, object],
         state: training.TrainState,
         plan: BatchPlan,
         world: dist.World,
         stop_request: StopRequest,
     ) -> None:
-        self.args, self.state, self.plan, self.world = args, state, plan, world
+        """arguments: flags of the command, which checkpoints hold as the original's do."""
+        self.config, self.arguments = config, arguments
+        self.state, self.plan, self.world = state, plan, world
         self.stop_request, self.must_stop = stop_request, False
         self.log = None
         if world.is_main:
-            self.log = RunLog(args.output_dir, args.log_dir or args.output_dir, state.step)
+            self.log = RunLog(config.output_dir, config.log_dir or config.output_dir, state.step)
         self.losses: list[Tensor] = []
         self.logged = self.saved = time.monotonic()
         self.saved_step: int | None = None
         self.epoch, self.bar = 0, None
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "TrainingMonitor":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -61,8 +65,8 @@ class Watch:
             self.log.close()
         if kind and issubclass(kind, UserError) and self.saved_step is not None:
             print(
-                f"note: {self.args.output_dir} holds the run up to step {self.saved_step}; "
-                f"go on with --resume {self.args.output_dir}",
+                f"note: {self.config.output_dir} holds the run up to step {self.saved_step}; "
+                f"go on with --resume {self.config.output_dir}",
                 file=sys.stderr,
             )
 
@@ -90,13 +94,13 @@ class Watch:
             return
         with self.paused():
             checkpoint.save_checkpoint(
-                Path(self.args.output_dir) / checkpoint.LAST,
+                Path(self.config.output_dir) / checkpoint.LAST,
                 model=self.state.model,
                 ema=self.state.ema,
                 optimizer=self.state.optimizer,
                 scaler=self.state.scaler,
                 epochs_done=epoch,
-                args=self.args,
+                args=argparse.Namespace(**self.arguments),
                 progress={
                     "step_in_epoch": step_in_epoch,
                     "step": self.state.step,
@@ -109,21 +113,21 @@ class Watch:
 
     def after_step(self, result: training.StepResult, done: int) -> bool:
         """Called by train_one_epoch; True ends the run. `done` steps of this epoch are behind us."""
-        args, state = self.args, self.state
+        config, state = self.config, self.state
         if self.bar is not None:
             self.bar.update()
         self.losses.append(result.loss)
-        if state.step % args.log_freq == 0:
+        if state.step % config.log_freq == 0:
             self._write_log(result, done)
         asked = dist.any_rank(self.stop_request.requested, self.world, result.loss.device)
-        self.must_stop = asked or (args.max_steps is not None and state.step >= args.max_steps)
-        late = args.save_minutes and time.monotonic() - self.saved > 60 * args.save_minutes
+        self.must_stop = asked or (config.max_steps is not None and state.step >= config.max_steps)
+        late = config.save_minutes and time.monotonic() - self.saved > 60 * config.save_minutes
         if self.must_stop or late:
             ended = done == self.plan.steps
             self.save(self.epoch + ended, 0 if ended else done)
         if self.must_stop and self.world.is_main:
             print(
-                f"stopped after step {state.step}; go on with --resume {args.output_dir}",
+                f"stopped after step {state.step}; go on with --resume {config.output_dir}",
                 flush=True,
             )
         return self.must_stop
@@ -136,7 +140,7 @@ class Watch:
             self.log.write(self.state.step, epoch=epoch, **scores)
         if rows:
             sheet = side_by_side_sheet(rows)
-            path = sheet_of(self.args.output_dir, epoch)
+            path = sheet_of(self.config.output_dir, epoch)
             path.parent.mkdir(exist_ok=True)
             save_png(path, sheet)
             self.log.show(self.state.step, "samples", sheet)

@@ -10,7 +10,24 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from util.config import setting
 from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate."""
+
+    lr: float | None = setting(
+        None, "peak learning rate; default blr * images per step / 256", least=0
+    )
+    blr: float = setting(1e-4, "base learning rate", least=0)
+    min_lr: float = setting(0.0, "end of the cosine", least=0)
+    lr_schedule: str = setting("constant", "after the warm-up", choices=("constant", "cosine"))
+    warmup_epochs: float = setting(100.0, "length of the linear warm-up", least=0)
+    weight_decay: float = setting(0.02, "weight decay", least=0)
+    grad_clip: float = setting(3.0, "largest gradient norm", least=1e-6)
+    ema_rate: float = setting(0.9999, "decay of the averaged weights", least=0, most=1)
 
 
 @dataclass(frozen=True)
