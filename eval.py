@@ -21,7 +21,7 @@ from util.device import pick_dtype
 from util.errors import run_main
 from util.evaluation import run as evaluation
 from util.evaluation.config import EvaluationConfig
-from util.evaluation.run_folder import RunDir
+from util.evaluation.run_folder import RunFolder
 
 # What --score_only takes from the run that it scores, unless given.
 SCORED_AS = (
@@ -39,7 +39,7 @@ def parse() -> tuple[cli.Selection, str | None]:
     """The command line, and the folder of --score_only; flags not given are those of its last call."""
     flags = cli.make_parser("eval", __doc__.splitlines()[0]).parse()
     folder = flags.given.pop("score_only", None)
-    if folder is not None and (manifest := RunDir(folder).manifest()):
+    if folder is not None and (manifest := RunFolder(folder).manifest()):
         before = manifest["calls"][-1]["arguments"]
         known = {name: before[name] for name in SCORED_AS if before.get(name) is not None}
         flags.given = {**known, **flags.given}
@@ -52,13 +52,13 @@ def main() -> None:
     flags, host, request = selection.flags, selection.host(), selection.request()
     settings = flags.build(EvaluationConfig)
     compute, place = flags.build(ComputeConfig), cli.place(flags)
-    with dist.Meeting(place.world, place.launch.dist_url, place.launch.patience) as meeting:
+    with dist.Rendezvous(place.world, place.launch.dist_url, place.launch.patience) as rendezvous:
         if not settings.no_score:  # before minutes of loading and hours of sampling
             metrics.check_ready(request)
         if folder is not None:
             conditions = host.conditions(settings.prompts)
             results = evaluation.score_only(
-                Path(folder), request, settings.num_images, conditions, meeting, place.device
+                Path(folder), request, settings.num_images, conditions, rendezvous, place.device
             )
         else:
             results = evaluate(
@@ -67,7 +67,7 @@ def main() -> None:
                 settings,
                 None if settings.no_score else request,
                 compute,
-                meeting,
+                rendezvous,
                 place.device,
                 pick_dtype(place.config.dtype, place.device),
                 flags.resolved,

@@ -40,7 +40,7 @@ from util.device import pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
-from util.evaluation.run_folder import RunDir
+from util.evaluation.run_folder import RunFolder
 from util.training import step as training
 from util.training.config import TrainConfig
 from util.training.ema import EMA
@@ -120,13 +120,15 @@ def main() -> None:
     command = parse()
     place = command.place
     try:
-        with dist.Meeting(place.world, place.launch.dist_url, place.launch.patience) as meeting:
+        with dist.Rendezvous(
+            place.world, place.launch.dist_url, place.launch.patience
+        ) as rendezvous:
             if not command.train.evaluate:
-                dist.start(meeting, place.device)
+                dist.start(rendezvous, place.device)
             try:
-                run(command, meeting)
+                run(command, rendezvous)
             except RuntimeError as error:
-                raise meeting.blame(error) from None
+                rendezvous.raise_peer_failure(error)
             finally:
                 dist.stop()
     except Stopped:
@@ -135,23 +137,23 @@ def main() -> None:
             print(f"stopped in an evaluation; continue with --resume {folder}", flush=True)
 
 
-def run(command: Command, meeting: dist.Meeting) -> None:
+def run(command: Command, rendezvous: dist.Rendezvous) -> None:
     """Train or evaluate as the flags say, in this process of the run."""
     if command.request is not None:
         metrics.check_ready(command.request)
     if command.train.evaluate:
-        evaluate_checkpoint(command, meeting)
+        evaluate_checkpoint(command, rendezvous)
     else:
-        train(command, meeting)
+        train(command, rendezvous)
 
 
-def evaluate_checkpoint(command: Command, meeting: dist.Meeting) -> None:
+def evaluate_checkpoint(command: Command, rendezvous: dist.Rendezvous) -> None:
     """--evaluate: as eval.py does."""
     if not command.host.resume:
         raise UserError("--evaluate needs --resume DIR, the folder of checkpoint-last.pth")
     loaded = command.host.load(command.place.device)
-    results = evaluate_loaded(command, command.host, loaded, meeting)
-    if meeting.world.is_main:
+    results = evaluate_loaded(command, command.host, loaded, rendezvous)
+    if rendezvous.world.is_main:
         print(json.dumps(results))
 
 
@@ -159,7 +161,7 @@ def evaluate_loaded(
     command: Command,
     host: MARHost,
     loaded: Loaded,
-    meeting: dist.Meeting,
+    rendezvous: dist.Rendezvous,
     folder: str | None = None,
 ) -> dict[str, object]:
     """Evaluate a host; `folder` replaces --output_dir."""
@@ -173,16 +175,16 @@ def evaluate_loaded(
         settings,
         command.request,
         command.compute,
-        meeting,
+        rendezvous,
         command.place.device,
         command.dtype,
         command.arguments,
     )
 
 
-def train(command: Command, meeting: dist.Meeting) -> None:
+def train(command: Command, rendezvous: dist.Rendezvous) -> None:
     """The training loop."""
-    world, device, dtype = meeting.world, command.place.device, command.dtype
+    world, device, dtype = rendezvous.world, command.place.device, command.dtype
     host, config, data_config = command.host, command.train, command.data
     resumed = starting_point(host.resume, config, world)
     torch.manual_seed(config.seed)
@@ -264,7 +266,7 @@ def train(command: Command, meeting: dist.Meeting) -> None:
             if due and (done % config.eval_freq == 0 or done == config.epochs):
                 assert tokenizer is not None
                 with state.ema.swapped_into(model), stop_request.at_once(), monitor.paused():
-                    evaluate_online(command, model, tokenizer, meeting, done, monitor)
+                    evaluate_online(command, model, tokenizer, rendezvous, done, monitor)
 
         if resumed and first_step == 0:
             evaluate_if_due(first_epoch)  # it may have been interrupted
@@ -319,7 +321,7 @@ def evaluate_online(
     command: Command,
     model: mar.MAR,
     tokenizer: nn.Module,
-    meeting: dist.Meeting,
+    rendezvous: dist.Rendezvous,
     epoch: int,
     monitor: TrainingMonitor,
 ) -> None:
@@ -333,31 +335,31 @@ def evaluate_online(
     loaded = Loaded(model.eval(), tokenizer, f"epoch {epoch} {checkpoint.digest_of(model)}")
     folder = Path(settings.output_dir) / f"epoch{epoch:04d}"
     sheet = sheet_of(settings.output_dir, epoch)
-    runs: dict[float, tuple[MARHost, RunDir]] = {}
+    runs: dict[float, tuple[MARHost, RunFolder]] = {}
     for cfg in sorted({1.0, command.host.sampling.cfg}):
         host = command.host.with_sampling(cfg=cfg)
-        runs[cfg] = host, RunDir(folder / host.run_name(settings.num_images))
-    finished = [cfg for cfg, (_, run_dir) in runs.items() if run_dir.finished(loaded.weights)]
+        runs[cfg] = host, RunFolder(folder / host.run_name(settings.num_images))
+    finished = [cfg for cfg, (_, run_folder) in runs.items() if run_folder.finished(loaded.weights)]
     if len(finished) == len(runs) and (settings.no_save or sheet.exists()):
         return
     scores: dict[str, float] = {}
     rows: dict[str, np.ndarray] = {}
-    for cfg, (host, run_dir) in runs.items():
+    for cfg, (host, run_folder) in runs.items():
         if cfg not in finished:
-            results = evaluate_loaded(command, host, loaded, meeting, str(folder))
-            if meeting.world.is_main:
+            results = evaluate_loaded(command, host, loaded, rendezvous, str(folder))
+            if rendezvous.world.is_main:
                 print(json.dumps(results), flush=True)
-        if meeting.world.is_main:
-            results = run_dir.results()
+        if rendezvous.world.is_main:
+            results = run_folder.results()
             for name, key in (("fid", "fid"), ("is", "is_mean")):
                 if results[key] is not None:
                     scores[f"{name}_cfg{cfg:g}"] = results[key]
             if not settings.no_save:
-                rows[f"cfg {cfg:g}"] = run_dir.spread(settings.num_images, SHEET_COLUMNS)
+                rows[f"cfg {cfg:g}"] = run_folder.spread(settings.num_images, SHEET_COLUMNS)
     monitor.evaluated(epoch, scores, rows)
-    if meeting.world.is_main:
-        for _, run_dir in runs.values():
-            run_dir.drop_images()
+    if rendezvous.world.is_main:
+        for _, run_folder in runs.values():
+            run_folder.drop_images()
 
 
 def resume(

@@ -129,7 +129,7 @@ def with_ending(path: Path, ending: str) -> Path:
     return path.with_name(path.name.removesuffix(".json") + ending)
 
 
-def claim(path: Path | None, overwrite: bool) -> None:
+def reserve_output(path: Path | None, overwrite: bool) -> None:
     """Before anything is measured: make the folder of PATH.json, which is not overwritten unasked.
 
     UserError if another command has written it, unless `overwrite`. Commands are the same if they

@@ -18,10 +18,10 @@ import torch
 from benchmarks.common import (
     add_output,
     at_least,
-    claim,
     default_dtype,
     markdown,
     origin,
+    reserve_output,
     timed,
     write_result,
 )
@@ -138,7 +138,7 @@ def parse() -> argparse.Namespace:
             raise UserError(f"--rows {row} is unknown; use some of {','.join(ROWS)}")
     at_least(args, 1, "batch", "repeats", "threads")
     at_least(args, 0, "warmup")
-    claim(args.output, args.overwrite)
+    reserve_output(args.output, args.overwrite)
     return args
 
 

@@ -26,18 +26,23 @@ DEFAULTS: dict[str, Preset] = {
     "main_cache": {"model": "mar_huge", "batch_size": 128},
     "eval": {"model": "mar_huge", "eval_bsz": 128},
     "demo": {"model": "mar_tiny"},
+    "redundancy": {"model": "mar_tiny", "num_images": 10},
+    "ablations": {"model": "mar_huge", "eval_bsz": 128, "output_dir": "./output_dir/ablations"},
 }
 
 
 def make_parser(program: str, description: str = "") -> FlagParser:
     """Parser of "eval", "main_mar", "main_cache" or "demo" with the defaults of this command."""
     defaults = DEFAULTS[program]
-    parser = FlagParser(f"{program}.py", description, defaults)
+    is_script = program in SCRIPTS
+    name = f"{program}.py" if is_script else f"python -m benchmarks.{program}"
+    parser = FlagParser(name, description, defaults)
     models = ", ".join(name for family in FAMILIES.values() for name in family.presets)
     parser.add_flag("model", f"{models} [{defaults['model']}]", metavar="NAME")
     parser.add_flag("score_only", "score a run folder, or one of numbered PNGs", metavar="DIR")
     from_model = ("resume", "features", "features_path", "fid_stats")
-    parser.add(WeightsConfig, "weights", from_model=from_model if program == "eval" else ())
+    training = program in TRAINING
+    parser.add(WeightsConfig, "weights", from_model=() if training else from_model)
     for family in FAMILIES.values():
         family.add_flags(parser)
     parser.add(EvaluationConfig, "evaluation")
@@ -49,6 +54,10 @@ def make_parser(program: str, description: str = "") -> FlagParser:
     parser.add(DeviceConfig, "device")
     parser.add(dist.LaunchConfig, "processes")
     return parser
+
+
+TRAINING = ("main_mar", "main_cache")
+SCRIPTS = ("main_mar", "main_cache", "eval", "demo")
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def select(flags: Flags, program: str) -> Selection:
         known = ", ".join(name for family in FAMILIES.values() for name in family.presets)
         raise UserError(f"--model {model} is unknown; use one of {known}")
     preset = dict(family.presets[model])
-    training = program in ("main_mar", "main_cache")
+    training = program in TRAINING
     if training and family.name != "MAR":
         raise UserError(f"{program}.py is for MAR models; eval.py samples --model {model}")
     flags.refuse_foreign(family.name, model)
@@ -116,3 +125,8 @@ def place(flags: Flags) -> Place:
 def parse(program: str, description: str = "", words: Sequence[str] | None = None) -> Selection:
     """The command line of a program, from sys.argv without words."""
     return select(make_parser(program, description).parse(words), program)
+
+
+def named(model: str, **given: object) -> Selection:
+    """What eval.py would select: a model by name, with flags as keyword arguments."""
+    return select(make_parser("eval").flags({"model": model, **given}), "eval")

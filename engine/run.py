@@ -20,7 +20,7 @@ def evaluate(
     settings: EvaluationConfig,
     request: ScoreRequest | None,
     compute: ComputeConfig,
-    meeting: dist.Meeting,
+    rendezvous: dist.Rendezvous,
     device: torch.device,
     dtype: torch.dtype,
     arguments: Mapping[str, object],
@@ -48,11 +48,11 @@ def evaluate(
         "seed_mode": settings.seed_mode,
     }
     if settings.seed_mode == "rank":  # then these decide the images, too
-        config |= {"processes": meeting.world.size, "eval_bsz": settings.eval_bsz}
+        config |= {"processes": rendezvous.world.size, "eval_bsz": settings.eval_bsz}
     grid = BatchGrid.create(settings.num_images, settings.eval_bsz)
     run = evaluation.Run(
         path=Path(settings.output_dir) / host.run_name(settings.num_images),
-        task=Task(grid, conditions, settings.seed, settings.seed_mode, meeting.world.size),
+        task=Task(grid, conditions, settings.seed, settings.seed_mode, rendezvous.world.size),
         settings=settings,
         config=config,
         summary={"model": host.model, "num_images": settings.num_images, **host.summary()},
@@ -61,9 +61,9 @@ def evaluate(
     )
     if not redo and (results := evaluation.finished(run)):
         return results
-    show = meeting.world.is_main
+    show = rendezvous.world.is_main
     generator = host.generator(loaded, compute, device, dtype, show)
     if settings.dry_run:
         flops = host.flops_per_image(loaded.model)
-        return dry_run(run, generator, meeting.world, device, flops)
-    return evaluation.evaluate(run, generator, meeting, device)
+        return dry_run(run, generator, rendezvous.world, device, flops)
+    return evaluation.evaluate(run, generator, rendezvous, device)

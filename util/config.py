@@ -263,7 +263,10 @@ class FlagParser:
     def parse(self, words: Sequence[str] | None = None) -> Flags:
         """The given flags, from sys.argv without words; --a-b is --a_b. UserError: not understood."""
         words = sys.argv[1:] if words is None else words
-        given = vars(self._parser.parse_args([_with_underscores(word) for word in words]))
+        return self.flags(vars(self._parser.parse_args([_with_underscores(w) for w in words])))
+
+    def flags(self, given: Mapping[str, Any]) -> Flags:
+        """Flags of this command by name, without a command line."""
         owners = {
             name: families for name, families in self._owners.items() if name not in self._common
         }

@@ -17,7 +17,7 @@ from benchmarks import (
     training,
     waterfall,
 )
-from benchmarks.common import claim, refuse_foreign, write_result
+from benchmarks.common import refuse_foreign, reserve_output, write_result
 from tests.cli.test_run import snapshot
 from tests.conftest import ROOT
 from util.errors import UserError
@@ -62,12 +62,12 @@ def test_the_same_command_may_repeat_wherever_its_result_lies(command, tmp_path)
     write_about(tmp_path / "result.json", command="python -m benchmarks.latency --device cpu")
     for flags in (("--output", path), (f"--output={path}.json", "--overwrite")):
         command(latency, *flags)
-        claim(path, overwrite=False)
+        reserve_output(path, overwrite=False)
     for flags in (("--output", path, "--repeats", 2), ("--output_dir", path)):
         command(latency, *flags)
         with pytest.raises(UserError, match="give another --output, or --overwrite"):
-            claim(path, overwrite=False)
-        claim(path, overwrite=True)
+            reserve_output(path, overwrite=False)
+        reserve_output(path, overwrite=True)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"about": 3}'])
@@ -75,22 +75,22 @@ def test_a_file_that_does_not_say_what_made_it_is_not_overwritten_unasked(tmp_pa
     path = tmp_path / "result"
     (tmp_path / "result.json").write_text(content)
     with pytest.raises(UserError, match=r"result\.json .*: give another --output, or --overwrite"):
-        claim(path, overwrite=False)
+        reserve_output(path, overwrite=False)
     with pytest.raises(UserError, match=r"result\.json .*: give another --output or --results, or"):
         refuse_foreign(path, weights="a")
-    claim(path, overwrite=True)
+    reserve_output(path, overwrite=True)
 
 
 def test_a_folder_that_cannot_be_made_is_told_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"result\.json cannot be written"):
-        claim(tmp_path / "file" / "result", overwrite=False)
+        reserve_output(tmp_path / "file" / "result", overwrite=False)
 
 
 @pytest.mark.parametrize("output", ["", "."])
 def test_an_output_without_a_name_is_refused(output):
     with pytest.raises(UserError, match="--output . names no file"):
-        claim(Path(output), overwrite=False)
+        reserve_output(Path(output), overwrite=False)
 
 
 def test_a_dot_in_the_name_of_a_result_stays(command, tmp_path):
@@ -102,10 +102,10 @@ def test_a_dot_in_the_name_of_a_result_stays(command, tmp_path):
     assert "text\n\n    command: " in (tmp_path / "lazy_0.9.md").read_text()
     assert snapshot(tmp_path)["lazy.md"] == snapshot(tmp_path)["lazy_0.9.md"]
     with pytest.raises(UserError, match=r"lazy_0\.9\.json holds"):
-        claim(tmp_path / "lazy_0.9", overwrite=False)
+        reserve_output(tmp_path / "lazy_0.9", overwrite=False)
     with pytest.raises(UserError, match=r"lazy_0\.9\.json holds a result of weights a"):
         refuse_foreign(tmp_path / "lazy_0.9", weights="b")
-    claim(tmp_path / "lazy_0.8", overwrite=False)
+    reserve_output(tmp_path / "lazy_0.8", overwrite=False)
 
 
 @pytest.mark.parametrize("script", BUNDLED)

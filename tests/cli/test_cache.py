@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models.presets import PRESETS
 from PIL import Image
 from safetensors.torch import save_file
+from util.flags import make_parser, resolve
 
 import main_cache
 import main_mar
 from models import mar, tokenizers
 from models.linear_tokenizer import LinearTokenizer
-from models.presets import PRESETS
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util import dist
 from util.data.datasets import BatchPlan, CachedFolder, ImageFolder, to_unit_range
 from util.errors import UserError
-from util.flags import make_parser, resolve
 
 CPU = torch.device("cpu")
 
@@ -142,7 +142,7 @@ def test_a_picture_that_breaks_off_is_named_when_it_comes_and_the_last_checkpoin
     path.write_bytes(path.read_bytes()[:60])
     flags = ["--output_dir", str(root / "out"), "--save_minutes", "1e-9"]
     with pytest.raises(UserError, match=rf"{path} cannot be read as an image"):
-        main_mar.run(parse(root, "main_mar", *flags), dist.Meeting(), CPU)
+        main_mar.run(parse(root, "main_mar", *flags), dist.Rendezvous(), CPU)
     kept = torch.load(root / "out" / "checkpoint-last.pth", weights_only=False)
     assert kept["progress"]["step"] == step
     assert f"holds the run up to step {step}; go on with --resume" in capsys.readouterr().err
@@ -171,7 +171,7 @@ def test_another_size_class_count_and_scale_train_with_a_kl_tokenizer(
     torch.save({"model": small(16, (1, 1, 2, 2, 4)).state_dict()}, root / "kl.ckpt")
     flags = [*LARGE, "--img_size", "96", "--vae_path", str(root / "kl.ckpt")]
     flags += ["--output_dir", str(root / "out")]
-    main_mar.run(parse(root, "main_mar", *flags), dist.Meeting(), CPU)
+    main_mar.run(parse(root, "main_mar", *flags), dist.Rendezvous(), CPU)
     assert "latent scale 0.5" in capsys.readouterr().out
     weights = trained(root)
     assert weights["diffusion_pos_embed_learned"].shape == (1, 6 * 6, 16)
@@ -188,7 +188,7 @@ def test_512_pixels_train_from_latents_without_a_tokenizer(root, small_model):
             )
     flags = [*LARGE, "--img_size", "512", "--use_cached", "--vae_path", "none.ckpt"]
     flags += ["--output_dir", str(root / "out")]
-    main_mar.run(parse(root, "main_mar", *flags), dist.Meeting(), CPU)
+    main_mar.run(parse(root, "main_mar", *flags), dist.Rendezvous(), CPU)
     assert trained(root)["diffusion_pos_embed_learned"].shape == (1, 32 * 32, 16)
 
 
@@ -199,7 +199,7 @@ def test_training_from_pictures_equals_training_from_their_latents(root, small_m
         out = root / f"out{len(flags)}"
         flags += ["--output_dir", str(out), "--max_steps", "4", "--lr", "0.01"]
         flags += ["--warmup_epochs", "0", "--log_freq", "1"]
-        main_mar.run(parse(root, "main_mar", *flags), dist.Meeting(), CPU)
+        main_mar.run(parse(root, "main_mar", *flags), dist.Rendezvous(), CPU)
         weights.append(torch.load(out / "checkpoint-last.pth", weights_only=False)["model"])
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], atol=1e-4, rtol=1e-3)

@@ -13,13 +13,13 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
+from models.presets import PRESETS
 
 import demo
 import engine
 from models import mar
 from models.lazy_mar import LazyMARConfig
 from models.linear_tokenizer import LinearTokenizer
-from models.presets import PRESETS
 from tests.conftest import ROOT
 from util.checkpoint import load_into
 from util.errors import UserError

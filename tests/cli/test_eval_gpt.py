@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models.presets import PRESETS
 
 import engine
 from models.gpt_images import GPTSampling, generate
 from models.line_cache import LineARConfig
-from models.presets import PRESETS
 from models.vq import vq_tiny
 from tests.conftest import ROOT
 from tests.support.llamagen_data import recipe_gpt

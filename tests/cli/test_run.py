@@ -18,7 +18,7 @@ from models.tokenizers import latent_scale_of, load_tokenizer
 from tests.cli.test_eval import images_of, pixels_of, written_at
 from tests.conftest import ROOT, flags_for, random_mar
 from util import files, images
-from util.evaluation.run_folder import MAY_DIFFER, RunDir
+from util.evaluation.run_folder import MAY_DIFFER, RunFolder
 
 CPU = torch.device("cpu")
 LAZY = ["--num_iter", 6, "--lazy_mar", "--warmup", 1, "--interval", 3, "--probe_layer", 1]
@@ -148,7 +148,7 @@ def test_what_may_change_is_told_and_recorded(run, monkeypatch):
 
 def test_a_folder_goes_on_on_another_device(tmp_path):
     call = {**dict.fromkeys(MAY_DIFFER), "device_name": "x86_64"}
-    folder = RunDir(tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
     assert folder.open({"seed": 1}, call, 2) == []
     call["device_name"] = "Intel(R) Xeon(R) Processor"
     assert folder.open({"seed": 1}, call, 2) == ["device_name x86_64 -> Intel(R) Xeon(R) Processor"]

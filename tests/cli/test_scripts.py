@@ -5,14 +5,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from models.presets import PRESETS
+from util.flags import make_parser, resolve
 
 import engine
 from benchmarks import ablations
 from benchmarks.ablation_rows import MAR
 from models.lazy_mar import LazyMARConfig
-from models.presets import PRESETS
 from util.errors import UserError
-from util.flags import make_parser, resolve
 from util.published import ROWS, tflops_at_64
 
 ROOT = Path(__file__).parents[2]

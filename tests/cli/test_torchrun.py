@@ -148,6 +148,6 @@ def test_slurm_starts_one_torchrun_per_machine_which_all_meet_at_the_first(tmp_p
     done = subprocess.run(command, env=slurm, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     words = done.stdout.splitlines()
-    meeting = ["--rdzv-id=123456", "--rdzv-backend=c10d", "--rdzv-endpoint=node7:23456"]
-    assert words[:5] == ["--nnodes=2", "--nproc_per_node=4", *meeting]
+    rendezvous = ["--rdzv-id=123456", "--rdzv-backend=c10d", "--rdzv-endpoint=node7:23456"]
+    assert words[:5] == ["--nnodes=2", "--nproc_per_node=4", *rendezvous]
     assert words[5:] == ["eval.py", "--num_images", "10", "--resume", "a b"]

@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models.presets import PRESETS
 from torch import nn
+from util.flags import make_parser, resolve
 
 import main_mar
 from models import mar
-from models.presets import PRESETS
 from tests.support.train_small import WIDTHS
 from util import dist
 from util.checkpoint import read_pickle
 from util.errors import UserError
-from util.flags import make_parser, resolve
 from util.training import step as training
 from util.training.ema import EMA
 from util.training.log import RunLog
@@ -62,7 +62,7 @@ def train(latents, tmp_path):
         args += ["--output_dir", str(out), "--batch_size", "8", *SCHEDULE]
         args = make_parser("main_mar").parse_args([*args, *map(str, flags)])
         resolve(args, "main_mar", PRESETS)
-        main_mar.run(args, dist.Meeting(), torch.device("cpu"))
+        main_mar.run(args, dist.Rendezvous(), torch.device("cpu"))
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return read_pickle(out / "checkpoint-last.pth", mmap=False), log
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.presets import PRESETS
 
 from models import mar
 from models.lazy_mar import LazyMARConfig
 from models.linear_tokenizer import LinearTokenizer
-from models.presets import PRESETS
 from util.checkpoint import load_into
 from util.images import to_uint8
 from util.tiny.classifier import ShapeClassifier

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.presets import PRESETS
 
 from models.gpt_images import GPTSampling, generate
 from models.line_cache import LineARConfig
 from models.llamagen import gpt_tiny
-from models.presets import PRESETS
 from models.vq import vq_tiny
 from util.checkpoint import load_into
 from util.images import to_uint8

@@ -4,9 +4,9 @@ import argparse
 
 import pytest
 import torch
+from models.presets import PRESETS
 
 from models import mar
-from models.presets import PRESETS
 from tests.support.golden_recipe import load_shapes
 from util import checkpoint
 from util.training.ema import EMA

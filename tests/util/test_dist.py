@@ -12,7 +12,7 @@ from util.errors import UserError
 
 @pytest.fixture
 def meetings(monkeypatch):
-    """Two Meetings over one store; the second must be entered by the test."""
+    """Two Rendezvous over one store; the second must be entered by the test."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def join(world, url):
@@ -20,22 +20,22 @@ def meetings(monkeypatch):
 
     monkeypatch.setattr(dist, "_open_store", join)
     monkeypatch.setattr(dist, "_BEAT_EVERY", 0.05)
-    return [dist.Meeting(dist.World(rank, 2), patience=0.5) for rank in range(2)]
+    return [dist.Rendezvous(dist.World(rank, 2), patience=0.5) for rank in range(2)]
 
 
 def test_one_process_meets_itself():
-    with dist.Meeting() as meeting:
-        meeting.next_round()
-        meeting.say("made", {"images": 3})
-        assert meeting.wait("made") == [{"images": 3}]
+    with dist.Rendezvous() as rendezvous:
+        rendezvous.next_round()
+        rendezvous.publish("made", {"images": 3})
+        assert rendezvous.wait("made") == [{"images": 3}]
 
 
 def test_words_arrive_by_rank_and_every_round_has_its_own(meetings):
     first, second = meetings
     with first, second:
         for turn in range(2):
-            for meeting in meetings:
-                meeting.next_round()
+            for rendezvous in meetings:
+                rendezvous.next_round()
             first.say("made", turn)
             threading.Timer(0.1, second.say, ("made", -turn)).start()
             assert first.wait("made") == [turn, -turn]
@@ -75,7 +75,7 @@ def test_a_failed_collective_is_blamed_on_the_process_that_stopped(meetings, mon
         with pytest.raises(UserError), second:
             raise UserError("a.png cannot be read")
         assert "process 1 of 2 has stopped: a.png cannot be read" in str(first.blame(error))
-    assert dist.Meeting().blame(error) is error
+    assert dist.Rendezvous().blame(error) is error
 
 
 def test_a_lost_store_is_a_sentence(meetings, monkeypatch):
@@ -96,4 +96,4 @@ def test_a_lost_store_is_a_sentence(meetings, monkeypatch):
 def test_a_launcher_that_cannot_be_reached_is_a_sentence(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match=r"process 1 of 2 cannot meet the others at env://"):
-        dist.Meeting(dist.World(1, 2))
+        dist.Rendezvous(dist.World(1, 2))

@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-
 from models.presets import PRESETS
+
 from util import download
 from util.errors import UserError, run_main
 

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from models.presets import PRESETS
-from util.errors import UserError
 from util.flags import make_parser, resolve
+
+from util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,10 +1,10 @@
 """Flags: the original's names and defaults, and what follows from the model's name."""
 
 import pytest
-
 from models.presets import PRESETS
-from util.errors import UserError
 from util.flags import make_parser, resolve
+
+from util.errors import UserError
 
 # spec of the original command lines: flag => default of main_mar.py
 ORIGINAL = {

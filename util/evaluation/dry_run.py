@@ -6,7 +6,7 @@ from util import dist
 from util.evaluation.batches import jobs_of
 from util.evaluation.generation import ImageGenerator, Stopwatch
 from util.evaluation.run import Run
-from util.evaluation.run_folder import RunDir
+from util.evaluation.run_folder import RunFolder
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def dry_run(
     """Print the plan and return it (process 0; others {}). UserError where the run would refuse."""
     if not world.is_main:
         return {}
-    grid, folder = run.task.grid, RunDir(run.path)
+    grid, folder = run.task.grid, RunFolder(run.path)
     fresh = folder.check(run.config, run.num_images, run.settings.overwrite) or run.settings.no_save
     missing = list if fresh else folder.missing
     shares = [jobs_of(grid, rank, world.size, missing) for rank in range(world.size)]

@@ -24,7 +24,7 @@ from util.evaluation.config import EvaluationConfig
 from util.evaluation.generation import FeatureSink, ImageGenerator, PngSink, Production, produce
 from util.evaluation.image_source import open_source
 from util.evaluation.request import RESULT_OF, SCORES, ScoreRequest
-from util.evaluation.run_folder import MAY_DIFFER, RunDir, provenance
+from util.evaluation.run_folder import MAY_DIFFER, RunFolder, provenance
 from util.files import atomic_path, write_json
 from util.images import list_images
 from util.metrics import Scorer
@@ -58,7 +58,7 @@ class Run:
 
 def finished(run: Run) -> dict[str, object]:
     """The results of a run whose images are all there and scored as requested; {} if they are not."""
-    folder = RunDir(run.path)
+    folder = RunFolder(run.path)
     results = folder.results()
     if not results or run.request is None or folder.conflict(run.config):
         return {}
@@ -69,22 +69,22 @@ def finished(run: Run) -> dict[str, object]:
 
 
 def evaluate(
-    run: Run, generator: ImageGenerator, meeting: dist.Meeting, device: torch.device
+    run: Run, generator: ImageGenerator, rendezvous: dist.Rendezvous, device: torch.device
 ) -> dict[str, object]:
     """Make what is missing of a run, score it, write and return its results (process 0; others {})."""
-    world, folder = meeting.world, RunDir(run.path)
-    meeting.next_round()
+    world, folder = rendezvous.world, RunFolder(run.path)
+    rendezvous.next_round()
     if world.is_main:
         _open(run, folder, world, device, getattr(generator, "execution", {}))
-        meeting.say("opened")
-    meeting.wait("opened", ranks=[0])
+        rendezvous.publish("opened")
+    rendezvous.wait("opened", ranks=[0])
     _check_shared(folder, world)
 
     scorer = None
     if run.settings.no_save:
         scorer = Scorer(run.request, run.num_images, device, run.all_conditions())
-    meeting.say("made", asdict(_make(run, folder, generator, scorer, world, device)))
-    call = _sum_up([Production(**word) for word in meeting.wait("made")])
+    rendezvous.publish("made", asdict(_make(run, folder, generator, scorer, world, device)))
+    call = _sum_up([Production(**word) for word in rendezvous.wait("made")])
     if world.is_main and not run.settings.no_save:
         folder.amend_call({"made": call})
 
@@ -96,7 +96,7 @@ def evaluate(
         scorer = Scorer(run.request, run.num_images, device, run.all_conditions())
         scorer.add(images, _part(run.num_images, world))
     if scorer:
-        _merge(scorer, folder.path, meeting)
+        _merge(scorer, folder.path, rendezvous)
     if not world.is_main:
         return {}
     scores = scorer.result() if scorer else {}
@@ -137,7 +137,7 @@ def evaluate(
 
 def _make(
     run: Run,
-    folder: RunDir,
+    folder: RunFolder,
     generator: ImageGenerator,
     scorer: Scorer | None,
     world: dist.World,
@@ -158,22 +158,22 @@ def score_only(
     request: ScoreRequest,
     num_images: int,
     conditions: Conditions,
-    meeting: dist.Meeting,
+    rendezvous: dist.Rendezvous,
     device: torch.device,
 ) -> dict[str, object]:
     """Score a run's folder, or a folder of numbered PNGs; returns the results (process 0; others {}).
 
     A run's results.json is brought up to date; a mere folder of images stays as it is.
     """
-    folder, world = RunDir(path), meeting.world
-    meeting.next_round()
+    folder, world = RunFolder(path), rendezvous.world
+    rendezvous.next_round()
     is_run = bool(folder.manifest())
     images = folder.images if is_run else path
     labels = conditions.of(range(num_images), num_images)
     dataset = open_source(images, num_images)
     scorer = Scorer(request, num_images, device, labels)
     scorer.add(dataset, _part(num_images, world))
-    _merge(scorer, path, meeting)
+    _merge(scorer, path, rendezvous)
     if not world.is_main:
         return {}
     scores = {"num_images": num_images, "images_dir": str(images), **scorer.result()}
@@ -188,7 +188,7 @@ def score_only(
 
 def _open(
     run: Run,
-    folder: RunDir,
+    folder: RunFolder,
     world: dist.World,
     device: torch.device,
     execution: Mapping[str, object],
@@ -219,7 +219,7 @@ def _open(
         )
 
 
-def _check_shared(folder: RunDir, world: dist.World) -> None:
+def _check_shared(folder: RunFolder, world: dist.World) -> None:
     """UserError in a process that does not see what process 0 has made (NFS may take a while)."""
     if not _patiently(lambda: bool(folder.manifest())):
         raise UserError(
@@ -250,9 +250,9 @@ def _part(num_images: int, world: dist.World) -> range:
     return range(*bounds)
 
 
-def _merge(scorer: Scorer, folder: Path, meeting: dist.Meeting) -> None:
+def _merge(scorer: Scorer, folder: Path, rendezvous: dist.Rendezvous) -> None:
     """Bring the sums of all processes together in process 0, by files in the run's folder."""
-    world = meeting.world
+    world = rendezvous.world
     if world.size == 1:
         return
 
@@ -262,10 +262,10 @@ def _merge(scorer: Scorer, folder: Path, meeting: dist.Meeting) -> None:
     if not world.is_main:
         with atomic_path(file_of(world.rank)) as temporary:
             save_file({k: v.cpu().contiguous() for k, v in scorer.sums.sums.items()}, temporary)
-        meeting.say("scored")
+        rendezvous.publish("scored")
         return
     others = range(1, world.size)
-    meeting.wait("scored", others)
+    rendezvous.wait("scored", others)
     for rank in others:
         if not _patiently(file_of(rank).exists):
             raise UserError(
@@ -301,7 +301,7 @@ def _timings(calls: list[Mapping[str, float]]) -> dict[str, object]:
     }
 
 
-def _mixed(folder: RunDir) -> dict[str, list[object]]:
+def _mixed(folder: RunFolder) -> dict[str, list[object]]:
     """What was not the same in all calls that worked on the folder."""
     calls = folder.calls()
     values = {name: list(dict.fromkeys(call.get(name) for call in calls)) for name in MAY_DIFFER}

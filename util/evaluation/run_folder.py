@@ -42,7 +42,7 @@ MAY_DIFFER = (
 )
 
 
-class RunDir:
+class RunFolder:
     """One evaluation's folder; creates nothing before `open`."""
 
     def __init__(self, path: str | os.PathLike) -> None:
