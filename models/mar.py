@@ -27,8 +27,9 @@ class MAR(MaskedTransformer):
     """Trains with `forward(latents, labels)`, generates with `sample_tokens(...)`.
 
     L = (img_size / vae_stride / patch_size)^2 tokens of vae_embed_dim * patch_size^2 channels.
-    Constructor names and defaults are those of the original. Three are ours, for short trainings of
-    small models; their defaults change nothing:
+    Constructor names and defaults are those of the original. One is l-DeTok's, for training:
+    no_dropout_in_mlp: proj_dropout in the attention alone.
+    Three are ours, for short trainings of small models; their defaults change nothing:
     masked_keep: share of the masked tokens that a training step decodes (CrossMAE, Fu et al. 2024).
     pos_init: "sincos" starts the position tables as 2-D sines (MAE, He et al. 2022).
     aux_weight: weight of a squared error that asks z for the token itself, read out through the
@@ -62,6 +63,7 @@ class MAR(MaskedTransformer):
         masked_keep: float = 1.0,
         pos_init: str = "normal",
         aux_weight: float = 0.0,
+        no_dropout_in_mlp: bool = False,
     ) -> None:
         if not 0 <= mask_ratio_min < 1:
             raise ValueError(f"mask_ratio_min is {mask_ratio_min}; it must be in [0, 1)")
@@ -89,6 +91,7 @@ class MAR(MaskedTransformer):
             buffer_size=buffer_size,
             grad_checkpointing=grad_checkpointing,
             pos_init=pos_init,
+            no_dropout_in_mlp=no_dropout_in_mlp,
         )
         self.label_drop_prob = label_drop_prob
         self.diffusion_batch_mul = diffusion_batch_mul

@@ -43,6 +43,7 @@ class MaskedTransformer(nn.Module):
         buffer_size: int,
         grad_checkpointing: bool,
         pos_init: str,
+        no_dropout_in_mlp: bool,
     ) -> None:
         super().__init__()
         _check_geometry(
@@ -75,7 +76,13 @@ class MaskedTransformer(nn.Module):
         )
         self.class_emb = nn.Embedding(class_num, encoder_embed_dim)
 
-        block = partial(Block, mlp_ratio=mlp_ratio, attn_drop=attn_dropout, proj_drop=proj_dropout)
+        block = partial(
+            Block,
+            mlp_ratio=mlp_ratio,
+            attn_drop=attn_dropout,
+            proj_drop=proj_dropout,
+            mlp_drop=0.0 if no_dropout_in_mlp else proj_dropout,
+        )
         self.z_proj = nn.Linear(self.token_dim, encoder_embed_dim)
         self.z_proj_ln = nn.LayerNorm(encoder_embed_dim, eps=LAYER_NORM_EPS)
         self.encoder_blocks = nn.ModuleList(
