@@ -14,7 +14,8 @@ class MARConfig:
     """Arguments of `models.mar.MAR`. Raises ValueError for a geometry that does not work.
 
     L = (img_size / vae_stride / patch_size)^2 tokens of vae_embed_dim * patch_size^2 channels.
-    Three fields are ours, for short trainings of small models; their defaults change nothing:
+    no_dropout_in_mlp is l-DeTok's. Three fields are ours, for short trainings of small models; their
+    defaults change nothing:
     masked_keep: share of the masked tokens that a training step decodes (CrossMAE, Fu et al. 2024).
     pos_init: "sincos" starts the position tables as 2-D sines (MAE, He et al. 2022).
     aux_weight: weight of a squared error that asks z for the token itself, read out through the
@@ -48,6 +49,7 @@ class MARConfig:
     masked_keep: float = setting(1.0, "share of masked tokens decoded in training")
     pos_init: str = setting("normal", "start of the position tables", choices=("normal", "sincos"))
     aux_weight: float = setting(0.0, "weight of an auxiliary regression of the tokens", least=0)
+    no_dropout_in_mlp: bool = setting(False, "use --proj_dropout in the attention only")
 
     def __post_init__(self) -> None:
         at_least_one = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num")

@@ -4,8 +4,11 @@ import sys
 from collections.abc import Callable
 
 
-class UserError(Exception):
-    """Bad input, missing file, impossible combination. The message says what, which value, what to do."""
+class UserError(ValueError):
+    """Bad input, missing file, impossible combination. The message says what, which value, what to do.
+
+    A ValueError, because the weight reader of util/weights.py serves the library too.
+    """
 
 
 def run_main(main: Callable[[], None]) -> None:
