@@ -8,7 +8,6 @@ Flags of model, tokenizer, sampling and LazyMAR are those of eval.py; --num_iter
 the page begins with. Serves on this machine alone.
 """
 
-import argparse
 import time
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -18,23 +17,19 @@ import numpy as np
 import torch
 from torch import nn
 
-import engine
+from engine import cli
+from engine.mar import MARHost, SamplingConfig
 from models.mar import MAR
-from models.presets import PRESETS
 from models.sampler import Sampler
-from util.device import pick_device, pick_dtype, set_threads
+from util.device import pick_dtype
 from util.errors import UserError, run_main
-from util.flag_groups import add_lazy_mar, add_model, add_sampling, add_tokenizer, add_weights
-from util.flags import make_parser, resolve
+from util.evaluation.config import EvaluationConfig
 from util.images import to_uint8
 from util.report import psnr
 from util.shapes import CLASSES
 
 if TYPE_CHECKING:
     import gradio
-
-# Of the flags, those that mean something for one image at a time.
-GROUPS = (add_model, add_tokenizer, add_sampling, add_lazy_mar, add_weights)
 
 SHOWN = 384  # least pixels of a picture on the page
 START_CLASS = 207  # of ImageNet: golden retriever, the first of the README's example
@@ -66,7 +61,7 @@ class SideBySide:
         model: MAR,
         tokenizer: nn.Module,
         latent_scale: float,
-        sampling: engine.SamplingConfig,
+        sampling: SamplingConfig,
         dtype: torch.dtype,
     ) -> None:
         """Model and tokenizer on one device; sampling says what LazyMAR caches.
@@ -83,7 +78,7 @@ class SideBySide:
         return self._draw(label, seed, replace(lazy, lazy_mar=None)), self._draw(label, seed, lazy)
 
     @torch.no_grad()
-    def _draw(self, label: int, seed: int, sampling: engine.SamplingConfig) -> Picture:
+    def _draw(self, label: int, seed: int, sampling: SamplingConfig) -> Picture:
         noise = self.sampler.model.image_noise([seed])
         began = time.perf_counter()
         latents = self.sampler.sample_tokens(1, **vars(sampling), labels=[label], noise=noise)
@@ -139,39 +134,35 @@ def page(side: SideBySide, names: tuple[str, ...] | None, start_seed: int) -> "g
     return blocks
 
 
-def parse() -> argparse.Namespace:
-    """Flags, checked."""
-    parser = make_parser("demo", GROUPS)
-    parser.description = __doc__.splitlines()[0]
-    parser.set_defaults(model="mar_tiny", resume=None)
-    parser.add_argument("--port", type=int, default=7860, help="of the page on this machine")
-    args = parser.parse_args()
-    make_parser("eval").parse_args([], namespace=args)  # resolve asks for all flags
-    args.lazy_mar = True
-    resolve(args, "eval", PRESETS)
-    return args
+def parse() -> tuple[cli.Selection, int]:
+    """The command line: eval.py's flags and the page's port."""
+    parser = cli.make_parser("demo", __doc__.splitlines()[0])
+    parser.add_flag("port", "of the page on this machine", type=int, metavar="N")
+    flags = parser.parse()
+    port = flags.given.pop("port", 7860)
+    flags.given["lazy_mar"] = True
+    return cli.select(flags, "demo"), port
 
 
 def main() -> None:
     """Command line."""
-    args = parse()
+    selection, port = parse()
+    host = selection.host()
+    if not isinstance(host, MARHost):
+        raise UserError(f"the demo draws with MAR models; --model {selection.model} is not one")
     if find_spec("gradio") is None:
         raise UserError("the demo needs gradio: install it with `pip install '.[demo]'`")
-    set_threads(args.threads)
-    device = pick_device(args.device)
-    sampling = engine.SamplingConfig.from_args(args)
-    model = engine.build_model(args)
-    engine.load_weights(model, args)
-    tokenizer = engine.open_tokenizer(args, device)
-    scale = engine.scale_of(tokenizer, args)
-    side = SideBySide(
-        model.to(device).eval(), tokenizer, scale, sampling, pick_dtype(args.dtype, device)
-    )
-    names = CLASSES if args.model == "mar_tiny" and args.class_num == len(CLASSES) else None
+    seed = selection.flags.build(EvaluationConfig).seed
+    place = cli.place(selection.flags)
+    loaded = host.load(place.device)
+    scale = host.tokenizer.scale(loaded.tokenizer)
+    dtype = pick_dtype(place.config.dtype, place.device)
+    side = SideBySide(loaded.model, loaded.tokenizer, scale, host.sampling, dtype)
+    names = CLASSES if host.model == "mar_tiny" and host.class_num == len(CLASSES) else None
     try:
-        page(side, names, args.seed).launch(server_name="127.0.0.1", server_port=args.port)
+        page(side, names, seed).launch(server_name="127.0.0.1", server_port=port)
     except OSError as error:
-        raise UserError(f"--port {args.port} cannot be used ({error}); give another one") from error
+        raise UserError(f"--port {port} cannot be used ({error}); give another one") from error
 
 
 if __name__ == "__main__":

@@ -5,75 +5,77 @@
     torchrun --nproc_per_node=2 eval.py --num_images 50000 --eval_bsz 128 --num_iter 64 --lazy_mar
     python eval.py --score_only output_dir/mar_huge-lazy_mar-iter64-cfg3.25-50000 --metrics fid,isc,pr
 
-Image i has a seed of its own, so the same command resumes, and runs of MAR and LazyMAR are paired
-image by image. The last line on stdout is one JSON document. Images, contact sheet and results.json
-lie in a folder of their own below --output_dir.
+Image i has its own seed, so the same command resumes, and runs of MAR and LazyMAR are paired image by
+image. The last line on stdout is one JSON document. Images, contact sheet and results.json are in a
+run folder below --output_dir.
 """
 
-import argparse
 import json
 from pathlib import Path
 
-import torch
-
-import engine
-from models.presets import PRESETS
-from util import checkpoint, dist, evaluation, metrics, report
-from util.device import pick_device, pick_dtype, set_threads
+from engine import cli
+from engine.base import ComputeConfig
+from engine.run import evaluate
+from util import dist, metrics, report
+from util.device import pick_dtype
 from util.errors import run_main
-from util.flags import SCORED_AS, make_parser, resolve
-from util.run_dir import RunDir
+from util.evaluation import run as evaluation
+from util.evaluation.config import EvaluationConfig
+from util.evaluation.run_folder import RunFolder
+
+# What --score_only takes from the run that it scores, unless given.
+SCORED_AS = (
+    "model",
+    "num_images",
+    "class_num",
+    "features",
+    "features_path",
+    "fid_stats",
+    "prompts",
+)
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line; what --score_only is not told is as in the last call of the run."""
-    parser = make_parser("eval")
-    args = parser.parse_args()
-    manifest = RunDir(args.score_only).manifest() if args.score_only else {}
-    if manifest:
+def parse() -> tuple[cli.Selection, str | None]:
+    """The command line, and the folder of --score_only; flags not given are those of its last call."""
+    flags = cli.make_parser("eval", __doc__.splitlines()[0]).parse()
+    folder = flags.given.pop("score_only", None)
+    if folder is not None and (manifest := RunFolder(folder).manifest()):
         before = manifest["calls"][-1]["arguments"]
-        parser.set_defaults(**{name: before[name] for name in SCORED_AS if name in before})
-        args = parser.parse_args()
-    resolve(args, "eval", PRESETS)
-    return args
+        known = {name: before[name] for name in SCORED_AS if before.get(name) is not None}
+        flags.given = {**known, **flags.given}
+    return cli.select(flags, "eval"), folder
 
 
 def main() -> None:
     """Command line."""
-    args = parse_args()
-    set_threads(args.threads)
-    world = dist.world_from_env(args.dist_on_itp, args.world_size)
-    device = pick_device(args.device, world.local_rank)
-    with dist.Meeting(world, args.dist_url, args.patience) as meeting:
-        results = score(args, meeting, device) if args.score_only else run(args, meeting, device)
-    if world.is_main:
+    selection, folder = parse()
+    flags, host, request = selection.flags, selection.host(), selection.request()
+    settings = flags.build(EvaluationConfig)
+    compute, place = flags.build(ComputeConfig), cli.place(flags)
+    with dist.Rendezvous(place.world, place.launch.dist_url, place.launch.patience) as rendezvous:
+        if not settings.no_score:  # before minutes of loading and hours of sampling
+            metrics.check_ready(request)
+        if folder is not None:
+            conditions = host.conditions(settings.prompts)
+            results = evaluation.score_only(
+                Path(folder), request, settings.num_images, conditions, rendezvous, place.device
+            )
+        else:
+            results = evaluate(
+                host,
+                host.load(place.device),
+                settings,
+                None if settings.no_score else request,
+                compute,
+                rendezvous,
+                place.device,
+                pick_dtype(place.config.dtype, place.device),
+                flags.resolved,
+            )
+    if place.world.is_main:
         if "method" in results:
             print(report.row(results))
         print(json.dumps(results))
-
-
-def score(
-    args: argparse.Namespace, meeting: dist.Meeting, device: torch.device
-) -> dict[str, object]:
-    """--score_only: the scores of images that are there."""
-    request = evaluation.request_of(args)
-    metrics.check_ready(request)
-    folder = Path(args.score_only)
-    return evaluation.score_only(folder, request, args.num_images, args.class_num, meeting, device)
-
-
-def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -> dict[str, object]:
-    """Make images and score them."""
-    dtype = pick_dtype(args.dtype, device)
-    engine.sampling_of(args)
-    if not args.no_score:  # before minutes of loading and hours of sampling
-        metrics.check_ready(evaluation.request_of(args))
-    checkpoint.find_checkpoint(args.resume)
-    model = engine.build_model(args)
-    weights = engine.load_weights(model, args)
-    model = model.to(device).eval()
-    tokenizer = engine.open_tokenizer(args, device)
-    return engine.evaluate(model, tokenizer, args, meeting, device, dtype, weights)
 
 
 if __name__ == "__main__":

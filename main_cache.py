@@ -7,40 +7,41 @@ same command goes on after an interruption. Several processes (torchrun) share t
 it says which --latent_scale would give the latents the standard deviation of 1 that training needs.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import engine
-from models.presets import PRESETS
+from engine import cli
+from engine.mar import MARHost
 from util import dist
-from util.data import ImageFolder, in_one_sentence, to_unit_range
-from util.data_check import check_files
-from util.device import pick_device, set_threads
+from util.data.checks import check_files
+from util.data.config import DataConfig
+from util.data.datasets import ImageFolder, in_one_sentence, to_unit_range
+from util.data.latents import write_moments, write_note
 from util.errors import UserError, run_main
-from util.flags import make_parser, resolve
-from util.latents import write_moments, write_note
+from util.training.config import TrainConfig
 
 
 @torch.no_grad()
-def cache(args: argparse.Namespace, world: dist.World, device: torch.device) -> int:
+def cache(
+    host: MARHost, data: DataConfig, batch_size: int, world: dist.World, device: torch.device
+) -> int:
     """Write what is missing of this process's share; returns the number of files written."""
-    if args.cached_path is None:
+    if data.cached_path is None:
         raise UserError("--cached_path DIR is missing: the folder for the latents")
-    images = ImageFolder(Path(args.data_path) / "train", args.img_size)
-    check_files(images, world, args.check_data, args.num_workers)
-    targets = [
-        Path(args.cached_path) / f"{images.relative_path(i)}.npz" for i in range(len(images))
-    ]
+    img_size, vae_path = host.geometry.img_size, host.tokenizer.vae_path
+    images = ImageFolder(Path(data.data_path) / "train", img_size)
+    check_files(images, world, data.check_data, data.num_workers)
+    folder = Path(data.cached_path)
+    targets = [folder / f"{images.relative_path(i)}.npz" for i in range(len(images))]
     missing = [i for i in range(world.rank, len(images), world.size) if not targets[i].exists()]
-    groups = [missing[i : i + args.batch_size] for i in range(0, len(missing), args.batch_size)]
+    groups = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
     picks = [[(index, False) for index in group] for group in groups]
-    tokenizer = engine.open_tokenizer(args, device)
-    write_note(args.cached_path, args.vae_path, args.img_size)
-    loader = DataLoader(images, batch_sampler=picks, num_workers=args.num_workers)
+    tokenizer = host.open_tokenizer(device)
+    write_note(folder, vae_path, img_size)
+    loader = DataLoader(images, batch_sampler=picks, num_workers=data.num_workers)
     batches = zip(groups, in_one_sentence(loader), strict=True)
     count, total, squares = 0, 0.0, 0.0  # of all latents written here
     bar = tqdm(batches, total=len(groups), unit="batch", disable=None)
@@ -52,7 +53,7 @@ def cache(args: argparse.Namespace, world: dist.World, device: torch.device) -> 
         for i, index in enumerate(group):
             if not torch.isfinite(moments[i]).all():
                 raise UserError(
-                    f"the tokenizer {args.vae_path} makes NaN or infinity of "
+                    f"the tokenizer {vae_path} makes NaN or infinity of "
                     f"{images.relative_path(index)}: is it the right --tokenizer and --vae_path?"
                 )
             write_moments(targets[index], moments[i], moments_flip[i])
@@ -69,13 +70,13 @@ def cache(args: argparse.Namespace, world: dist.World, device: torch.device) -> 
 
 def main() -> None:
     """Command line."""
-    args = make_parser("main_cache").parse_args()
-    resolve(args, "main_cache", PRESETS)
-    set_threads(args.threads)
-    world = dist.world_from_env(args.dist_on_itp, args.world_size)
-    device = pick_device(args.device, world.local_rank)
-    written = cache(args, world, device)
-    print(f"process {world.rank}: {written} files written to {args.cached_path}")
+    selection = cli.parse("main_cache", __doc__.splitlines()[0])
+    host, place = selection.host(), cli.place(selection.flags)
+    assert isinstance(host, MARHost)
+    data = selection.flags.build(DataConfig)
+    batch_size = selection.flags.build(TrainConfig).batch_size
+    written = cache(host, data, batch_size, place.world, place.device)
+    print(f"process {place.world.rank}: {written} files written to {data.cached_path}")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ With `--resume DIR` the same command goes on where it stopped, in the middle of 
 computes, on a CPU, the very same numbers as a run that was never stopped.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import engine
+from engine import cli
+from engine.base import ComputeConfig, Loaded
+from engine.mar import MARHost
+from engine.run import evaluate
 from models import mar
-from models.presets import PRESETS
 from models.vae import DiagonalGaussianDistribution
-from util import checkpoint, dist, metrics, training
-from util.data import BatchPlan, batches, to_unit_range
-from util.data_check import (
+from util import checkpoint, dist, metrics
+from util.data.checks import (
+    DataShape,
     check_same_classes,
     check_spread,
     note,
@@ -32,21 +34,71 @@ from util.data_check import (
     record_classes,
     some_items,
 )
-from util.device import pick_device, pick_dtype, set_threads
-from util.ema import EMA
+from util.data.config import DataConfig
+from util.data.datasets import BatchPlan, batches, to_unit_range
+from util.device import pick_dtype
 from util.errors import UserError, run_main
-from util.evaluation import Run, request_of
-from util.flags import make_parser, resolve
-from util.lr import LRSchedule, make_optimizer, scaled_lr
-from util.run_dir import RunDir
-from util.signals import Stopped, StopRequest
-from util.watch import Watch, sheet_of
+from util.evaluation.config import EvaluationConfig
+from util.evaluation.request import ScoreRequest
+from util.evaluation.run_folder import RunFolder
+from util.training import step as training
+from util.training.config import TrainConfig
+from util.training.ema import EMA
+from util.training.monitor import TrainingMonitor, sheet_of
+from util.training.optimizer import LRSchedule, OptimizerConfig, make_optimizer, scaled_lr
+from util.training.signals import Stopped, StopRequest
 
 SHEET_COLUMNS = 10
 
 
+@dataclass(frozen=True)
+class Command:
+    """The flags of this command as configs. evaluation is None where nothing is evaluated."""
+
+    host: MARHost
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    evaluation: EvaluationConfig | None
+    request: ScoreRequest | None
+    compute: ComputeConfig
+    place: cli.Place
+    arguments: dict[str, object]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the run."""
+        return pick_dtype(self.place.config.dtype, self.place.device)
+
+
+def parse() -> Command:
+    """The command line."""
+    flags = cli.make_parser("main_mar", __doc__.splitlines()[0]).parse()
+    if "score_only" in flags.given:
+        raise UserError("--score_only belongs to eval.py: python eval.py --score_only DIR")
+    selection = cli.select(flags, "main_mar")
+    host = selection.host()  # before hours of training, not at the first evaluation
+    assert isinstance(host, MARHost)
+    train = flags.build(TrainConfig)
+    if flags.given.get("dry_run") and not train.evaluate:
+        raise UserError("--dry_run is for evaluations: use it with eval.py or with --evaluate")
+    evaluates = train.evaluate or train.online_eval
+    evaluation = flags.build(EvaluationConfig) if evaluates else None
+    return Command(
+        host=host,
+        train=train,
+        optimizer=flags.build(OptimizerConfig),
+        data=flags.build(DataConfig),
+        evaluation=evaluation,
+        request=selection.request() if evaluation and not evaluation.no_score else None,
+        compute=flags.build(ComputeConfig),
+        place=cli.place(flags),
+        arguments=flags.resolved,
+    )
+
+
 def latents_from(
-    args: argparse.Namespace, tokenizer: nn.Module | None, scale: float
+    use_cached: bool, tokenizer: nn.Module | None, scale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Function from a batch and its noise to scaled latents: a draw from each image's posterior."""
 
@@ -56,219 +108,258 @@ def latents_from(
 
     @torch.no_grad()
     def from_images(images: Tensor, noise: Tensor) -> Tensor:
-        return tokenizer.encode(to_unit_range(images)).sample(noise=noise) * scale
+        assert tokenizer is not None
+        latents: Tensor = tokenizer.encode(to_unit_range(images)).sample(noise=noise)
+        return latents * scale
 
-    return from_moments if args.use_cached else from_images
+    return from_moments if use_cached else from_images
 
 
 def main() -> None:
     """Command line."""
-    args = make_parser("main_mar").parse_args()
-    resolve(args, "main_mar", PRESETS)
-    set_threads(args.threads)
-    world = dist.world_from_env(args.dist_on_itp, args.world_size)
-    device = pick_device(args.device, world.local_rank)
+    command = parse()
+    place = command.place
     try:
-        with dist.Meeting(world, args.dist_url, args.patience) as meeting:
-            if not args.evaluate:
-                dist.start(meeting, device)
+        with dist.Rendezvous(
+            place.world, place.launch.dist_url, place.launch.patience
+        ) as rendezvous:
+            if not command.train.evaluate:
+                dist.start(rendezvous, place.device)
             try:
-                run(args, meeting, device)
+                run(command, rendezvous)
             except RuntimeError as error:
-                raise meeting.blame(error) from None
+                rendezvous.raise_peer_failure(error)
             finally:
                 dist.stop()
     except Stopped:
-        if world.is_main:
-            print(f"stopped in an evaluation; go on with --resume {args.output_dir}", flush=True)
+        if place.world.is_main:
+            folder = command.train.output_dir
+            print(f"stopped in an evaluation; continue with --resume {folder}", flush=True)
 
 
-def run(args: argparse.Namespace, meeting: dist.Meeting, device: torch.device) -> None:
+def run(command: Command, rendezvous: dist.Rendezvous) -> None:
     """Train or evaluate as the flags say, in this process of the run."""
-    world, dtype = meeting.world, pick_dtype(args.dtype, device)
-    if args.score_only:
-        raise UserError("--score_only belongs to eval.py: python eval.py --score_only DIR")
-    engine.SamplingConfig.from_args(args)  # before hours of training, not at the first evaluation
-    if args.dry_run and not args.evaluate:
-        raise UserError("--dry_run is for evaluations: use it with eval.py or with --evaluate")
-    if args.start_epoch >= args.epochs:
-        raise UserError(
-            f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}"
-        )
-    if args.online_eval:
-        Run.from_args(args, "", {}, {}, world.size)  # refuses flags that disagree
-    if (args.online_eval or args.evaluate) and not args.no_score:
-        metrics.check_ready(request_of(args))
-    resumed = "" if args.evaluate else starting_point(args, world)
-    torch.manual_seed(args.seed)
-    model = engine.build_model(args).to(device)
+    if command.request is not None:
+        metrics.check_ready(command.request)
+    if command.train.evaluate:
+        evaluate_checkpoint(command, rendezvous)
+    else:
+        train(command, rendezvous)
+
+
+def evaluate_checkpoint(command: Command, rendezvous: dist.Rendezvous) -> None:
+    """--evaluate: as eval.py does."""
+    if not command.host.resume:
+        raise UserError("--evaluate needs --resume DIR, the folder of checkpoint-last.pth")
+    loaded = command.host.load(command.place.device)
+    results = evaluate_loaded(command, command.host, loaded, rendezvous)
+    if rendezvous.world.is_main:
+        print(json.dumps(results))
+
+
+def evaluate_loaded(
+    command: Command,
+    host: MARHost,
+    loaded: Loaded,
+    rendezvous: dist.Rendezvous,
+    folder: str | None = None,
+) -> dict[str, object]:
+    """Evaluate a host; `folder` replaces --output_dir."""
+    assert command.evaluation is not None
+    settings = command.evaluation
+    if folder is not None:
+        settings = replace(settings, output_dir=folder)
+    return evaluate(
+        host,
+        loaded,
+        settings,
+        command.request,
+        command.compute,
+        rendezvous,
+        command.place.device,
+        command.dtype,
+        command.arguments,
+    )
+
+
+def train(command: Command, rendezvous: dist.Rendezvous) -> None:
+    """The training loop."""
+    world, device, dtype = rendezvous.world, command.place.device, command.dtype
+    host, config, data_config = command.host, command.train, command.data
+    resumed = starting_point(host.resume, config, world)
+    torch.manual_seed(config.seed)
+    model = host.build().to(device)
     tokenizer = None
-    if not args.use_cached or args.latent_scale is None or args.online_eval or args.evaluate:
-        tokenizer = engine.open_tokenizer(args, device)
-    if args.evaluate:
-        if not args.resume:
-            raise UserError("--evaluate needs --resume DIR, the folder of checkpoint-last.pth")
-        checkpoint.load_into(model, args.resume, use_ema=not args.no_ema)
-        weights = checkpoint.describe(args.resume, use_ema=not args.no_ema)
-        results = engine.evaluate(model.eval(), tokenizer, args, meeting, device, dtype, weights)
-        if world.is_main:
-            print(json.dumps(results))
-        return
-    scale = engine.scale_of(tokenizer, args)
-    data = open_data(args, world)
-    plan = BatchPlan(len(data), args.batch_size, args.seed, world.rank, world.size, args.accum_iter)
-    peak = scaled_lr(args.lr, args.blr, plan.images_per_step)
+    if not data_config.use_cached or host.tokenizer.latent_scale is None or config.online_eval:
+        tokenizer = host.open_tokenizer(device)
+    scale = host.tokenizer.scale(tokenizer)
+    geometry = host.geometry
+    side = geometry.latent_side
+    latent_shape = (geometry.vae_embed_dim, side, side)
+    shape = DataShape(geometry.img_size, latent_shape, geometry.class_num, host.tokenizer.vae_path)
+    data = open_data(data_config, shape, world)
+    plan = BatchPlan(
+        len(data), config.batch_size, config.seed, world.rank, world.size, config.accum_iter
+    )
+    optimizer = command.optimizer
+    peak = scaled_lr(optimizer.lr, optimizer.blr, plan.images_per_step)
     schedule = LRSchedule(
-        peak, args.min_lr, args.warmup_epochs, args.epochs, shape=args.lr_schedule
+        peak,
+        optimizer.min_lr,
+        optimizer.warmup_epochs,
+        config.epochs,
+        shape=optimizer.lr_schedule,
     )
     state = training.TrainState(
         model=model,
         wrapped=model,
-        ema=EMA(model, args.ema_rate),
-        optimizer=make_optimizer(model, peak, args.weight_decay),
+        ema=EMA(model, optimizer.ema_rate),
+        optimizer=make_optimizer(model, peak, optimizer.weight_decay),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
-    first_epoch, first_step = args.start_epoch, 0
+    first_epoch, first_step = config.start_epoch, 0
     state.step = first_epoch * plan.steps
     if resumed:
         check_same_classes(checkpoint.find_checkpoint(resumed).parent, data.files.classes)
         first_epoch, first_step = resume(state, plan, resumed, world)
-        if first_epoch >= args.epochs:
+        if first_epoch >= config.epochs:
             note(
-                f"{resumed} has {first_epoch} epochs, --epochs is {args.epochs}: no more to train",
+                f"{resumed} has {first_epoch} epochs, --epochs is {config.epochs}: nothing is left "
+                "to train",
                 world,
             )
-        elif args.max_steps is not None and state.step >= args.max_steps:
-            note(f"{resumed} has {state.step} steps, --max_steps is {args.max_steps}", world)
+        elif config.max_steps is not None and state.step >= config.max_steps:
+            note(f"{resumed} has {state.step} steps, --max_steps is {config.max_steps}", world)
             return
-    if args.compile:
+    if config.compile:
         mar.compile_for_training(model)
     if world.size > 1:
         ids = [device.index] if device.type == "cuda" else None
         state.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    config = training.StepConfig(
-        schedule, args.grad_clip, args.seed, world.rank, device, dtype, args.accum_iter
+    step_config = training.StepConfig(
+        schedule, optimizer.grad_clip, config.seed, world.rank, device, dtype, config.accum_iter
     )
     if world.is_main:
         count = sum(p.numel() for p in model.parameters())
         print(
-            f"{args.model}: {count / 1e6:.1f}M parameters on {device}, {dtype}, "
+            f"{host.model}: {count / 1e6:.1f}M parameters on {device}, {dtype}, "
             f"{torch.get_num_threads()} CPU threads\n"
             f"{len(data)} images, {plan.steps} steps of {plan.images_per_step} per epoch, "
             f"peak lr {peak:.3g}, latent scale {scale:.4g}; "
             f"from epoch {first_epoch}, step {first_step}",
             flush=True,
         )
-    to_latents = latents_from(args, tokenizer, scale)
+    to_latents = latents_from(data_config.use_cached, tokenizer, scale)
     if world.is_main:
-        record_classes(args.output_dir, data.files.classes)
+        record_classes(config.output_dir, data.files.classes)
         if not resumed:
-            items, side = some_items(data).to(device), args.img_size // args.vae_stride
-            noise = torch.randn(len(items), args.vae_embed_dim, side, side, device=device)
+            items = some_items(data).to(device)
+            noise = torch.randn(len(items), *latent_shape, device=device)
             check_spread(to_latents(items, noise), scale, world)
-    with StopRequest() as stop_request, Watch(args, state, plan, world, stop_request) as watch:
+    with (
+        StopRequest() as stop_request,
+        TrainingMonitor(config, command.arguments, state, plan, world, stop_request) as monitor,
+    ):
 
         def evaluate_if_due(done: int) -> None:
-            if args.online_eval and done and (done % args.eval_freq == 0 or done == args.epochs):
-                with state.ema.swapped_into(model), stop_request.at_once(), watch.paused():
-                    evaluate_online(model, tokenizer, args, meeting, device, dtype, done, watch)
+            due = config.online_eval and done
+            if due and (done % config.eval_freq == 0 or done == config.epochs):
+                assert tokenizer is not None
+                with state.ema.swapped_into(model), stop_request.at_once(), monitor.paused():
+                    evaluate_online(command, model, tokenizer, rendezvous, done, monitor)
 
         if resumed and first_step == 0:
             evaluate_if_due(first_epoch)  # it may have been interrupted
-        for epoch in range(first_epoch, args.epochs):
+        for epoch in range(first_epoch, config.epochs):
             picks = plan.epoch(epoch, first_step)
-            watch.begin(epoch, first_step)
+            monitor.begin(epoch, first_step)
+            pin = data_config.pin_mem and device.type == "cuda"
             stopped = training.train_one_epoch(
                 state,
-                batches(data, picks, args.num_workers, args.pin_mem and device.type == "cuda"),
+                batches(data, picks, data_config.num_workers, pin),
                 epoch,
                 first_step,
                 plan.steps,
                 to_latents,
                 partial(model.training_noise, plan.images_per_step),
-                config,
-                watch.after_step,
+                step_config,
+                monitor.after_step,
             )
             first_step = 0
             done = epoch + 1
-            if stopped or watch.must_stop:
+            if stopped or monitor.must_stop:
                 break
-            evaluated = args.online_eval and done % args.eval_freq == 0  # or interrupted in it
-            if evaluated or done % args.save_last_freq == 0 or done == args.epochs:
-                watch.save(done, 0)
+            evaluated = config.online_eval and done % config.eval_freq == 0  # or interrupted in it
+            if evaluated or done % config.save_last_freq == 0 or done == config.epochs:
+                monitor.save(done, 0)
             evaluate_if_due(done)
     dist.barrier(world)
 
 
-def starting_point(args: argparse.Namespace, world: dist.World) -> str:
+def starting_point(resume: str, config: TrainConfig, world: dist.World) -> str:
     """What to resume, "" for a fresh start.
 
     As in the original's commands, --resume may name the --output_dir of a run that has not begun.
     UserError if another run's checkpoint would be overwritten.
     """
-    last = Path(args.output_dir) / checkpoint.LAST
-    if args.resume and os.path.realpath(args.resume) == os.path.realpath(args.output_dir):
+    last = Path(config.output_dir) / checkpoint.LAST
+    if resume and os.path.realpath(resume) == os.path.realpath(config.output_dir):
         if last.exists() or (last.parent / "model.safetensors").exists():
-            return args.resume
-        note(f"no {checkpoint.LAST} in {args.output_dir} yet: starting at step 0", world)
+            return resume
+        note(f"no {checkpoint.LAST} in {config.output_dir} yet: starting at step 0", world)
         return ""
-    same = args.resume and checkpoint.find_checkpoint(args.resume).resolve() == last.resolve()
-    if last.exists() and not same and not args.overwrite:
+    same = resume and checkpoint.find_checkpoint(resume).resolve() == last.resolve()
+    if last.exists() and not same and not config.overwrite:
         raise UserError(
-            f"{last} is of another run: go on with it by --resume {args.output_dir}, choose another "
-            "--output_dir, or replace it by --overwrite"
+            f"{last} is of another run: continue it with --resume {config.output_dir}, choose "
+            "another --output_dir, or replace it with --overwrite"
         )
-    return args.resume
+    return resume
 
 
 def evaluate_online(
+    command: Command,
     model: mar.MAR,
     tokenizer: nn.Module,
-    args: argparse.Namespace,
-    meeting: dist.Meeting,
-    device: torch.device,
-    dtype: torch.dtype,
+    rendezvous: dist.Rendezvous,
     epoch: int,
-    watch: Watch,
+    monitor: TrainingMonitor,
 ) -> None:
     """Score the averaged weights without guidance and, if --cfg asks for it, with it, as MAR does.
 
     The same seeds each time, so that the sample sheets of the epochs compare. What an earlier call
-    has finished stays; of its images, as in the original, only the sheets are kept.
+    has finished is not repeated; of its images, as in the original, only the sheets are kept.
     """
-    model.eval()
-    weights = f"epoch {epoch} {checkpoint.digest_of(model)}"
-    folder, sheet = (
-        str(Path(args.output_dir) / f"epoch{epoch:04d}"),
-        sheet_of(args.output_dir, epoch),
-    )
-    runs: dict[float, tuple[argparse.Namespace, RunDir]] = {}
-    for cfg in sorted({1.0, args.cfg}):
-        ours = argparse.Namespace(**{**vars(args), "cfg": cfg, "output_dir": folder})
-        name = engine.run_name(args.model, args.num_images, engine.SamplingConfig.from_args(ours))
-        runs[cfg] = ours, RunDir(Path(folder) / name)
-    finished = [cfg for cfg, (_, run_dir) in runs.items() if run_dir.finished(weights)]
-    if len(finished) == len(runs) and (args.no_save or sheet.exists()):
+    assert command.evaluation is not None
+    settings = command.evaluation
+    loaded = Loaded(model.eval(), tokenizer, f"epoch {epoch} {checkpoint.digest_of(model)}")
+    folder = Path(settings.output_dir) / f"epoch{epoch:04d}"
+    sheet = sheet_of(settings.output_dir, epoch)
+    runs: dict[float, tuple[MARHost, RunFolder]] = {}
+    for cfg in sorted({1.0, command.host.sampling.cfg}):
+        host = command.host.with_sampling(cfg=cfg)
+        runs[cfg] = host, RunFolder(folder / host.run_name(settings.num_images))
+    finished = [cfg for cfg, (_, run_folder) in runs.items() if run_folder.finished(loaded.weights)]
+    if len(finished) == len(runs) and (settings.no_save or sheet.exists()):
         return
     scores: dict[str, float] = {}
     rows: dict[str, np.ndarray] = {}
-    for cfg, (ours, run_dir) in runs.items():
+    for cfg, (host, run_folder) in runs.items():
         if cfg not in finished:
-            results = engine.evaluate(model, tokenizer, ours, meeting, device, dtype, weights)
-            tokenizer.to(memory_format=torch.contiguous_format)  # as training has it
-            if meeting.world.is_main:
+            results = evaluate_loaded(command, host, loaded, rendezvous, str(folder))
+            if rendezvous.world.is_main:
                 print(json.dumps(results), flush=True)
-        if meeting.world.is_main:
-            results = run_dir.results()
+        if rendezvous.world.is_main:
+            results = run_folder.results()
             for name, key in (("fid", "fid"), ("is", "is_mean")):
                 if results[key] is not None:
                     scores[f"{name}_cfg{cfg:g}"] = results[key]
-            if not args.no_save:
-                rows[f"cfg {cfg:g}"] = run_dir.spread(args.num_images, SHEET_COLUMNS)
-    watch.evaluated(epoch, scores, rows)
-    if meeting.world.is_main:
-        for _, run_dir in runs.values():
-            run_dir.drop_images()
+            if not settings.no_save:
+                rows[f"cfg {cfg:g}"] = run_folder.spread(settings.num_images, SHEET_COLUMNS)
+    monitor.evaluated(epoch, scores, rows)
+    if rendezvous.world.is_main:
+        for _, run_folder in runs.values():
+            run_folder.drop_images()
 
 
 def resume(

@@ -12,23 +12,19 @@ thread's own seconds. Results: RESULTS/ablations_MODEL_GROUP.{json,md} (--result
 plot, too. The last line is one JSON document.
 """
 
-import argparse
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import cast
 
-import torch
 from tqdm import tqdm
 
-import engine
 from benchmarks.ablation_rows import STEPS, Row, Series, frontier_series, groups, rivals
 from benchmarks.common import (
     OUTPUT,
-    at_least,
     markdown,
     origin,
     refuse_foreign,
@@ -38,16 +34,21 @@ from benchmarks.common import (
 )
 from benchmarks.memory import SampledBatch, peak_gb
 from benchmarks.svg_plot import xy_plot
+from engine import cli
+from engine.base import ComputeConfig
+from engine.mar import MARHost
+from engine.run import evaluate
 from models.flops import MARGeometry, image_work
 from models.lazy_mar import LazyMARConfig
+from models.mar import MAR
 from models.plan import DecodingPlan
-from models.presets import PRESETS
 from models.sampler import Sampler
-from util import dist, evaluation, metrics, report
-from util.device import can_compile, pick_device, pick_dtype, set_threads
+from util import dist, metrics, report
+from util.device import can_compile, pick_dtype
 from util.errors import UserError, run_main
+from util.evaluation.config import EvaluationConfig
+from util.evaluation.request import ScoreRequest
 from util.files import write_json
-from util.flags import make_parser, resolve
 
 GROUPS = tuple(groups(LazyMARConfig(), lambda row, config: None))
 TINY_IMAGES = 300
@@ -56,33 +57,50 @@ NOT_PAIRED = {"psnr": None, "identical": None}
 CUDA_WARMUPS = 2  # one compiles, one records
 PEAK = {True: "of the device", False: "of a whole process, its head with 4 denoising steps"}
 COST = ("TFLOPs as published", "executed", "s / image", "speed-up", "peak GB")
-# Flags that decide the images of all rows: a result is not overwritten by one of other values.
-SETTINGS = ("model", "num_images", "class_num", "img_size", "image_size_eval", "num_sampling_steps")
-SETTINGS += ("seed", "seed_mode", "cfg", "cfg_schedule", "temperature")
-GEOMETRY = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num", "buffer_size")
-GEOMETRY += ("diffloss_d", "diffloss_w", "num_sampling_steps")
 Result = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line. groups: names of ablations; results: folder of the tables."""
+
+    host: MARHost
+    settings: EvaluationConfig
+    scoring: ScoreRequest
+    compute: ComputeConfig
+    place: cli.Place
+    arguments: dict[str, object]
+    groups: list[str]
+    results: Path
+    timing_bsz: int
+    repeats: int
+
+    def paths(self) -> dict[str, Path]:
+        """Group -> its files, without suffix."""
+        return {name: self.results / f"ablations_{self.host.model}_{name}" for name in self.groups}
 
 
 class Ablation:
     """The model of a command line, its rows, and what they cost."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        """args: resolved flags. UserError for files that are missing or do not fit."""
-        self.args, self.device = args, device
-        self.dtype = pick_dtype(args.dtype, device)
-        self.model = engine.build_model(args)
-        self.weights = engine.load_weights(self.model, args)
-        self.model = self.model.to(device).eval()
+    def __init__(self, request: Request) -> None:
+        """UserError for files that are missing or do not fit."""
+        self.request, self.device = request, request.place.device
+        self.dtype = pick_dtype(request.place.config.dtype, self.device)
+        self.loaded = request.host.load(self.device)
+        self.model = cast(MAR, self.loaded.model)
         self.geometry = MARGeometry.of(self.model)
-        self.base = LazyMARConfig(head_interval=PRESETS[args.model].head_interval)
+        lazy_mar = request.host.sampling.lazy_mar
+        assert lazy_mar is not None
+        self.base = lazy_mar
         self.groups = groups(self.base, self.steps_at)
         self.seconds: dict[object, float] = {}
 
     def tflops(self, row: Row, executed: bool) -> float:
         """Operations for one image, in T."""
+        sampling = self.request.host.sampling
         plan = DecodingPlan.create(
-            self.model.seq_len, row.num_iter, self.args.cfg, self.args.cfg_schedule
+            self.model.seq_len, row.num_iter, sampling.cfg, sampling.cfg_schedule
         )
         return image_work(self.geometry, plan, row.config, executed).total / 1e12
 
@@ -96,35 +114,31 @@ class Ablation:
         """The lines of the frontier."""
         return frontier_series(self.base, self.steps_at)
 
-    def args_of(self, row: Row) -> argparse.Namespace:
-        """The flags of eval.py that sample this row."""
-        args = copy.copy(self.args)
-        args.num_iter, args.lazy_mar = row.num_iter, row.config is not None
-        for name, value in (asdict(row.config) if row.config else {}).items():
-            setattr(args, name, value)
-        return args
+    def host_of(self, row: Row) -> MARHost:
+        """The host that samples this row."""
+        return self.request.host.with_sampling(num_iter=row.num_iter, lazy_mar=row.config)
 
     def folder(self, row: Row) -> Path:
-        """Where its images lie."""
-        sampling = engine.SamplingConfig.from_args(self.args_of(row))
-        name = engine.run_name(self.args.model, self.args.num_images, sampling)
-        return Path(self.args.output_dir) / name
+        """Its run folder."""
+        settings = self.request.settings
+        return Path(settings.output_dir) / self.host_of(row).run_name(settings.num_images)
 
-    def run(self, rows: list[Row], meeting: dist.Meeting) -> float:
+    def run(self, rows: list[Row], rendezvous: dist.Rendezvous) -> float:
         """Make what is missing of all rows; each task once. Returns the seconds of a dry run."""
-        tokenizer = engine.open_tokenizer(self.args, self.device)
-        seconds = 0.0
+        request, seconds = self.request, 0.0
         for row in {row.task: row for row in rows}.values():
-            if meeting.world.is_main:
+            if rendezvous.world.is_main:
                 print(f"-- {row.name}: {self.folder(row)}", flush=True)
-            results = engine.evaluate(
-                self.model,
-                tokenizer,
-                self.args_of(row),
-                meeting,
+            results = evaluate(
+                self.host_of(row),
+                self.loaded,
+                request.settings,
+                request.scoring,
+                request.compute,
+                rendezvous,
                 self.device,
                 self.dtype,
-                self.weights,
+                request.arguments,
                 redo=False,
             )
             if "method" in results:
@@ -134,17 +148,18 @@ class Ablation:
 
     def peak(self, row: Row) -> float:
         """Peak memory of one batch in GB, measured once per folder, batch size and dtype."""
-        batch, device = self.args.eval_bsz, str(self.device)
+        batch, device = self.request.settings.eval_bsz, str(self.device)
         about = {"eval_bsz": batch, "dtype": str(self.dtype), "device": device}
         file = self.folder(row) / "memory.json"
         found = json.loads(file.read_text()) if file.exists() else {}
         if not about.items() <= found.items():
-            sampling = self.args.model, row.config, row.num_iter, self.args.cfg
-            geometry = tuple((name, getattr(self.args, name)) for name in GEOMETRY)
+            host = self.host_of(row)
+            sampling = host.model, row.config, row.num_iter, host.sampling.cfg
+            geometry = tuple(asdict(host.geometry).items())
             sampled = SampledBatch(*sampling, batch, self.dtype, device, geometry)
             found = {**about, "peak_gb": peak_gb(sampled)}
             write_json(file, found)
-        return found["peak_gb"]
+        return float(found["peak_gb"])
 
     def measure_peaks(self, rows: list[Row], processes: int) -> None:
         """peak of all rows; on CPUs that many at once, on a GPU one by one."""
@@ -153,27 +168,27 @@ class Ablation:
 
     def measure_seconds(self, rows: list[Row]) -> None:
         """Fill self.seconds: task -> the fastest seconds per image of its turns."""
+        request = self.request
         unique = list({row.task: row for row in rows}.values())
-        on_cuda = self.device.type == "cuda"
-        compile = on_cuda and not self.args.no_compile and can_compile(self.device)
-        size = self.args.timing_bsz
+        fast = not request.compute.no_compile and can_compile(self.device, show=True)
+        size, sampling = request.timing_bsz, request.host.sampling
         labels = [i % self.model.class_num for i in range(size)]
         noise = self.model.image_noise(range(size))
-        sampler = Sampler(self.model, self.dtype, compile=compile, graphs=compile)
-        turns = [row for _ in range(self.args.repeats) for row in unique]
+        sampler = Sampler(self.model, self.dtype, compile=fast, graphs=fast)
+        turns = [row for _ in range(request.repeats) for row in unique]
         for row in tqdm(turns, desc="timing", unit="turn", disable=None):
             sample = partial(
                 sampler.sample_tokens,
                 size,
                 row.num_iter,
-                self.args.cfg,
-                self.args.cfg_schedule,
+                sampling.cfg,
+                sampling.cfg_schedule,
                 labels,
-                self.args.temperature,
+                sampling.temperature,
                 lazy_mar=row.config,
                 noise=noise,
             )
-            for _ in range(CUDA_WARMUPS if on_cuda else 0):
+            for _ in range(CUDA_WARMUPS if self.device.type == "cuda" else 0):
                 sample()
             seconds = timed(sample, self.device) / size
             self.seconds[row.task] = min(seconds, self.seconds.get(row.task, seconds))
@@ -209,12 +224,27 @@ class Ablation:
     @property
     def settings(self) -> dict[str, object]:
         """What decides the images of all rows."""
-        found = {name: getattr(self.args, name) for name in SETTINGS}
+        host, settings = self.request.host, self.request.settings
         dtype = str(self.dtype).removeprefix("torch.")
-        return {**found, "weights": self.weights, "dtype": dtype, "device": self.device.type}
+        return {
+            "model": host.model,
+            "num_images": settings.num_images,
+            "class_num": host.class_num,
+            "img_size": host.geometry.img_size,
+            "num_sampling_steps": host.geometry.num_sampling_steps,
+            "seed": settings.seed,
+            "seed_mode": settings.seed_mode,
+            "cfg": host.sampling.cfg,
+            "cfg_schedule": host.sampling.cfg_schedule,
+            "temperature": host.sampling.temperature,
+            "weights": self.loaded.weights,
+            "dtype": dtype,
+            "device": self.device.type,
+        }
 
     def about(self, group: str) -> dict[str, object]:
         """What the numbers of a group travel with."""
+        request = self.request
         runs = [report.load_run(self.folder(row)) for row in self.groups[group]]
         same = ("seeds", "reference", "eval_bsz", "threads", "processes", "device_name")
         return {
@@ -223,8 +253,8 @@ class Ablation:
             **self.settings,
             **{key: runs[0][key] for key in same},
             "commits of the runs": ", ".join(sorted({str(run["commit"]) for run in runs})),
-            "timing": f"batch {self.args.timing_bsz}, the fastest of {self.args.repeats}, rows in turns",
-            "peak": f"of a batch of {self.args.eval_bsz}, {PEAK[self.device.type == 'cuda']}",
+            "timing": f"batch {request.timing_bsz}, the fastest of {request.repeats}, rows in turns",
+            "peak": f"of a batch of {request.settings.eval_bsz}, {PEAK[self.device.type == 'cuda']}",
         }
 
 
@@ -303,68 +333,77 @@ def _key(config: Mapping[str, object] | None) -> str:
     return json.dumps(config, sort_keys=True)
 
 
-def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(words: Sequence[str] | None = None) -> Request:
     """The command line: --group and --results beside the flags of eval.py."""
-    parser = make_parser("eval")
-    parser.prog, parser.description = "python -m benchmarks.ablations", __doc__
-    parser.add_argument("--group", default="all", help=f"all, or some of {', '.join(GROUPS)}")
-    parser.add_argument("--results", default=str(OUTPUT), help="folder of the tables")
-    parser.add_argument("--timing_bsz", type=int, help="images of a timed batch (--eval_bsz)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns in which each row is timed")
-    parser.set_defaults(num_images=None, eval_bsz=None, output_dir="./output_dir/ablations")
-    args = parser.parse_args(words)
-    constants = [field.name for field in fields(LazyMARConfig)]
-    given = [name for name in constants if getattr(args, name) is not None]
-    if args.lazy_mar or given or args.num_iter != STEPS:
-        name = (given or ["lazy_mar" if args.lazy_mar else "num_iter"])[0]
-        raise UserError(f"--{name} is what the rows of an ablation set: leave it away")
-    if args.no_save or args.no_score:
-        raise UserError(
-            "an ablation compares images and scores: leave --no_save and --no_score away"
-        )
-    small = args.model == "mar_tiny"
-    args.num_images = args.num_images or (TINY_IMAGES if small else 50000)
-    args.eval_bsz = args.eval_bsz or min(100 if small else 128, args.num_images)
-    resolve(args, "eval", PRESETS)
-    if args.family != "mar":
-        raise UserError(f"--model {args.model} has no LazyMAR: use one of the mar_ models")
-    args.timing_bsz = args.eval_bsz if args.timing_bsz is None else args.timing_bsz
-    at_least(args, 1, "timing_bsz", "repeats")
-    args.group = list(GROUPS) if args.group == "all" else args.group.split(",")
-    for name in args.group:
+    parser = cli.make_parser("ablations", __doc__.splitlines()[0])
+    parser.add_flag("group", f"all, or some of {', '.join(GROUPS)} [all]", metavar="NAME,...")
+    parser.add_flag("results", f"folder of the tables [{OUTPUT}]", metavar="DIR")
+    parser.add_flag("timing_bsz", "images of a timed batch; default --eval_bsz", type=int)
+    parser.add_flag("repeats", "turns in which each row is timed [3]", type=int)
+    flags = parser.parse(words)
+    for name in ("lazy_mar", "num_iter", *(field.name for field in fields(LazyMARConfig))):
+        if name in flags.given:
+            raise UserError(f"--{name} is set by the rows of an ablation: remove it")
+    for name in ("no_save", "no_score"):
+        if flags.given.get(name):
+            raise UserError(f"an ablation compares images and scores: remove --{name}")
+    own = {
+        name: flags.given.pop(name, None) for name in ("group", "results", "timing_bsz", "repeats")
+    }
+    flags.given["lazy_mar"] = True  # for the base of the rows
+    selection = cli.select(flags, "ablations")
+    if selection.family.name != "MAR":
+        raise UserError(f"--model {selection.model} has no LazyMAR: use one of the mar_ models")
+    small = selection.model == "mar_tiny"
+    num_images = flags.given.setdefault("num_images", TINY_IMAGES if small else 50000)
+    flags.given.setdefault("eval_bsz", min(100 if small else 128, num_images))
+    settings = flags.build(EvaluationConfig)
+    names = list(GROUPS) if own["group"] in (None, "all") else own["group"].split(",")
+    for name in names:
         if name not in GROUPS:
             raise UserError(f"--group {name} is unknown; use all, or some of {', '.join(GROUPS)}")
-    return args
-
-
-def result_paths(args: argparse.Namespace) -> dict[str, Path]:
-    """Group -> its files, without suffix."""
-    return {n: Path(args.results) / f"ablations_{args.model}_{n}" for n in args.group}
+    timing_bsz = settings.eval_bsz if own["timing_bsz"] is None else own["timing_bsz"]
+    repeats = 3 if own["repeats"] is None else own["repeats"]
+    for name, value in (("timing_bsz", timing_bsz), ("repeats", repeats)):
+        if value < 1:
+            raise UserError(f"--{name} is {value}; it must be at least 1")
+    host = selection.host()
+    assert isinstance(host, MARHost)
+    return Request(
+        host=host,
+        settings=settings,
+        scoring=selection.request(),
+        compute=flags.build(ComputeConfig),
+        place=cli.place(flags),
+        arguments=flags.resolved,
+        groups=names,
+        results=Path(own["results"] or OUTPUT),
+        timing_bsz=timing_bsz,
+        repeats=repeats,
+    )
 
 
 def main() -> None:
     """Command line."""
-    args = parse_args()
-    set_threads(args.threads)
-    world = dist.world_from_env(args.dist_on_itp, args.world_size)
-    device = pick_device(args.device, world.local_rank)
-    metrics.check_ready(evaluation.request_of(args))
-    with dist.Meeting(world, args.dist_url, args.patience) as meeting:
-        ablation = Ablation(args, device)
-        for path in () if args.overwrite else result_paths(args).values():
+    request = parse()
+    place = request.place
+    metrics.check_ready(request.scoring)
+    with dist.Rendezvous(place.world, place.launch.dist_url, place.launch.patience) as rendezvous:
+        ablation = Ablation(request)
+        for path in () if request.settings.overwrite else request.paths().values():
             refuse_foreign(path, **ablation.settings)
-        rows = [row for name in args.group for row in ablation.groups[name]]
-        seconds = ablation.run(rows, meeting)
-    if not world.is_main:
+        rows = [row for name in request.groups for row in ablation.groups[name]]
+        seconds = ablation.run(rows, rendezvous)
+    if not place.world.is_main:
         return
-    if args.dry_run:
+    if request.settings.dry_run:
         print(
             json.dumps({"dry_run": True, "rows": len({r.task for r in rows}), "seconds": seconds})
         )
         return
-    ablation.measure_peaks(rows, world.size)
+    ablation.measure_peaks(rows, place.world.size)
     ablation.measure_seconds(rows)
-    for name, path in result_paths(args).items():
+    for name, path in request.paths().items():
         found = ablation.results(name)
         document = {"about": ablation.about(name), "rows": found}
         text = table(found)

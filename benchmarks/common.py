@@ -14,8 +14,8 @@ import torch
 
 from util.device import DTYPES, pick_dtype
 from util.errors import UserError
+from util.evaluation.run_folder import provenance
 from util.files import atomic_path, write_json
-from util.run_dir import provenance
 
 RESULTS = Path(__file__).parent / "results"  # what the documents cite
 OUTPUT = Path("output_dir/benchmarks")  # where results go unless told
@@ -129,7 +129,7 @@ def with_ending(path: Path, ending: str) -> Path:
     return path.with_name(path.name.removesuffix(".json") + ending)
 
 
-def claim(path: Path | None, overwrite: bool) -> None:
+def reserve_output(path: Path | None, overwrite: bool) -> None:
     """Before anything is measured: make the folder of PATH.json, which is not overwritten unasked.
 
     UserError if another command has written it, unless `overwrite`. Commands are the same if they

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.mar import MAR
 from util.device import autocast
-from util.lr import parameter_groups
+from util.training.optimizer import parameter_groups
 
 
 def masked_loss(
@@ -27,7 +27,7 @@ def masked_loss(
     dropped (B,) bool: trained without label. t (m * B * L,) and noise (m * B * L, c) of all tokens,
     drawn if None.
     """
-    repeats = model.diffusion_batch_mul
+    repeats = model.config.diffusion_batch_mul
     tokens = model.patchify(latents)
     embedding = model.class_embedding(labels, len(labels))
     embedding = torch.where(dropped[:, None], model.fake_latent, embedding)
@@ -53,7 +53,7 @@ class EagerTraining:
         order = torch.rand(bsz, model.seq_len, device=device).argsort(dim=1)
         mask = torch.zeros(bsz, model.seq_len, device=device)
         mask.scatter_(1, order[:, :masked], 1.0)
-        dropped = torch.rand(bsz, device=device) < model.label_drop_prob
+        dropped = torch.rand(bsz, device=device) < model.config.label_drop_prob
         with autocast(device, self.dtype):
             loss = masked_loss(model, latents, labels, dropped, mask)
         loss.backward()

@@ -23,12 +23,12 @@ from benchmarks.common import (
     add_output,
     at_least,
     batch_sizes,
-    claim,
     default_dtype,
     markdown,
     matrix_rate,
     origin,
     read_rate,
+    reserve_output,
     timed,
     write_result,
 )
@@ -140,7 +140,7 @@ def parse() -> argparse.Namespace:
     for mode in args.modes.split(","):
         if mode not in MODES:
             raise UserError(f"--modes {mode} is unknown; use some of {','.join(MODES)}")
-    claim(args.output, args.overwrite)
+    reserve_output(args.output, args.overwrite)
     args.compile = not args.no_compile and can_compile(device, show=True)
     args.device = str(device)
     return args

@@ -20,13 +20,13 @@ from benchmarks.common import (
     OUTPUT,
     add_output,
     at_least,
-    claim,
     markdown,
     origin,
+    reserve_output,
     with_ending,
     write_text,
 )
-from benchmarks.line_common import BUDGETS, PRESET, Run, load_tiny
+from benchmarks.line_common import BUDGETS, HOST, Run, load_tiny
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS, POOLINGS
 from models.llamagen import GPT
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     at_least(args, 1, "num_images")
     at_least(args, 0, "seed")
-    claim(args.output, args.overwrite)
+    reserve_output(args.output, args.overwrite)
     return args
 
 
@@ -95,7 +95,9 @@ def main() -> None:
     model, _ = load_tiny(device, pick_dtype("float32", device))
     run = Run(args.num_images, args.seed, args.num_images)
     labels = torch.tensor(run.labels, device=device)
-    codes = model.sample_tokens(labels, PRESET.cfg, top_p=PRESET.top_p, seeds=run.seeds)[:, :-1]
+    codes = model.sample_tokens(
+        labels, HOST.sampling.cfg, top_p=HOST.sampling.top_p, seeds=run.seeds
+    )[:, :-1]
     full = model.cached_logits(codes, labels).log_softmax(-1)
     rows = []
     for budget, config in sweep(model.grid):
@@ -113,11 +115,11 @@ def main() -> None:
         print(json.dumps({k: v for k, v in row.items() if k != "kl_per_line"}), flush=True)
     about = {
         **origin(),
-        "weights": describe(PRESET.resume, use_ema=False),
+        "weights": describe(HOST.resume, use_ema=False),
         "images": args.num_images,
         "seed": args.seed,
-        "cfg": PRESET.cfg,
-        "top_p": PRESET.top_p,
+        "cfg": HOST.sampling.cfg,
+        "top_p": HOST.sampling.top_p,
         "device": str(device),
         "dtype": "float32",
     }

@@ -1,30 +1,35 @@
 """What the LineAR benchmarks share: the bundled model, its images and scores."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from engine import cli
+from engine.llamagen import LlamaGenHost
 from models.gpt_images import GPTSampling, generate
 from models.llamagen import GPT, gpt_tiny
-from models.presets import PRESETS
 from models.vq import VQModel, vq_tiny
 from util import metrics
-from util.batch_grid import image_label, image_seed
 from util.checkpoint import load_into
+from util.evaluation.batches import image_seed
+from util.evaluation.conditions import image_label
 from util.images import to_uint8
-from util.score_request import ScoreRequest
 
-PRESET = PRESETS["gpt_tiny"]
+SELECTION = cli.named("gpt_tiny")
+HOST = cast(LlamaGenHost, SELECTION.host())
+REQUEST = SELECTION.request()
+RECENT = int(SELECTION.defaults["line_recent"])
 BUDGETS = {"1/2": 1 / 2, "1/4": 1 / 4, "1/6": 1 / 6, "1/8": 1 / 8}
 
 
 def load_tiny(device: torch.device, dtype: torch.dtype) -> tuple[GPT, VQModel]:
     """The bundled GPT in `dtype` and its tokenizer in float32."""
     model, tokenizer = gpt_tiny().eval(), vq_tiny().eval()
-    load_into(model, PRESET.resume, use_ema=False)
-    load_into(tokenizer, PRESET.vae_path, use_ema=False)
+    load_into(model, HOST.resume, use_ema=False)
+    load_into(tokenizer, HOST.images.vae_path, use_ema=False)
     return model.to(device, dtype).requires_grad_(False), tokenizer.to(device)
 
 
@@ -51,7 +56,7 @@ class Run:
 
     @property
     def labels(self) -> list[int]:
-        return [image_label(i, self.num_images, PRESET.class_num) for i in range(self.num_images)]
+        return [image_label(i, self.num_images, HOST.class_num) for i in range(self.num_images)]
 
     @property
     def seeds(self) -> list[int]:
@@ -63,7 +68,12 @@ class Run:
         for start in range(0, self.num_images, self.batch):
             part = slice(start, start + self.batch)
             images = generate(
-                model, tokenizer, self.labels[part], self.seeds[part], sampling, PRESET.img_size
+                model,
+                tokenizer,
+                self.labels[part],
+                self.seeds[part],
+                sampling,
+                HOST.images.img_size,
             )
             parts.append(to_uint8(images))
         return np.concatenate(parts)
@@ -73,7 +83,7 @@ class Run:
         return metrics.score(
             Pictures(images),
             self.num_images,
-            ScoreRequest(PRESET.features, PRESET.features_path, PRESET.fid_stats),
+            REQUEST,
             "cpu",
             labels=self.labels,
         )

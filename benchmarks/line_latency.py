@@ -27,11 +27,11 @@ from benchmarks.common import (
     add_output,
     at_least,
     batch_sizes,
-    claim,
     clock_of,
     markdown,
     origin,
     read_rate,
+    reserve_output,
     timed,
     write_result,
 )
@@ -161,7 +161,7 @@ def parse() -> argparse.Namespace:
         }
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"--budgets {args.budgets}: {error}") from error
-    claim(args.output, args.overwrite)
+    reserve_output(args.output, args.overwrite)
     return args
 
 

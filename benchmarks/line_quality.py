@@ -21,14 +21,14 @@ from benchmarks.common import (
     OUTPUT,
     add_output,
     at_least,
-    claim,
     markdown,
     origin,
     read_result,
+    reserve_output,
     with_ending,
     write_text,
 )
-from benchmarks.line_common import BUDGETS, PRESET, Run, load_tiny
+from benchmarks.line_common import BUDGETS, HOST, RECENT, Run, load_tiny
 from benchmarks.svg_plot import line_plot
 from models.gpt_images import GPTSampling, generate
 from models.line_cache import LineARConfig
@@ -44,7 +44,7 @@ from util.images import save_png, side_by_side_sheet, to_uint8
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
 EVERY = (",".join(METHODS), ",".join(BUDGETS))  # methods and budgets of the whole table
-GRID = (PRESET.img_size // PRESET.vae_stride,) * 2  # lines, tokens per line
+GRID = HOST.images.grid  # lines, tokens per line
 COLUMNS = 10  # images of the picture, one of each class
 SAME = (
     "weights",
@@ -133,7 +133,7 @@ def picture(
     for method, budget, config in plans(*EVERY, recent):
         if (method, budget) in PICTURE and (method, budget) in fid:
             sampling = replace(plain, line_ar=config)
-            images = generate(model, tokenizer, labels, seeds, sampling, PRESET.img_size)
+            images = generate(model, tokenizer, labels, seeds, sampling, HOST.images.img_size)
             name = method if config is None else f"{method} {budget}"
             strips[f"{name}: FID {fid[method, budget]:.3f}"] = to_uint8(images)
     return side_by_side_sheet(strips, scale=2)
@@ -147,9 +147,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budgets", default=EVERY[1], help="its columns")
     parser.add_argument("--batch", type=int, default=250, help="images per batch")
     parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
-    parser.add_argument("--cfg", type=float, default=PRESET.cfg)
-    parser.add_argument("--top_p", type=float, default=PRESET.top_p)
-    parser.add_argument("--recent", type=int, default=PRESET.line_recent, help="LineAR's lines")
+    parser.add_argument("--cfg", type=float, default=HOST.sampling.cfg)
+    parser.add_argument("--top_p", type=float, default=HOST.sampling.top_p)
+    parser.add_argument("--recent", type=int, default=RECENT, help="LineAR's lines")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
     add_output(parser, OUTPUT / "line_quality")
@@ -161,7 +161,7 @@ def parse() -> argparse.Namespace:
         args.plans = plans(args.methods, args.budgets, args.recent)
     except ValueError as error:
         raise UserError(str(error)) from error
-    claim(args.output, args.overwrite)
+    reserve_output(args.output, args.overwrite)
     return args
 
 
@@ -175,7 +175,7 @@ def main() -> None:
     run = Run(args.num_images, args.seed, args.batch)
     about = {
         **origin(),
-        "weights": describe(PRESET.resume, use_ema=False),
+        "weights": describe(HOST.resume, use_ema=False),
         "images": args.num_images,
         "seed": args.seed,
         "cfg": args.cfg,

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.mar import DEFAULTS, PRESETS
 from models import mar
 from models.decoding import Decoding
 from models.lazy_head import LazyDenoiser
 from models.lazy_mar import CACHES, LazyMARConfig
 from models.noise import ImageNoise
 from models.plan import DecodingPlan
-from models.presets import PRESETS
 from models.sampling_copy import sampling_copy
 
-MODELS = tuple(name for name, preset in PRESETS.items() if preset.family == "mar")
+MODELS = tuple(mar.SIZES)
 MODES: dict[str, LazyMARConfig | None] = {
     "plain": None,
     "lazy": LazyMARConfig(),
@@ -30,7 +30,8 @@ def build(name: str, device: torch.device | str, **kwargs: object) -> mar.MAR:
     """
     if name not in MODELS:
         raise ValueError(f"{name} is no model; use one of {', '.join(MODELS)}")
-    head = {key: getattr(PRESETS[name], key) for key in ("diffloss_d", "diffloss_w")}
+    flags = {**DEFAULTS, **PRESETS[name]}
+    head = {key: flags[key] for key in ("diffloss_d", "diffloss_w")}
     torch.manual_seed(0)
     with torch.device(device):
         model = getattr(mar, name)(**{**head, **kwargs}).eval().requires_grad_(False)

@@ -14,7 +14,6 @@ says; those of the documents are in benchmarks/results. Three figures, each besi
 * strip: which positions the deep decoder layers of LazyMAR recompute, step by step, over the image.
 """
 
-import argparse
 import sys
 from collections import deque
 from dataclasses import dataclass
@@ -26,21 +25,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import engine
-from benchmarks.common import OUTPUT, claim, markdown, origin, with_ending, write_result
+from benchmarks.common import OUTPUT, markdown, origin, reserve_output, with_ending, write_result
 from benchmarks.redundancy_figures import draw, require_matplotlib
+from engine import cli
+from engine.mar import MARHost
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig
 from models.lazy_predictor import LazyPredictor
 from models.noise import ImageNoise
 from models.plan import DecodingPlan, DecodingStep
 from models.predictor import PlainPredictor
-from models.presets import PRESETS
 from models.sampling_copy import sampling_copy
-from util.batch_grid import image_label, image_seed
-from util.device import device_name, pick_device, pick_dtype, set_threads
+from util.device import device_name, pick_dtype
 from util.errors import UserError, run_main
-from util.flags import make_parser, resolve
+from util.evaluation.batches import image_seed
+from util.evaluation.conditions import image_label
+from util.evaluation.config import EvaluationConfig
 from util.images import to_uint8
 
 GROUPS = ("earlier", "previous", "now", "later")
@@ -231,66 +231,73 @@ def measure(
     return document, latents
 
 
-def parse() -> argparse.Namespace:
-    """Flags, checked."""
-    parser = make_parser("eval")
-    parser.prog, parser.description = "python -m benchmarks.redundancy", __doc__.splitlines()[0]
-    parser.set_defaults(model="mar_tiny", num_images=10)
-    files = "write PREFIX_tokens.png, ..._guidance.png, ..._strip.png, PREFIX.json and PREFIX.md"
-    parser.add_argument("--output", type=Path, metavar="PREFIX", help=files)
-    args = parser.parse_args()
-    args.lazy_mar = True
-    resolve(args, "eval", PRESETS)  # refuses GPT models, which LazyMAR does not know
-    if args.cfg == 1.0:
-        raise UserError("--cfg is 1: without guidance there is no residual; give another scale")
-    args.output = with_ending(args.output or OUTPUT / f"redundancy_{args.model}", "")
-    claim(args.output, args.overwrite)
-    return args
+def parse() -> tuple[cli.Selection, Path]:
+    """The command line: eval.py's flags and --output."""
+    parser = cli.make_parser("redundancy", __doc__.splitlines()[0])
+    parser.add_flag(
+        "output",
+        "write PREFIX_tokens.png, ..._guidance.png, ..._strip.png, PREFIX.json and PREFIX.md",
+        type=Path,
+        metavar="PREFIX",
+    )
+    flags = parser.parse()
+    output = flags.given.pop("output", None)
+    flags.given["lazy_mar"] = True
+    selection = cli.select(flags, "redundancy")  # refuses GPT models, which LazyMAR does not know
+    output = with_ending(output or OUTPUT / f"redundancy_{selection.model}", "")
+    reserve_output(output, flags.value("overwrite", False))
+    return selection, output
 
 
 def main() -> None:
     """Command line."""
-    args = parse()
+    selection, output = parse()
     require_matplotlib()
-    set_threads(args.threads)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    sampling = engine.SamplingConfig.from_args(args)
-    model = engine.build_model(args)
-    weights = engine.load_weights(model, args)
-    tokenizer = engine.open_tokenizer(args, device)
-    model = model.to(device).eval()
-    plan = DecodingPlan.create(model.seq_len, args.num_iter, args.cfg, args.cfg_schedule)
-    if len(plan.steps) <= max(2, sampling.lazy_mar.interval):  # with 2, no token is decoded earlier
+    host, settings = selection.host(), selection.flags.build(EvaluationConfig)
+    assert isinstance(host, MARHost)
+    sampling = host.sampling
+    lazy_mar = sampling.lazy_mar
+    assert lazy_mar is not None
+    if sampling.cfg == 1.0:
+        raise UserError("--cfg is 1: without guidance there is no residual; give another scale")
+    place = cli.place(selection.flags)
+    device, dtype = place.device, pick_dtype(place.config.dtype, place.device)
+    loaded = host.load(device)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    plan = DecodingPlan.create(
+        model.seq_len, sampling.num_iter, sampling.cfg, sampling.cfg_schedule
+    )
+    if len(plan.steps) <= max(2, lazy_mar.interval):  # with 2, no token is decoded earlier
         raise UserError(
-            f"--num_iter {args.num_iter} makes {len(plan.steps)} steps; features as old as --interval "
-            f"{sampling.lazy_mar.interval} allows need more"
+            f"--num_iter {sampling.num_iter} makes {len(plan.steps)} steps; features as old as "
+            f"--interval {lazy_mar.interval} allows need more"
         )
+    images = range(settings.num_images)
     request = Request(
-        [image_label(i, args.num_images, args.class_num) for i in range(args.num_images)],
-        [image_seed(args.seed, i) for i in range(args.num_images)],
-        sampling.lazy_mar,
+        [image_label(i, len(images), host.class_num) for i in images],
+        [image_seed(settings.seed, i) for i in images],
+        lazy_mar,
     )
     with torch.no_grad():
         copy = sampling_copy(model, dtype, whole=model.diffloss)
-        document, latents = measure(copy, plan, request, args.temperature)
-        scale = engine.scale_of(tokenizer, args)
+        document, latents = measure(copy, plan, request, sampling.temperature)
+        scale = host.tokenizer.scale(tokenizer)
         image: np.ndarray = to_uint8(tokenizer.decode(latents.float() / scale))[0]
     about = {
         **origin(),
-        "weights": weights,
-        "images": args.num_images,
-        "seed": args.seed,
-        "num_iter": args.num_iter,
-        "cfg": args.cfg,
-        "cfg_schedule": args.cfg_schedule,
-        "strip": engine.method_name(sampling.lazy_mar),
+        "weights": loaded.weights,
+        "images": settings.num_images,
+        "seed": settings.seed,
+        "num_iter": sampling.num_iter,
+        "cfg": sampling.cfg,
+        "cfg_schedule": sampling.cfg_schedule,
+        "strip": sampling.method,
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
     }
     document = {"about": about, **document}
-    draw(document, image, args.output)
-    write_result(args.output, document, summary(document))
+    draw(document, image, output)
+    write_result(output, document, summary(document))
 
 
 def summary(document: dict[str, dict]) -> str:

@@ -11,22 +11,32 @@ documents are benchmarks/results/tiny_references.{json,md}.
 
 import argparse
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
 
-from benchmarks.common import OUTPUT, add_output, at_least, claim, markdown, origin, write_result
+from benchmarks.common import (
+    OUTPUT,
+    add_output,
+    at_least,
+    markdown,
+    origin,
+    reserve_output,
+    write_result,
+)
 from benchmarks.line_common import Pictures
+from engine import cli
+from engine.mar import MARHost
 from models.linear_tokenizer import LinearTokenizer
-from models.presets import PRESETS
 from util import metrics
 from util.device import device_name, set_threads
 from util.errors import run_main
-from util.score_request import ScoreRequest
 from util.shapes import CLASSES, HELD_OUT_START, label_of, render
-from util.tiny_assets import DEFAULT_IMAGES, batches, channel_spread, psnr, restore, to_float
+from util.tiny.assets import DEFAULT_IMAGES, batches, channel_spread, psnr, restore, to_float
 
-PRESET = PRESETS["mar_tiny"]
+SELECTION = cli.named("mar_tiny")
+HOST = cast(MARHost, SELECTION.host())
 START = HELD_OUT_START + DEFAULT_IMAGES["stats"]  # behind those of the statistics
 FEW = 1000  # images, as in most tables
 PATCH = 4  # pixels: the tokenizer's stride
@@ -87,7 +97,7 @@ def parse() -> argparse.Namespace:
     add_output(parser, OUTPUT / "tiny_references")
     args = parser.parse_args()
     at_least(args, 100, "num_images")
-    claim(args.output, args.overwrite)
+    reserve_output(args.output, args.overwrite)
     return args
 
 
@@ -95,8 +105,8 @@ def main() -> None:
     """Command line."""
     args = parse()
     set_threads(1)
-    tokenizer = LinearTokenizer.from_file(PRESET.vae_path)
-    request = ScoreRequest(PRESET.features, PRESET.features_path, PRESET.fid_stats)
+    tokenizer = LinearTokenizer.from_file(HOST.tokenizer.vae_path)
+    request = SELECTION.request()
     indices = range(START, START + args.num_images)
     images = np.stack([render(index) for index in indices])
     labels = np.array([label_of(index) for index in indices])
@@ -113,7 +123,7 @@ def main() -> None:
     about = {
         **origin(),
         "pictures": f"{indices.start} .. {indices.stop - 1} of util.shapes",
-        "reference": f"{PRESET.fid_stats}",
+        "reference": str(SELECTION.request().stats_path),
         "tokenizer_psnr_db": round(quality, 2),
         "device": device_name(torch.device("cpu")),
         "dtype": "float32",

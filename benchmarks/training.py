@@ -18,10 +18,10 @@ import torch
 from benchmarks.common import (
     add_output,
     at_least,
-    claim,
     default_dtype,
     markdown,
     origin,
+    reserve_output,
     timed,
     write_result,
 )
@@ -30,11 +30,11 @@ from benchmarks.mar_work import MODELS, build
 from benchmarks.memory import peak_of
 from models import mar
 from models.noise import TrainingNoise
-from util import training
 from util.device import DTYPES, device_name, pick_device
-from util.ema import EMA
 from util.errors import UserError, run_main
-from util.lr import LRSchedule, make_optimizer
+from util.training import step as training
+from util.training.ema import EMA
+from util.training.optimizer import LRSchedule, make_optimizer
 
 ROWS = ("eager", "ours", "checkpointing", "compile", "compile + checkpointing")
 LR = 1e-4
@@ -138,7 +138,7 @@ def parse() -> argparse.Namespace:
             raise UserError(f"--rows {row} is unknown; use some of {','.join(ROWS)}")
     at_least(args, 1, "batch", "repeats", "threads")
     at_least(args, 0, "warmup")
-    claim(args.output, args.overwrite)
+    reserve_output(args.output, args.overwrite)
     return args
 
 

@@ -18,9 +18,9 @@ from benchmarks import eager_mar
 from benchmarks.common import (
     add_output,
     at_least,
-    claim,
     markdown,
     origin,
+    reserve_output,
     timed,
     write_result,
 )
@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     at_least(args, 1, "batch", "num_iter", "repeats", "threads")
     at_least(args, 0, "warmup")
-    claim(args.output, args.overwrite)
+    reserve_output(args.output, args.overwrite)
     return args
 
 

@@ -12,6 +12,7 @@ from models.line_cache import LineARConfig
 from models.llamagen import GPT
 from models.token_sampling import check_settings
 from models.vq import VQModel
+from util.config import setting
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,11 @@ class GPTSampling:
     Raises ValueError if they make no sense.
     """
 
-    cfg: float
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    cfg_interval: int = -1
+    cfg: float = setting(1.0, "guidance scale, 1.0 is none")
+    temperature: float = setting(1.0, "temperature of the codes", least=0)
+    top_k: int = setting(0, "draw from the most likely codes, 0 is all", least=0)
+    top_p: float = setting(1.0, "draw from this share of probability")
+    cfg_interval: int = setting(-1, "last guided step, -1 is all")
     line_ar: LineARConfig | None = None
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from models.plan import DecodingPlan
+from util.config import setting
 
 # Keep ratio from a progress s/T on; the published table of 64 steps, written as progress.
 KEEP_SCHEDULE = (
@@ -27,6 +28,24 @@ CACHES = ("token", "condition", "head")
 # Which positions a lazy step computes behind the probe layer, besides those always kept. The paper's is
 # similarity; the others are controls: the least changed, those not computed for longest, any.
 TOKEN_SELECTIONS = ("similarity", "inverse_similarity", "oldest", "random")
+
+
+def parse_keep(text: str) -> tuple[tuple[float, float], ...]:
+    """Pairs of progress and ratio: 0:1,0.5:0.05 is ((0.0, 1.0), (0.5, 0.05))."""
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return tuple((float(progress), float(ratio)) for progress, ratio in pairs)
+    except ValueError as error:
+        example = "0:1,0.3125:0.6,0.625:0.05"
+        raise ValueError(f"{text!r} is not a schedule like {example}") from error
+
+
+def parse_blocks(text: str) -> tuple[int, ...]:
+    """Numbers of blocks: 1,2,3 is (1, 2, 3), nothing is ()."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a list of blocks like 1,2,3") from error
 
 
 @dataclass(frozen=True)
@@ -46,19 +65,30 @@ class LazyMARConfig:
     head_reuse_adaln: such steps also take the last full step's modulations (not in the paper).
     """
 
-    warmup: int = 5
-    interval: int = 9
-    probe_layer: int = 3
-    keep_floor: int = 15
-    keep: tuple[tuple[float, float], ...] = KEEP_SCHEDULE
-    token_selection: str = "similarity"
-    token_cache: bool = True
-    condition_cache: bool = True
-    head_cache: bool = True
-    head_interval: int = 7
-    head_skip: tuple[int, ...] = (1, 2, 3, 4)
-    head_warm: float = 0.9
-    head_reuse_adaln: bool = False
+    warmup: int = setting(5, "refresh steps at the beginning")
+    interval: int = setting(9, "steps from one refresh to the next")
+    probe_layer: int = setting(3, "decoder layer that tells which tokens changed")
+    keep_floor: int = setting(15, "positions kept besides those being decoded")
+    keep: tuple[tuple[float, float], ...] = setting(
+        KEEP_SCHEDULE,
+        "from progress P on, keep at least the share R of all positions",
+        parse=parse_keep,
+        metavar="P:R,...",
+    )
+    token_selection: str = setting(
+        "similarity",
+        f"which positions are kept: {', '.join(TOKEN_SELECTIONS)}",
+        metavar="NAME",
+    )
+    token_cache: bool = setting(True, "compute only tokens that changed")
+    condition_cache: bool = setting(True, "unconditional branch = conditional + cached residual")
+    head_cache: bool = setting(True, "cache blocks inside the diffusion head")
+    head_interval: int = setting(7, "denoising steps from one full one to the next")
+    head_skip: tuple[int, ...] = setting(
+        (1, 2, 3, 4), "head blocks skipped in between", parse=parse_blocks, metavar="I,..."
+    )
+    head_warm: float = setting(0.9, "share of steps above which other blocks are recomputed")
+    head_reuse_adaln: bool = setting(False, "reuse modulations too (not in the paper)")
 
     def __post_init__(self) -> None:
         least = {"warmup": 0, "interval": 1, "probe_layer": 0, "keep_floor": 0, "head_interval": 1}

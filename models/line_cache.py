@@ -13,12 +13,14 @@ live slots are always a prefix of the buffer, attended to as a view, without a m
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from models.line_methods import METHODS, POOLINGS, LineView, Method
+from util.config import setting
 
 NONE = "none"  # the full cache, whatever the budget
 CONDITION = 1  # positions in front of the image: the class token
@@ -47,6 +49,14 @@ class LinePlan:
         return self.condition + min(tokens, self.budget + self.line)
 
 
+def parse_budget(text: str) -> float:
+    """1/6, 0.25 or 4."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(f"{text!r} is not a budget like 1/6, 0.25 or 4") from error
+
+
 @dataclass(frozen=True)
 class LineARConfig:
     """How the cache is compressed.
@@ -61,11 +71,18 @@ class LineARConfig:
     The paper gives no anchors, recent lines or pooling; benchmarks/line_ablation.py measures them.
     """
 
-    budget: float = 1 / 6
-    anchors: int = 8
-    recent: int = 2
-    method: str = "linear"
-    pooling: str = "mean"
+    budget: float = setting(
+        1 / 6,
+        "image tokens kept: a share such as 1/6, or a number of lines above 1",
+        parse=parse_budget,
+        metavar="SHARE|LINES",
+    )
+    anchors: int = setting(8, "first tokens that are never evicted")
+    recent: int = setting(2, "newest lines that are never evicted")
+    method: str = setting("linear", f"{', '.join((NONE, *METHODS))}", metavar="NAME")
+    pooling: str = setting(
+        "mean", f"pooling over a line's queries: {', '.join(POOLINGS)}", metavar="NAME"
+    )
 
     def __post_init__(self) -> None:
         if self.method != NONE and self.method not in METHODS:

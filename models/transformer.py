@@ -14,92 +14,60 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.layers import LAYER_NORM_EPS, Block, KVUpdate
+from models.mar_config import MARConfig
 
 LayerUpdates = Sequence[KVUpdate | None]
 
 
 class MaskedTransformer(nn.Module):
-    """Geometry, embeddings, encoder and decoder; constructor names are those of MAR.
+    """Embeddings, encoder and decoder of a MARConfig.
 
     Without a buffer (buffer_size 0) there is no place for the class: z does not depend on it.
     """
 
-    def __init__(
-        self,
-        img_size: int,
-        vae_stride: int,
-        patch_size: int,
-        encoder_embed_dim: int,
-        encoder_depth: int,
-        encoder_num_heads: int,
-        decoder_embed_dim: int,
-        decoder_depth: int,
-        decoder_num_heads: int,
-        mlp_ratio: float,
-        vae_embed_dim: int,
-        class_num: int,
-        attn_dropout: float,
-        proj_dropout: float,
-        buffer_size: int,
-        grad_checkpointing: bool,
-        pos_init: str,
-        no_dropout_in_mlp: bool,
-    ) -> None:
+    def __init__(self, config: MARConfig) -> None:
         super().__init__()
-        _check_geometry(
-            img_size=img_size,
-            vae_stride=vae_stride,
-            patch_size=patch_size,
-            vae_embed_dim=vae_embed_dim,
-            class_num=class_num,
-            encoder_depth=encoder_depth,
-            decoder_depth=decoder_depth,
-        )
-        if buffer_size < 0:
-            raise ValueError(f"buffer_size is {buffer_size}; it must be at least 0")
-        self.patch_size = patch_size
-        self.vae_embed_dim = vae_embed_dim
-        self.grid_size = img_size // vae_stride // patch_size
+        self.config = config
+        self.patch_size = config.patch_size
+        self.vae_embed_dim = config.vae_embed_dim
+        self.grid_size = self.seq_h = self.seq_w = config.grid_size
         self.seq_len = self.grid_size**2
-        self.token_dim = vae_embed_dim * patch_size**2
-        self.buffer_size = buffer_size
-        self.class_num = class_num
-        self.grad_checkpointing = grad_checkpointing
+        self.token_dim = self.token_embed_dim = config.token_dim
+        self.buffer_size = config.buffer_size
+        self.class_num = config.class_num
+        self.grad_checkpointing = config.grad_checkpointing
+        encoder_width, decoder_width = config.encoder_embed_dim, config.decoder_embed_dim
 
-        length = buffer_size + self.seq_len
-        self.fake_latent = nn.Parameter(torch.zeros(1, encoder_embed_dim))
-        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, encoder_embed_dim))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, decoder_embed_dim))
-        self.diffusion_pos_embed_learned = nn.Parameter(
-            torch.zeros(1, self.seq_len, decoder_embed_dim)
-        )
-        self.class_emb = nn.Embedding(class_num, encoder_embed_dim)
+        length = self.buffer_size + self.seq_len
+        self.fake_latent = nn.Parameter(torch.zeros(1, encoder_width))
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, encoder_width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, decoder_width))
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, self.seq_len, decoder_width))
+        self.class_emb = nn.Embedding(self.class_num, encoder_width)
 
         block = partial(
             Block,
-            mlp_ratio=mlp_ratio,
-            attn_drop=attn_dropout,
-            proj_drop=proj_dropout,
-            mlp_drop=0.0 if no_dropout_in_mlp else proj_dropout,
+            mlp_ratio=config.mlp_ratio,
+            attn_drop=config.attn_dropout,
+            proj_drop=config.proj_dropout,
+            mlp_drop=0.0 if config.no_dropout_in_mlp else config.proj_dropout,
         )
-        self.z_proj = nn.Linear(self.token_dim, encoder_embed_dim)
-        self.z_proj_ln = nn.LayerNorm(encoder_embed_dim, eps=LAYER_NORM_EPS)
+        self.z_proj = nn.Linear(self.token_dim, encoder_width)
+        self.z_proj_ln = nn.LayerNorm(encoder_width, eps=LAYER_NORM_EPS)
         self.encoder_blocks = nn.ModuleList(
-            block(encoder_embed_dim, encoder_num_heads) for _ in range(encoder_depth)
+            block(encoder_width, config.encoder_num_heads) for _ in range(config.encoder_depth)
         )
-        self.encoder_norm = nn.LayerNorm(encoder_embed_dim, eps=LAYER_NORM_EPS)
-        self.decoder_embed = nn.Linear(encoder_embed_dim, decoder_embed_dim)
+        self.encoder_norm = nn.LayerNorm(encoder_width, eps=LAYER_NORM_EPS)
+        self.decoder_embed = nn.Linear(encoder_width, decoder_width)
         self.decoder_blocks = nn.ModuleList(
-            block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth)
+            block(decoder_width, config.decoder_num_heads) for _ in range(config.decoder_depth)
         )
-        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=LAYER_NORM_EPS)
-        self._initialize(pos_init)
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=LAYER_NORM_EPS)
+        self._initialize(config.pos_init)
 
     def _initialize(self, pos_init: str) -> None:
         """Embeddings and position tables normal 0.02; Linear xavier uniform, bias zero."""
-        if pos_init not in ("normal", "sincos"):
-            raise ValueError(f"pos_init is {pos_init!r}; use normal or sincos")
         for name, parameter in self.named_parameters():
             if "." not in name or name.startswith("class_emb"):
                 nn.init.normal_(parameter, std=0.02)
@@ -228,18 +196,6 @@ class MaskedTransformer(nn.Module):
         x = self.decode(self.embed_decoder(x, order))
         z = self.to_condition(x[:, self.buffer_size :], order)
         return z.gather(1, order.argsort(1)[:, :, None].expand_as(z))
-
-
-def _check_geometry(img_size: int, vae_stride: int, patch_size: int, **others: int) -> None:
-    sizes = {"img_size": img_size, "vae_stride": vae_stride, "patch_size": patch_size, **others}
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    if img_size % (vae_stride * patch_size):
-        raise ValueError(
-            f"img_size {img_size} is not a multiple of vae_stride {vae_stride} x patch_size "
-            f"{patch_size}"
-        )
 
 
 def _sincos(grid_size: int, dim: int, max_period: float = 100.0) -> Tensor:

@@ -18,7 +18,7 @@ if [ ! -f "$DATA.complete" ]; then
     python -m util.shapes --output_dir "$DATA" --num_images "$IMAGES"
     touch "$DATA.complete"
 fi
-[ -f "$BUNDLE/tokenizer.safetensors" ] || python -m util.tiny_assets tokenizer
+[ -f "$BUNDLE/tokenizer.safetensors" ] || python -m util.tiny.assets tokenizer
 python main_cache.py --model mar_tiny --data_path "$DATA" --cached_path "${DATA}_latents" --device cpu
 
 train() { # flags of one phase; goes on where an earlier call stopped

@@ -9,6 +9,6 @@ OUT=${OUT:-output_dir/gpt_tiny}
 BUNDLE=pretrained_models/gpt_tiny
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
 
-[ -f "$BUNDLE/tokenizer.safetensors" ] || python -m util.tiny_vq --output_dir "$OUT/tokenizer"
+[ -f "$BUNDLE/tokenizer.safetensors" ] || python -m util.tiny.vq --output_dir "$OUT/tokenizer"
 [ ! -f "$BUNDLE/model.safetensors" ] || exit 0
-python -m util.tiny_gpt --output_dir "$OUT/model"
+python -m util.tiny.gpt --output_dir "$OUT/model"

@@ -13,8 +13,8 @@ from PIL import Image
 
 from models.lazy_mar import LazyMARConfig
 from tests.conftest import ROOT
-from tests.golden_data import relative_error
-from tests.test_sampling import CLOSE, noise_of, sample, small_mar
+from tests.models.test_sampling import CLOSE, noise_of, sample, small_mar
+from tests.support.golden_data import relative_error
 
 NOTEBOOK = ROOT / "notebooks" / "lazymar.ipynb"
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.presets import PRESETS
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from util.flags import make_parser, resolve
 
 import engine
 from models import mar
 from models.lazy_mar import LazyMARConfig
-from models.presets import PRESETS
 from models.vae import AutoencoderKL
 from util import download
-from util.flags import make_parser, resolve
 
 try:
     import tomllib

@@ -18,10 +18,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from util.ema import EMA
 from util.errors import UserError, run_main
 from util.files import sha256_of, write_json
 from util.latent_stats import convert_statistics
+from util.training.ema import EMA
 from util.weights import (
     LAST,
     check_weights,

@@ -5,13 +5,26 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from util.config import setting
 from util.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Where to compute, and in which precision."""
+
+    device: str | None = setting(None, "cpu, cuda, cuda:1 or mps; default cuda if there is one")
+    dtype: str | None = setting(
+        None, "default bf16 on cuda, float32 elsewhere", choices=tuple(DTYPES)
+    )
+    threads: int | None = setting(None, "CPU threads per process; default 1", least=1)
 
 
 def pick_device(name: str | None, local_rank: int = 0) -> torch.device:

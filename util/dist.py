@@ -1,4 +1,4 @@
-"""Processes of a run: the launcher's environment in, rank and world size out; how they meet."""
+"""Processes of a run: rank and world size from the launcher, messages between them, collectives."""
 
 import itertools
 import json
@@ -10,21 +10,36 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import rendezvous as rendezvous_at
 
+from util.config import setting
 from util.errors import UserError
 
 PATIENCE = 120.0  # seconds without a sign of life until a process counts as dead
 _BEAT_EVERY = 2.0  # seconds
-_LOOK_EVERY = 0.1  # seconds
-_BLAME_WITHIN = 5.0  # seconds in which a process that stops says why
+_POLL_EVERY = 0.1  # seconds
+_FAILURE_WITHIN = 5.0  # seconds in which a process that stops says why
 _STORE_TIMEOUT = 600.0  # seconds to find the store, in which the other machines may start up
 
 Json = object  # what json.dumps takes
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How the processes of a run were started and find each other."""
+
+    world_size: int = setting(1, "accepted; the launcher says how many there are", least=1)
+    local_rank: int = setting(-1, "accepted; the launcher says it")
+    dist_on_itp: bool = setting(False, "take the ranks from Open MPI's environment")
+    dist_url: str = setting("env://", "where the processes meet", metavar="URL")
+    patience: float = setting(
+        PATIENCE, "seconds without a heartbeat until a process counts as dead", least=1
+    )
 
 
 @dataclass(frozen=True)
@@ -60,17 +75,17 @@ def world_from_env(open_mpi: bool = False, stated_size: int = 1) -> World:
     return World(*(int(value or 0) for value in values))
 
 
-class Meeting:
-    """How the processes of a run tell each other where they are, without collectives.
+class Rendezvous:
+    """Messages and heartbeats between the processes of a run, without collectives.
 
-    with Meeting(world) as meeting:
+    with Rendezvous(world) as rendezvous:
         ...
-        meeting.say("sampled", {"images": 12})
-        words = meeting.wait("sampled")  # of all processes, by rank
+        rendezvous.publish("sampled", {"images": 12})
+        messages = rendezvous.wait("sampled")  # of all processes, by rank
 
-    The words lie in the launcher's key-value store, beside a beat of every process. Who waits for one
-    that has failed, or shows no beat for `patience` seconds, gets a UserError and does not hang. One
-    process needs no store.
+    Messages are in the launcher's key-value store. Waiting for a process that has failed, or that has
+    shown no heartbeat for `patience` seconds, is a UserError instead of a hang. A single process
+    needs no store.
     """
 
     def __init__(
@@ -80,13 +95,13 @@ class Meeting:
         self.world, self.patience = world, patience
         self.store = _open_store(world, url) if world.size > 1 else None
         self._round = 0
-        self._words: dict[str, Json] = {}  # of a single process
+        self._messages: dict[str, Json] = {}  # of a single process
         self._left = threading.Event()
-        self._beating = threading.Thread(target=self._beat, daemon=True)
+        self._heartbeat = threading.Thread(target=self._beat, daemon=True)
 
-    def __enter__(self) -> "Meeting":
+    def __enter__(self) -> "Rendezvous":
         if self.store is not None:
-            self._beating.start()
+            self._heartbeat.start()
         return self
 
     def __exit__(
@@ -98,65 +113,62 @@ class Meeting:
         self._left.set()
         if self.store is None:
             return
-        self._beating.join()
+        self._heartbeat.join()
         if error is not None:
             with suppress(RuntimeError):
-                self.store.set(f"failed/{self.world.rank}", str(error) or kind.__name__)
+                self.store.set(f"failed/{self.world.rank}", str(error) or type(error).__name__)
 
     def next_round(self) -> None:
-        """Begin another evaluation, whose words are not those of the last; all processes do."""
+        """Begin another evaluation with its own messages; every process calls it."""
         self._round += 1
 
-    def say(self, topic: str, word: Json = None) -> None:
-        """State something that can be JSON, once per topic and round."""
+    def publish(self, topic: str, message: Json = None) -> None:
+        """Publish a JSON document, once per topic and round."""
         if self.store is None:
-            self._words[self._key(topic, 0)] = word
+            self._messages[self._key(topic, 0)] = message
             return
         try:
-            self.store.set(self._key(topic, self.world.rank), json.dumps(word))
+            self.store.set(self._key(topic, self.world.rank), json.dumps(message))
         except RuntimeError as error:
             raise self._lost() from error
 
-    def wait(self, topic: str, ranks: Sequence[int] | None = None) -> list[Json]:
-        """The words of these processes, or of all, on a topic. UserError if one will never come."""
+    def wait(self, topic: str, ranks: Sequence[int] | None = None) -> list[Any]:
+        """Messages of these processes, or of all. UserError if one will never come."""
         if self.store is None:
-            return [self._words[self._key(topic, 0)]]
+            return [self._messages[self._key(topic, 0)]]
         ranks = range(self.world.size) if ranks is None else ranks
         try:
-            return [self._wait_for(topic, rank) for rank in ranks]
+            return [self._wait_for(self.store, topic, rank) for rank in ranks]
         except RuntimeError as error:
             raise self._lost() from error
 
-    def blame(self, error: RuntimeError) -> Exception:
-        """What to raise for a failed collective: the process that has stopped and why, if one has."""
-        for _ in range(round(_BLAME_WITHIN / _LOOK_EVERY) if self.store is not None else 0):
+    def raise_peer_failure(self, error: RuntimeError) -> NoReturn:
+        """After a failed collective: raise why another process stopped, or `error` if none did."""
+        for _ in range(round(_FAILURE_WITHIN / _POLL_EVERY) if self.store is not None else 0):
             for rank in range(self.world.size):
-                with suppress(RuntimeError):  # the launcher may have gone, too
-                    if failure := self._read(f"failed/{rank}"):
-                        return UserError(
-                            f"process {rank} of {self.world.size} has stopped: {failure}"
-                        )
-            time.sleep(_LOOK_EVERY)
-        return error
+                with suppress(RuntimeError):  # the launcher may be gone, too
+                    self._raise_failure_of(self.store, rank)
+            time.sleep(_POLL_EVERY)
+        raise error
 
-    def _wait_for(self, topic: str, rank: int) -> Json:
+    def _raise_failure_of(self, store: "dist.Store | None", rank: int) -> None:
+        if store is not None and (failure := _read(store, f"failed/{rank}")):
+            raise UserError(f"process {rank} of {self.world.size} has stopped: {failure}") from None
+
+    def _wait_for(self, store: dist.Store, topic: str, rank: int) -> Json:
         last, since = None, time.monotonic()
-        while (word := self._read(self._key(topic, rank))) is None:
-            if failure := self._read(f"failed/{rank}"):
-                raise UserError(f"process {rank} of {self.world.size} has stopped: {failure}")
-            beat = self._read(f"beat/{rank}")
+        while (message := _read(store, self._key(topic, rank))) is None:
+            self._raise_failure_of(store, rank)
+            beat = _read(store, f"heartbeat/{rank}")
             if beat != last:
                 last, since = beat, time.monotonic()
             if time.monotonic() - since > self.patience:
                 raise UserError(
                     f"process {rank} of {self.world.size} has shown no sign of life for "
-                    f"{self.patience:g} s: what is finished is kept; start the same command again"
+                    f"{self.patience:g} s: finished images are kept; start the same command again"
                 )
-            time.sleep(_LOOK_EVERY)
-        return json.loads(word)
-
-    def _read(self, key: str) -> str | None:
-        return self.store.get(key).decode() if self.store.check([key]) else None
+            time.sleep(_POLL_EVERY)
+        return json.loads(message)
 
     def _key(self, topic: str, rank: int) -> str:
         return f"{self._round}/{topic}/{rank}"
@@ -164,38 +176,43 @@ class Meeting:
     def _lost(self) -> UserError:
         return UserError(
             f"process {self.world.rank} has lost the launcher's store, so another process or machine "
-            "has stopped: what is finished is kept; start the same command again"
+            "has stopped: finished images are kept; start the same command again"
         )
 
     def _beat(self) -> None:
+        assert self.store is not None
         for count in itertools.count():
             try:
-                self.store.set(f"beat/{self.world.rank}", str(count))
+                self.store.set(f"heartbeat/{self.world.rank}", str(count))
             except RuntimeError:
-                return  # whoever waits will notice and say so
+                return  # the waiting process will notice and say so
             if self._left.wait(_BEAT_EVERY):
                 return
+
+
+def _read(store: dist.Store, key: str) -> str | None:
+    return store.get(key).decode() if store.check([key]) else None
 
 
 def _open_store(world: World, url: str) -> dist.Store:
     try:
         timeout = timedelta(seconds=_STORE_TIMEOUT)
-        store, _, _ = next(rendezvous(url, world.rank, world.size, timeout=timeout))
+        store, _, _ = next(rendezvous_at(url, world.rank, world.size, timeout=timeout))
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"process {world.rank} of {world.size} cannot meet the others at {url} ({reason}): start "
+            f"process {world.rank} of {world.size} cannot reach the others at {url} ({reason}): start "
             "them with torchrun"
         ) from error
-    return dist.PrefixStore("meeting", store)
+    return dist.PrefixStore("rendezvous", store)
 
 
-def start(meeting: Meeting, device: torch.device) -> None:
+def start(rendezvous: Rendezvous, device: torch.device) -> None:
     """Join the process group: nccl on CUDA, gloo elsewhere. One process joins nothing."""
-    world = meeting.world
+    world = rendezvous.world
     if world.size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        store = dist.PrefixStore("group", meeting.store)
+        store = dist.PrefixStore("group", rendezvous.store)
         dist.init_process_group(backend, store=store, world_size=world.size, rank=world.rank)
 
 

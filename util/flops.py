@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from models import mar
+from engine import cli
+from engine.mar import MARHost
 from models.flops import MARGeometry, Work, image_work
 from models.lazy_mar import CACHES, LazyMARConfig
 from models.plan import DecodingPlan
-from models.presets import PRESETS
 from util.errors import UserError, run_main
+from util.evaluation.run_folder import provenance
 from util.files import atomic_path
 from util.published import tflops_at_64
-from util.run_dir import provenance
 
 MODELS = ("mar_base", "mar_large", "mar_huge")
 LAZY = LazyMARConfig()
@@ -63,10 +63,10 @@ class Share:
 
 def geometry_of(name: str) -> MARGeometry:
     """That of a named model."""
-    preset = PRESETS[name]
+    host = cli.named(name).host()
+    assert isinstance(host, MARHost)
     with torch.device("meta"):
-        model = getattr(mar, name)(diffloss_d=preset.diffloss_d, diffloss_w=preset.diffloss_w)
-    return MARGeometry.of(model)
+        return MARGeometry.of(host.build())
 
 
 def tabulate(num_iter: int) -> dict[str, dict[str, Counts]]:

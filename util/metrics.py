@@ -35,13 +35,19 @@ from tqdm import tqdm
 
 from util.device import pick_device
 from util.errors import UserError, run_main
-from util.feature_sums import FeatureSums, Gaussian
-from util.feature_weights import inception_weights, shapes_weights
-from util.fid_stats import FidStatistics, load_images, load_stats, save_stats
-from util.image_source import ImageFiles, ImageSource, Pictures, image_batches, open_source
+from util.evaluation.feature_weights import inception_weights, shapes_weights
+from util.evaluation.image_source import (
+    ImageFiles,
+    ImageSource,
+    Pictures,
+    image_batches,
+    open_source,
+)
+from util.evaluation.request import ScoreRequest
+from util.evaluation.statistics import FidStatistics, load_images, load_stats, save_stats
+from util.evaluation.sums import FeatureSums, Gaussian
 from util.images import list_images
-from util.score_request import ScoreRequest
-from util.shape_classifier import IMAGE_SIZE, ShapeClassifier
+from util.tiny.classifier import IMAGE_SIZE, ShapeClassifier
 
 KID_SUBSET = 1000  # images per subset, torch-fidelity's default; fewer where there are fewer
 _SPATIAL_CHANNELS = 7  # ADM's evaluator: the first 7 channels of mixed_6/conv, 17 x 17 each

@@ -27,7 +27,7 @@ PAIRED = (
     "model",
 )  # image i: the same task
 # Settings that a row names if the runs differ in them.
-TOLD = ("num_iter", "cfg", "cfg_schedule", "temperature", "top_k", "top_p")
+REPORTED_KEYS = ("num_iter", "cfg", "cfg_schedule", "temperature", "top_k", "top_p")
 SHEET_COLUMNS = 10
 SHEET_SCALE = 2
 # Optional columns, shown if any run has them: key of the results, heading, format.
@@ -136,10 +136,10 @@ def compare(runs: list[dict[str, object]]) -> list[dict[str, object]]:
     first = runs[0]
     pairs = [run is not first and paired(run, first) for run in runs]
     lpips = make_lpips() if any(pairs) else None
-    told = [key for key in TOLD if any(run.get(key) != first.get(key) for run in runs)]
+    reported = [key for key in REPORTED_KEYS if any(run.get(key) != first.get(key) for run in runs)]
     found = []
     for run, pair in zip(runs, pairs, strict=True):
-        label = ", ".join([run["method"], *(f"{key} {run[key]}" for key in told if key in run)])
+        label = ", ".join([run["method"], *(f"{key} {run[key]}" for key in reported if key in run)])
         seconds, base = run.get("sec_per_image"), first.get("sec_per_image")
         beside = {
             "speedup": base / seconds if seconds and base else None,

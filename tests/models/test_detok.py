@@ -11,9 +11,9 @@ from models import mar
 from models.denoiser import guide
 from models.detok import BASE, DeTok
 from models.lazy_mar import CACHES, LazyMARConfig
-from tests.golden_data import relative_error
-from tests.golden_detok import detok_mar, detok_noise, recorded, tokenizer
-from tests.golden_recipe import load_shapes
+from tests.support.golden_data import relative_error
+from tests.support.golden_detok import detok_mar, detok_noise, recorded, tokenizer
+from tests.support.golden_recipe import load_shapes
 
 SHAPES = "detok_state_dicts.json"
 EXACT, SAMPLED = 1e-5, 1e-4

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from models.tokenizers import load_detok, load_tokenizer
-from tests.golden_data import GOLDEN
-from tests.golden_detok import recorded, tokenizer, weights
+from tests.support.golden_data import GOLDEN
+from tests.support.golden_detok import recorded, tokenizer, weights
 from util import checkpoint
 from util.errors import UserError, run_main
 from util.latent_stats import convert_statistics, read_statistics

@@ -12,7 +12,7 @@ from torch import nn
 
 from models.detok import DeTok
 from models.vae import AutoencoderKL
-from tests.golden_detok import detok_mar, mar_config, tokenizer, weights
+from tests.support.golden_detok import detok_mar, mar_config, tokenizer, weights
 from util.errors import UserError
 from util.weights import load_into, load_state_dict_file, save_safetensors
 
@@ -183,7 +183,7 @@ def test_a_list_of_the_tokenizers_averages_is_named_too(tmp_path):
 
 
 def tokenizer_config() -> dict:
-    from tests.golden_detok import config
+    from tests.support.golden_detok import config
 
     return config("tok_config")
 

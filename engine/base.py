@@ -1,0 +1,117 @@
+"""Family and Host: what the scripts need to know of a model.
+
+A family is one kind of model (MAR, LlamaGen). It has flags and presets, and makes a Host of them: one
+named model with every setting of a run, built before anything is loaded. The run itself knows no
+model, see util/evaluation/run.py. A new family is one file and one line in engine/__init__.py.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from util.config import FlagParser, Flags, setting
+from util.errors import UserError
+from util.evaluation.conditions import ClassLabels, Conditions
+from util.evaluation.generation import ImageGenerator
+
+Preset = Mapping[str, Any]  # values of flags that follow from a model's name
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Which weights to load."""
+
+    resume: str = setting("", "file, or folder of checkpoint-last.pth", metavar="PATH")
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How images are computed; changes pixels by rounding at most."""
+
+    vae_bsz: int | None = setting(None, "images decoded at once; default a batch", least=1)
+    no_compile: bool = setting(False, "on CUDA: no torch.compile and no CUDA graphs")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and its tokenizer on the device; weights: where they are from, for the manifest."""
+
+    model: nn.Module
+    tokenizer: nn.Module
+    weights: str
+
+
+class Host(ABC):
+    """One named model with all settings of a run."""
+
+    model: str
+
+    def conditions(self, prompts: str | None) -> Conditions:
+        """What the images show. UserError if the model takes labels and there are prompts."""
+        if prompts is not None:
+            raise UserError(
+                f"--prompts is for text-to-image models; {self.model} takes class labels"
+            )
+        return ClassLabels(self.class_num)
+
+    @property
+    @abstractmethod
+    def class_num(self) -> int:
+        """Number of class labels; a text-to-image model overrides `conditions` instead."""
+
+    @abstractmethod
+    def load(self, device: torch.device) -> Loaded:
+        """Model and tokenizer, ready to sample. UserError for files that are missing or do not fit."""
+
+    @abstractmethod
+    def generator(
+        self,
+        loaded: Loaded,
+        compute: ComputeConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        show: bool,
+    ) -> ImageGenerator:
+        """The loaded model as a generator; `show`: this process may print."""
+
+    @abstractmethod
+    def config(self, loaded: Loaded, dtype: torch.dtype) -> dict[str, object]:
+        """What decides the images, besides weights, number, seed and device."""
+
+    @abstractmethod
+    def summary(self) -> dict[str, object]:
+        """What results.json says of the run: method, num_iter, cfg, lazy_mar, line_ar."""
+
+    @abstractmethod
+    def run_name(self, num_images: int) -> str:
+        """Folder name of a run, such as mar_huge-lazy_mar-iter64-cfg3.25-50000."""
+
+    @abstractmethod
+    def flops_per_image(self, model: nn.Module) -> float:
+        """Operations for one image without caches, tokenizer not counted."""
+
+
+class Family(ABC):
+    """A kind of model."""
+
+    name: str
+    presets: Mapping[str, Preset]
+
+    @abstractmethod
+    def add_flags(self, parser: FlagParser) -> None:
+        """Add the flags that only this family has, with owner=self.name."""
+
+    @abstractmethod
+    def host(self, model: str, flags: Flags, defaults: Preset) -> Host:
+        """The named model with the given flags; `defaults` fill the others. UserError: nonsense."""
+
+
+def require_file(path: str, what: str, remedy: str) -> None:
+    """UserError if a file is missing."""
+    if not Path(path).is_file():
+        raise UserError(f"{what} {path} is missing: {remedy}")

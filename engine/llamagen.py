@@ -1,0 +1,204 @@
+"""The LlamaGen family: GPTs over VQ codes, with the full key-value cache or LineAR's."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, require_file
+from models import llamagen, vq
+from models.gpt_images import GPTGenerator, GPTSampling
+from models.line_cache import LineARConfig
+from util import checkpoint
+from util.config import FlagParser, Flags, setting
+from util.errors import UserError
+from util.files import sha256_of
+
+ROPE_TABLE = "freqs_cis"  # some published files hold it; ours is computed
+TOKENIZERS = {"vq16": vq.vq16, "vq_tiny": vq.vq_tiny}
+LINEAR_ONLY = ("line_anchors", "line_recent", "line_pooling")  # LineAR's; rivals have their own
+
+_TINY = "pretrained_models/gpt_tiny"
+_SHAPES = "pretrained_models/mar_tiny"
+_LLAMAGEN = "pretrained_models/llamagen"
+
+
+def _published(name: str, cfg: float) -> Preset:
+    """A published 384-pixel model; cfg of LlamaGen's best FID (its repository's table)."""
+    return {"cfg": cfg, "resume": f"{_LLAMAGEN}/c2i_{name}_384.pt"}
+
+
+PRESETS: dict[str, Preset] = {
+    "gpt_b": _published("B", 2.0),
+    "gpt_l": _published("L", 2.0),
+    "gpt_xl": _published("XL", 1.75),
+    "gpt_xxl": _published("XXL", 1.75),
+    "gpt_3b": _published("3B", 1.65),
+    "gpt_tiny": {
+        "img_size": 64,
+        "image_size_eval": 64,
+        "vae_stride": 4,
+        "class_num": 10,
+        "cfg": 1.5,
+        "top_p": 0.95,  # an hour's training leaves unlikely codes too likely
+        "line_recent": 1,  # of 16 lines, few are kept: benchmarks/results/line_ablation.md
+        "tokenizer": "vq_tiny",
+        "vae_path": f"{_TINY}/tokenizer.safetensors",
+        "resume": f"{_TINY}/model.safetensors",
+        "features": "shapes",
+        "features_path": f"{_SHAPES}/classifier.safetensors",
+        "fid_stats": f"{_SHAPES}/fid_stats.npz",
+    },
+}
+
+
+@dataclass(frozen=True)
+class GPTImageConfig:
+    """Geometry of the images, and their tokenizer. UserError if a line is not a whole number of codes."""
+
+    img_size: int = setting(384, "height and width that the model draws, pixels", least=1)
+    image_size_eval: int | None = setting(
+        256, "height and width of the saved images, pixels", least=1
+    )
+    vae_stride: int = setting(16, "pixels per code and side", least=1)
+    class_num: int = setting(1000, "number of classes", least=1)
+    tokenizer: str = setting("vq16", "kind of the tokenizer", choices=tuple(TOKENIZERS))
+    vae_path: str = setting(f"{_LLAMAGEN}/vq_ds16_c2i.pt", "its weights", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        if self.img_size % self.vae_stride:
+            raise UserError(
+                f"--img_size is {self.img_size}; it must be a multiple of --vae_stride "
+                f"{self.vae_stride}"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Lines, and codes per line."""
+        side = self.img_size // self.vae_stride
+        return side, side
+
+
+@dataclass(frozen=True)
+class LlamaGenHost(Host):
+    """A named GPT."""
+
+    model: str
+    images: GPTImageConfig
+    sampling: GPTSampling
+    resume: str
+
+    @property
+    def class_num(self) -> int:
+        return self.images.class_num
+
+    def load(self, device: torch.device) -> Loaded:
+        checkpoint.find_checkpoint(self.resume)
+        lines, line = self.images.grid
+        with torch.device("meta"):  # drawing billions of weights takes minutes
+            build = getattr(llamagen, self.model)
+            model = build(block_size=lines * line, num_classes=self.images.class_num)
+        model = model.to_empty(device="cpu")
+        checkpoint.load_into(model, self.resume, use_ema=False, surplus=(ROPE_TABLE,))
+        weights = checkpoint.describe(self.resume, use_ema=False)
+        return Loaded(model.to(device).eval(), self.open_tokenizer(device), weights)
+
+    def open_tokenizer(self, device: torch.device) -> nn.Module:
+        """The tokenizer on the device. UserError if its file is missing or does not fit."""
+        images = self.images
+        remedy = "fetch LlamaGen's with `python -m util.download vq16`"
+        require_file(images.vae_path, "--vae_path: the tokenizer", remedy)
+        tokenizer = TOKENIZERS[images.tokenizer]().eval().requires_grad_(False)
+        checkpoint.load_into(tokenizer, images.vae_path, use_ema=False)
+        if tokenizer.stride != images.vae_stride:
+            raise UserError(
+                f"the tokenizer {images.vae_path} has stride {tokenizer.stride}, but --vae_stride is "
+                f"{images.vae_stride}: give the tokenizer that the model was trained with"
+            )
+        return tokenizer.to(device)
+
+    def generator(
+        self,
+        loaded: Loaded,
+        compute: ComputeConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        show: bool,
+    ) -> GPTGenerator:
+        assert isinstance(loaded.model, llamagen.GPT)
+        assert isinstance(loaded.tokenizer, vq.VQModel)
+        images = self.images
+        size = images.image_size_eval or images.img_size
+        model = loaded.model.to(dtype)
+        return GPTGenerator(model, loaded.tokenizer, self.sampling, size, compute.vae_bsz)
+
+    def config(self, loaded: Loaded, dtype: torch.dtype) -> dict[str, object]:
+        images = self.images
+        return {
+            "img_size": images.img_size,
+            "image_size_eval": images.image_size_eval or images.img_size,
+            "tokenizer": f"{images.tokenizer} {sha256_of(images.vae_path)[:16]}",
+            "vae_dtype": "float32",
+            **asdict(self.sampling),
+        }
+
+    def summary(self) -> dict[str, object]:
+        return {
+            "lazy_mar": False,
+            "line_ar": self.sampling.line_ar is not None,
+            "method": self.sampling.method,
+            "num_iter": self.images.grid[0] * self.images.grid[1],
+            "cfg": self.sampling.cfg,
+        }
+
+    def run_name(self, num_images: int) -> str:
+        return self.sampling.run_name(self.model, num_images)
+
+    def flops_per_image(self, model: nn.Module) -> float:
+        """With the full cache."""
+        assert isinstance(model, llamagen.GPT)
+        branches, tokens = 2 if self.sampling.cfg > 1 else 1, model.block_size
+        matrices = [p for p in model.layers.parameters() if p.dim() == 2] + [model.output.weight]
+        width = model.n_head * model.head_dim
+        attention = 4 * width * len(model.layers) * tokens * (tokens + 1) / 2
+        return branches * (2 * tokens * sum(p.numel() for p in matrices) + attention)
+
+
+class LlamaGenFamily(Family):
+    """LlamaGen's class-conditional GPTs and the bundled gpt_tiny."""
+
+    name = "GPT"
+    presets = PRESETS
+
+    def add_flags(self, parser: FlagParser) -> None:
+        from_model = tuple({name for preset in PRESETS.values() for name in preset})
+        shared: dict[str, Any] = {"owner": self.name, "from_model": from_model}
+        parser.add(GPTImageConfig, "LlamaGen", **shared)
+        parser.add(GPTSampling, "LlamaGen's sampling", **shared)
+        parser.add(
+            LineARConfig,
+            "LineAR",
+            description="--line_ar takes the defaults; each other flag changes one",
+            prefix="line_",
+            switch=("line_ar", "compress the key-value cache to a few lines"),
+            **shared,
+        )
+
+    def host(self, model: str, flags: Flags, defaults: Preset) -> LlamaGenHost:
+        images = flags.build(GPTImageConfig, defaults)
+        method = flags.value("line_method", "linear")
+        if method != "linear" and flags.value("line_ar"):
+            for name in LINEAR_ONLY:
+                if name in flags.given:
+                    raise UserError(f"--{name} is LineAR's, --line_method {method} has none")
+            defaults = {k: v for k, v in defaults.items() if k not in LINEAR_ONLY}
+        line_ar = flags.build_optional(LineARConfig, "line_ar", "LineAR", defaults, prefix="line_")
+        try:
+            if line_ar is not None:
+                line_ar.plan(images.grid)
+            sampling = replace(flags.build(GPTSampling, defaults), line_ar=line_ar)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        resume = flags.build(WeightsConfig, defaults).resume
+        return LlamaGenHost(model, images, sampling, resume)

@@ -1,0 +1,221 @@
+"""Ablations: rows are runs that go on, tables and sentences say what the numbers say."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import ablations
+from benchmarks.ablation_rows import Row, changed, frontier_series, groups, scaled
+from benchmarks.common import RESULTS, refuse_foreign
+from benchmarks.svg_plot import xy_plot
+from models.lazy_mar import KEEP_SCHEDULE, LazyMARConfig
+from tests.cli.test_run import snapshot
+from tests.conftest import NUM_IMAGES, ROOT, flags_for
+from util.errors import UserError
+
+BASE = LazyMARConfig(head_interval=3)  # mar_tiny's
+LAZY = Row("LazyMAR, 2 steps", BASE, 2)
+SHORT = {
+    "caches": [Row("MAR", None, 2), Row("head", BASE.with_caches(["head"]), 2), LAZY],
+    "frontier": [Row("MAR", None, 2), Row("head, 1", BASE.with_caches(["head"]), 1), LAZY],
+}
+SERIES = {"MAR": SHORT["frontier"][:2], "LazyMAR": [LAZY]}
+
+
+@pytest.fixture
+def ablate(one_thread, monkeypatch, weights, tmp_path, capsys):
+    """Calls the command with rows of two steps; returns the last line, parsed, and measured peaks."""
+    measured = []
+
+    def peak_gb(batch):
+        measured.append(batch.config)
+        return 0.5
+
+    monkeypatch.setattr(ablations, "STEPS", 2)
+    monkeypatch.setattr(ablations, "groups", lambda base, steps_at: SHORT)
+    monkeypatch.setattr(ablations, "frontier_series", lambda base, steps_at: SERIES)
+    monkeypatch.setattr(ablations, "peak_gb", peak_gb)
+
+    def call(*more: str) -> tuple[dict, list]:
+        images = ["--num_images", str(NUM_IMAGES), "--eval_bsz", str(NUM_IMAGES)]
+        flags = flags_for(weights / "official", tmp_path / "out", *images, *more)
+        results = ["--results", str(tmp_path / "results"), "--timing_bsz", "2", "--repeats", "2"]
+        monkeypatch.setattr(sys, "argv", ["ablations.py", *flags, *results])
+        capsys.readouterr()
+        ablations.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1]), measured
+
+    return call
+
+
+def untimed(document):
+    """Its rows without what is measured anew each time."""
+    return [
+        {key: value for key, value in row.items() if key not in ("s_per_image", "speedup")}
+        for row in document["rows"]
+    ]
+
+
+def test_rows_become_runs_and_tables_and_are_not_made_again(ablate, tmp_path):
+    document, measured = ablate("--group", "caches,frontier")
+    runs = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(runs) == len(measured) == 4  # MAR and LazyMAR are in both groups
+    assert {row["folder"] for row in document["rows"]} < set(runs)
+    for group in ("caches", "frontier"):
+        path = tmp_path / "results" / f"ablations_mar_tiny_{group}"
+        written = json.loads(path.with_suffix(".json").read_text())
+        mar, *others = written["rows"]
+        assert (mar["psnr"], mar["speedup"], mar["lazy_mar"]) == (None, 1.0, None)
+        assert all(5 < row["psnr"] < 140 and row["fid"] > 0 for row in others)
+        assert all(row["identical"] == 0 and row["s_per_image"] > 0 for row in others)
+        assert all(row["tflops_executed"] < mar["tflops_executed"] for row in others)
+        assert written["about"]["num_images"] == NUM_IMAGES
+        text = path.with_suffix(".md").read_text()
+        assert [line.split(" | ")[0] for line in text.splitlines()[2:5]] == [
+            f"| {row['name']}" for row in written["rows"]
+        ]
+    assert document["conclusion"] in text
+    assert (
+        (tmp_path / "results" / "ablations_mar_tiny_frontier.svg").read_text().endswith("</svg>\n")
+    )
+
+    before = snapshot(tmp_path / "out")
+    again, measured = ablate("--group", "frontier")
+    assert untimed(again) == untimed(document)
+    assert (snapshot(tmp_path / "out"), len(measured)) == (before, 4)
+    (tmp_path / "out" / mar["folder"] / "images" / "00003.png").unlink()
+    assert ablate("--group", "caches")[0]["rows"]
+    assert sorted(snapshot(tmp_path / "out")) == sorted(before)
+    with pytest.raises(UserError, match="seed 1, this one has 2"):
+        ablate("--group", "caches", "--seed", "2")
+
+
+def test_a_result_of_another_run_is_not_overwritten_unasked(ablate, tmp_path):
+    ablate("--group", "caches")
+    before = snapshot(tmp_path / "results")
+    fewer = ("--group", "caches,frontier", "--num_images", "10", "--eval_bsz", "10")
+    with pytest.raises(UserError, match="num_images 20, this one has 10"):
+        ablate(*fewer)
+    assert snapshot(tmp_path / "results") == before
+    with pytest.raises(UserError, match=r"temperature 1\.0, this one has 0\.9"):
+        ablate("--group", "caches", "--temperature", "0.9")
+    assert ablate(*fewer, "--overwrite")[0]["about"]["num_images"] == 10
+
+
+def test_rows_take_turns_and_the_fastest_counts(ablate, monkeypatch, tmp_path):
+    seconds = iter([8.0, 6.0, 4.0, 4.0, 2.0, 6.0])  # two turns of three rows
+
+    def timed(call, device):
+        call()
+        return next(seconds)
+
+    monkeypatch.setattr(ablations, "timed", timed)
+    rows = ablate("--group", "caches")[0]["rows"]
+    assert [row["s_per_image"] for row in rows] == [2.0, 1.0, 2.0]  # batches of two
+    assert [row["speedup"] for row in rows] == [1.0, 2.0, 1.0]
+
+
+def test_the_documented_command_is_not_refused_for_what_is_committed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = ["--model", "mar_tiny", "--dtype", "bf16", "--device", "cpu", "--results", str(RESULTS)]
+    args = ablations.parse_args(flags)
+    ablation = ablations.Ablation(args, torch.device("cpu"))
+    for path in ablations.result_paths(args).values():
+        assert path.with_suffix(".json").exists()
+        refuse_foreign(path, **ablation.settings)
+
+
+def test_turns_and_timed_batches_are_at_least_one():
+    for flag in ("--repeats", "--timing_bsz"):
+        with pytest.raises(UserError, match=f"{flag} is 0"):
+            ablations.parse_args(["--model", "mar_tiny", flag, "0"])
+
+
+def test_a_dry_run_writes_nothing(ablate, tmp_path):
+    document, _ = ablate("--group", "caches", "--dry_run")
+    assert (document["rows"], list(tmp_path.iterdir())) == (3, [])
+    assert document["seconds"] > 0
+
+
+def test_the_default_is_in_every_sweep_and_named():
+    rows = changed(BASE, "interval", (1, 18))
+    assert [row.name for row in rows] == ["interval 1", "interval 9, the default", "interval 18"]
+    assert [row.config.interval for row in rows] == [1, 9, 18]
+    skipped = changed(BASE, "head_skip", ((1, 2), ()))
+    names = ["head_skip none", "head_skip 1,2", "head_skip 1,2,3,4, the default"]
+    assert [row.name for row in skipped] == names
+
+
+def test_a_scaled_keep_schedule_stays_whole_where_it_is_whole():
+    assert scaled(BASE, 1) == BASE
+    halved, doubled = scaled(BASE, 0.5).keep, scaled(BASE, 2).keep
+    assert [ratio for _, ratio in halved] == [1.0] + [r / 2 for _, r in KEEP_SCHEDULE[1:]]
+    assert [ratio for _, ratio in doubled][:4] == [1.0, 1.0, 1.0, 0.8]
+
+
+def test_the_frontier_has_all_rows_of_its_lines():
+    def steps_at(row, config):
+        return 20 if config else None
+
+    series = frontier_series(BASE, steps_at)
+    rows = groups(BASE, steps_at)["frontier"]
+    tasks = {row.task for line in series.values() for row in line}
+    assert {row.task for row in rows} == tasks
+    assert sum(len(line) for line in series.values()) > len(rows)
+    head = BASE.with_caches(["head"])
+    assert {(head, 20), (head, 16), (None, 16)} < tasks
+    assert (None, 20) not in tasks
+
+
+def test_steps_at_equal_cost_cost_the_same(one_thread):
+    args = ablations.parse_args(["--model", "mar_tiny", "--device", "cpu"])
+    ablation = ablations.Ablation(args, torch.device("cpu"))
+    lazy, head = Row("", ablation.base), ablation.base.with_caches(["head"])
+    steps = ablation.steps_at(lazy, head)
+    near = [ablation.tflops(Row("", head, n), executed=True) for n in (steps - 1, steps, steps + 1)]
+    assert near[0] < ablation.tflops(lazy, executed=True) < near[2]
+    assert ablation.steps_at(Row("", None, 33), None) == 33
+    # mar_tiny's head alone costs more than LazyMAR, whatever the number of steps.
+    assert ablation.steps_at(lazy, None) is None
+
+
+def result(name, fid, cost, config=None, steps=64):
+    config = None if config is None else ablations.asdict(config)
+    costs = {"tflops_executed": cost, "s_per_image": cost}
+    return {"name": name, "fid": fid, "num_iter": steps, "lazy_mar": config, **costs}
+
+
+def test_the_conclusion_compares_at_equal_cost_and_names_the_undominated():
+    head = BASE.with_caches(["head"])
+    rows = [
+        result("MAR", 0.10, 9.0),
+        result("MAR, 24 steps", 0.40, 5.0, steps=24),
+        result("LazyMAR", 0.12, 4.5, BASE),
+        result("slower", 0.12, 4.6, LazyMARConfig(interval=3)),
+        result("head, 24 steps", 0.35, 4.4, head, steps=24),
+        result("head, 8 steps", 2.0, 1.0, head, steps=8),
+    ]
+    names = [row["name"] for row in ablations.undominated(rows, "s_per_image")]
+    assert names == ["head, 8 steps", "head, 24 steps", "LazyMAR", "MAR"]
+    lines = ablations.conclusion(rows, BASE).split("\n\n")
+    cost = "at 4.5 TFLOPs per image as executed"
+    assert lines[0] == f"LazyMAR with 64 steps has FID 0.120 {cost}, MAR 0.100 at 9."
+    assert "of MAR, the row with 24 steps: FID 0.400 at 5 TFLOPs" in lines[1]
+    assert "of head cache alone, the row with 24 steps: FID 0.350 at 4.4 TFLOPs" in lines[2]
+    assert "fewer FLOPs than: head, 8 steps; head, 24 steps; LazyMAR; MAR." in lines[3]
+
+
+def test_a_plot_over_numbers_places_points_by_their_logarithms():
+    panels = {"x": {"a": [(4.0, 1.0), (1.0, 4.0), (2.0, 2.0)], "b": [(2.0, 1.0)]}}
+    text = xy_plot("t", "FID", panels, {"x": {"here": (2.0, 2.0)}})
+    (line, *_) = [row for row in text.splitlines() if "polyline" in row]
+    points = [tuple(map(float, pair.split(","))) for pair in line.split('"')[1].split()]
+    xs, ys = zip(*points, strict=True)
+    assert xs == tuple(sorted(xs))
+    assert ys == tuple(sorted(ys))
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1], abs=0.2)
+    assert ys[1] - ys[0] == pytest.approx(ys[2] - ys[1], abs=0.2)
+    assert text.count("<circle") == 4 + 1  # and the ring around the point that is named
+    assert text.count(">here</text>") == 1

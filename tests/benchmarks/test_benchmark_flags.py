@@ -1,0 +1,200 @@
+"""What the benchmarks refuse before they measure: results that would be lost, flags that make no sense."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import (
+    latency,
+    line_ablation,
+    line_latency,
+    line_quality,
+    redundancy,
+    tiny_references,
+    training,
+    waterfall,
+)
+from benchmarks.common import refuse_foreign, reserve_output, write_result
+from tests.cli.test_run import snapshot
+from tests.conftest import ROOT
+from util.errors import UserError
+
+SCRIPTS = (latency, waterfall, training, line_latency)
+BUNDLED = (line_ablation, line_quality, tiny_references, redundancy)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Makes the words the command line of a benchmark."""
+
+    def set_command(script: object, *flags: object) -> None:
+        name = f"{script.__name__.removeprefix('benchmarks.')}.py"
+        device = [] if script is tiny_references else ["--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [name, *device, *map(str, flags)])
+
+    return set_command
+
+
+def write_about(path: Path, **about: object) -> None:
+    path.write_text(json.dumps({"about": about, "rows": []}))
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *BUNDLED])
+def test_the_result_of_another_command_is_not_overwritten_unasked(command, tmp_path, script):
+    write_about(tmp_path / "result.json", command="python -m benchmarks.other")
+    before = snapshot(tmp_path)
+    command(script, "--output", tmp_path / "result")
+    told = (
+        r"result\.json holds the result of `python -m benchmarks\.other`: give another --output, or"
+    )
+    with pytest.raises(UserError, match=told):
+        script.main()
+    assert snapshot(tmp_path) == before
+    command(script, "--output", tmp_path / "result", "--overwrite")
+    assert script.parse().output == tmp_path / "result"
+
+
+def test_the_same_command_may_repeat_wherever_its_result_lies(command, tmp_path):
+    path = tmp_path / "result"
+    write_about(tmp_path / "result.json", command="python -m benchmarks.latency --device cpu")
+    for flags in (("--output", path), (f"--output={path}.json", "--overwrite")):
+        command(latency, *flags)
+        reserve_output(path, overwrite=False)
+    for flags in (("--output", path, "--repeats", 2), ("--output_dir", path)):
+        command(latency, *flags)
+        with pytest.raises(UserError, match="give another --output, or --overwrite"):
+            reserve_output(path, overwrite=False)
+        reserve_output(path, overwrite=True)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"about": 3}'])
+def test_a_file_that_does_not_say_what_made_it_is_not_overwritten_unasked(tmp_path, content):
+    path = tmp_path / "result"
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(UserError, match=r"result\.json .*: give another --output, or --overwrite"):
+        reserve_output(path, overwrite=False)
+    with pytest.raises(UserError, match=r"result\.json .*: give another --output or --results, or"):
+        refuse_foreign(path, weights="a")
+    reserve_output(path, overwrite=True)
+
+
+def test_a_folder_that_cannot_be_made_is_told_at_the_start(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"result\.json cannot be written"):
+        reserve_output(tmp_path / "file" / "result", overwrite=False)
+
+
+@pytest.mark.parametrize("output", ["", "."])
+def test_an_output_without_a_name_is_refused(output):
+    with pytest.raises(UserError, match="--output . names no file"):
+        reserve_output(Path(output), overwrite=False)
+
+
+def test_a_dot_in_the_name_of_a_result_stays(command, tmp_path):
+    command(latency)
+    document = {"about": {"command": "python -m benchmarks.other", "weights": "a"}, "rows": []}
+    write_result(tmp_path / "lazy_0.9", document, "text")
+    write_result(tmp_path / "lazy.json", document, "text\n")
+    assert sorted(snapshot(tmp_path)) == ["lazy.json", "lazy.md", "lazy_0.9.json", "lazy_0.9.md"]
+    assert "text\n\n    command: " in (tmp_path / "lazy_0.9.md").read_text()
+    assert snapshot(tmp_path)["lazy.md"] == snapshot(tmp_path)["lazy_0.9.md"]
+    with pytest.raises(UserError, match=r"lazy_0\.9\.json holds"):
+        reserve_output(tmp_path / "lazy_0.9", overwrite=False)
+    with pytest.raises(UserError, match=r"lazy_0\.9\.json holds a result of weights a"):
+        refuse_foreign(tmp_path / "lazy_0.9", weights="b")
+    reserve_output(tmp_path / "lazy_0.8", overwrite=False)
+
+
+@pytest.mark.parametrize("script", BUNDLED)
+def test_committed_results_are_written_only_where_a_flag_names_them(
+    command, monkeypatch, tmp_path, script
+):
+    monkeypatch.chdir(tmp_path)
+    command(script)
+    output = script.parse().output
+    assert output.parent == Path("output_dir/benchmarks")
+    assert str(output) in script.__doc__.replace("MODEL*", "mar_tiny")
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "reason"),
+    [
+        (latency, "--repeats 0", "--repeats is 0; it must be at least 1"),
+        (latency, "--num_iter 0", "--num_iter is 0; it must be at least 1"),
+        (latency, "--threads 0", "--threads is 0; it must be at least 1"),
+        (latency, "--warmup -1", "--warmup is -1; it must be at least 0"),
+        (latency, "--batches 8,0", "--batches 8,0 are no numbers of images"),
+        (latency, "--models gpt_b", "--models gpt_b is no model; use some of mar_base"),
+        (waterfall, "--repeats 0", "--repeats is 0; it must be at least 1"),
+        (waterfall, "--num_iter 0", "--num_iter is 0; it must be at least 1"),
+        (waterfall, "--batch 0", "--batch is 0; it must be at least 1"),
+        (training, "--repeats 0", "--repeats is 0; it must be at least 1"),
+        (training, "--batch 0", "--batch is 0; it must be at least 1"),
+        (line_latency, "--method x", "--method x is unknown; use one of linear, "),
+        (line_latency, "--lines 0", "--lines is 0; it must be at least 1"),
+        (line_latency, "--repeats 0", "--repeats is 0; it must be at least 1"),
+        (line_latency, "--batches x", "--batches x are no numbers of images"),
+        (line_latency, "--budgets 1/0", "--budgets 1/0: "),
+        (line_quality, "--num_images 0", "--num_images is 0; it must be at least 1"),
+        (line_quality, "--batch 0", "--batch is 0; it must be at least 1"),
+        (line_quality, "--top_p 2", "top_p is 2.0"),
+        (line_quality, "--recent 3", "too small"),
+        (line_ablation, "--num_images 0", "--num_images is 0; it must be at least 1"),
+        (tiny_references, "--num_images 99", "--num_images is 99; it must be at least 100"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_before_anything_is_measured(
+    command, tmp_path, script, flags, reason
+):
+    command(script, *flags.split(), "--output", tmp_path / "result")
+    with pytest.raises(UserError) as refusal:
+        script.main()
+    assert reason in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def quality(command, monkeypatch, tmp_path):
+    """Runs line_quality without a model; returns the names of the rows that it made."""
+    monkeypatch.chdir(ROOT)
+    made = []
+    score = {"fid": 0.5, "is_mean": 8.0, "is_std": 0.1, "is_splits": 10, "accuracy": 0.9}
+    monkeypatch.setattr(line_quality, "load_tiny", lambda device, dtype: (None, None))
+    monkeypatch.setattr(
+        line_quality.Run, "images", lambda run, model, vq, sampling: made.append(sampling.method)
+    )
+    monkeypatch.setattr(line_quality.Run, "score", lambda run, images: score)
+    monkeypatch.setattr(line_quality, "picture", lambda *args: np.zeros((4, 4, 3), np.uint8))
+
+    def run(*flags: object) -> list[str]:
+        made.clear()
+        words = ("--methods", "h2o", "--budgets", "1/2,1/4", "--output", tmp_path / "quality")
+        command(line_quality, *words, *flags)
+        line_quality.main()
+        return list(made)
+
+    return run
+
+
+def test_the_same_command_goes_on_with_the_rows_of_its_file(quality, monkeypatch, tmp_path):
+    every = ["full cache", "h2o 1/2", "h2o 1/4"]
+    assert quality() == every
+    path = tmp_path / "quality.json"
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "rows": document["rows"][:2]}))
+    assert quality() == every[2:]
+    assert len(json.loads(path.read_text())["rows"]) == 3
+    names = ["quality.json", "quality.md", "quality.png", "quality.svg"]
+    before = snapshot(tmp_path)
+    assert sorted(before) == names
+    with pytest.raises(UserError, match="holds the result of"):
+        quality("--seed", 2)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="rows with weights"):
+        patch.setattr(line_quality, "describe", lambda *args, **kwargs: "others")
+        quality()
+    assert snapshot(tmp_path) == before
+    assert quality("--seed", 2, "--overwrite") == every
+    assert quality("--seed", 2) == []

@@ -1,0 +1,187 @@
+"""The benchmarks compare the same pictures, and run."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import (
+    eager_mar,
+    latency,
+    line_latency,
+    retraining,
+    tiny_references,
+    training,
+    waterfall,
+)
+from benchmarks.common import clock_of, markdown
+from benchmarks.eager_training import masked_loss
+from benchmarks.mar_work import MODELS, MODES, Work, build, count, count_work
+from models.plan import DecodingPlan
+from tests.conftest import ROOT
+from tests.models.test_sampling import CLOSE, noise_of, sample, small_mar
+from tests.support.golden_data import relative_error
+from util.errors import UserError
+
+
+def test_the_eager_baseline_makes_the_same_latents():
+    model = small_mar()
+    plan = DecodingPlan.create(model.seq_len, 12, 3.0)
+    latents = eager_mar.sample_tokens(model, plan, [1, 2], noise_of(model, (3, 4)))
+    assert relative_error(latents, sample(model)) < CLOSE
+
+
+def test_the_eager_training_step_has_the_same_loss():
+    model = small_mar(diffusion_batch_mul=2, attn_dropout=0.0, proj_dropout=0.0).train()
+    latents, labels = torch.randn(3, 4, 8, 8), torch.tensor([0, 1, 2])
+    noise = model.training_noise(3, seed=5)
+    rank = noise.orders.argsort(dim=1)
+    t = torch.zeros(3, 2, 64, dtype=torch.long)
+    head = torch.zeros(3, 2, 64, 4)
+    t[:, :, noise.known :], head[:, :, noise.known :] = noise.timesteps, noise.head
+    at = rank[:, None].expand(-1, 2, -1)  # from the order of decoding to raster order
+    t = t.gather(2, at).transpose(0, 1).flatten()
+    head = head.gather(2, at[..., None].expand(-1, -1, -1, 4)).transpose(0, 1).flatten(0, 2)
+    mask = (rank >= noise.known).float()
+    loss = masked_loss(model, latents, labels, noise.dropped, mask, t, head)
+    assert loss.item() == pytest.approx(model(latents, labels, noise).item(), rel=1e-5)
+
+
+def test_operations_are_counted_twice_per_multiply_add():
+    x, weight = torch.zeros(3, 5, device="meta"), torch.zeros(7, 5, device="meta")
+    assert count(lambda: torch.nn.functional.linear(x, weight)) == 2 * 3 * 5 * 7
+
+
+def test_a_lazy_image_is_less_work_than_a_plain_one():
+    plain, lazy = (count_work("mar_tiny", MODES[m], 8, 3.0, 4) for m in ("plain", "lazy"))
+    assert lazy.transformer_flops < plain.transformer_flops
+    assert lazy.head_flops < plain.head_flops
+    assert lazy.head_bytes < plain.head_bytes
+
+
+def test_limits_are_work_over_rates():
+    work = Work(transformer_flops=60.0, head_flops=30.0, head_bytes=80.0)
+    assert work.limits(batch=2, rate=10.0, bandwidth=4.0) == (18.0, 12.0 + 20.0)
+
+
+def test_the_heads_have_the_published_sizes():
+    nets = {name: build(name, "meta").diffloss.net for name in MODELS}
+    sizes = {name: (len(net.res_blocks), net.cond_embed.out_features) for name, net in nets.items()}
+    assert sizes == {  # MAR's README; the bundled model's own
+        "mar_base": (6, 1024), "mar_large": (8, 1280), "mar_huge": (12, 1536), "mar_tiny": (4, 160),
+    }  # fmt: skip
+
+
+def test_one_thread_is_clocked_by_its_own_seconds(one_thread):
+    torch.set_num_threads(1)
+    assert clock_of(torch.device("cpu")) is time.process_time
+    torch.set_num_threads(2)
+    assert clock_of(torch.device("cpu")) is time.perf_counter
+
+
+def test_tables_show_three_digits():
+    assert markdown(["a", "b"], [[0.123456, None]]).splitlines()[2] == "| 0.123 |  |"
+
+
+@pytest.mark.parametrize("script", [latency, waterfall])
+def test_a_benchmark_ends_in_one_json_document_and_writes_its_results(
+    one_thread, monkeypatch, capsys, tmp_path, script
+):
+    model = "--models" if script is latency else "--model"
+    flags = [model, "mar_tiny", "--num_iter", "1", "--device", "cpu", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags, "--output", str(tmp_path / "result")])
+    script.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document == json.loads((tmp_path / "result.json").read_text())
+    assert len(document["rows"]) == (2 if script is latency else 7)
+    row = "| mar_tiny |" if script is latency else "| + head cache |"
+    assert row in (tmp_path / "result.md").read_text()
+
+
+def test_the_training_benchmark_compares_its_rows(monkeypatch, capsys, tmp_path):
+    output = tmp_path / "training"
+    command = ["training", "--model", "mar_tiny", "--batch", "1", "--repeats", "1", "--warmup", "0"]
+    command += ["--rows", "eager,ours", "--device", "cpu", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    training.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document == json.loads(output.with_suffix(".json").read_text())
+    assert [row["step"] for row in document["rows"]] == ["eager", "ours"]
+    assert all(row["images_per_s"] > 0 for row in document["rows"])
+
+
+def test_cache_sizes_follow_from_shapes_alone(monkeypatch, capsys):
+    command = "line_latency --model gpt_xl --batches 4 --budgets 1,1/4,3 --sizes_only"
+    monkeypatch.setattr(sys, "argv", command.split())
+    line_latency.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["slots"] for row in rows] == [576, 1 + 6 * 24 + 24, 1 + 3 * 24 + 24]
+    for row in rows:  # keys and values, bytes of bf16, width, layers, sequences with guidance
+        assert row["cache_gb"] * 1e9 == 2 * 2 * 1280 * 36 * row["slots"] * 4 * 2
+        assert "images_per_s" not in row
+    assert rows[0]["workspace_gb"] == 0 < rows[1]["workspace_gb"]
+
+
+def test_a_benchmark_that_samples_nothing_finds_no_largest_batch(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["line_latency", "--sizes_only", "--max_batch"])
+    with pytest.raises(UserError, match="leave one of them away"):
+        line_latency.main()
+
+
+def test_the_cache_benchmark_measures_its_budgets(one_thread, monkeypatch, capsys):
+    command = "line_latency --model gpt_tiny --lines 8 --batches 1 --budgets 1,1/2 --repeats 1"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu"])
+    line_latency.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["budget"] for row in document["rows"]] == ["1", "1/2"]
+    assert all(row["images_per_s"] > 0 for row in document["rows"])
+
+
+def test_the_references_see_damage(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(tiny_references.DEFAULT_IMAGES, "tokenizer", 100)
+    monkeypatch.setattr(tiny_references, "psnr", lambda tokenizer: 30.0)
+    command = ["tiny_references", "--num_images", "200", "--output", str(tmp_path / "result")]
+    monkeypatch.setattr(sys, "argv", command)
+    tiny_references.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    fid = {row["name"]: row["fid"] for row in document["rows"]}
+    assert fid["no triangles"] > 2 * fid["as rendered"]
+    assert fid["3% of the 4x4 patches from another picture"] > 1.5 * fid["as rendered"]
+    assert len(document["channels"]) == 8
+    assert {"device", "dtype", "seeds"} <= document["about"].keys()
+    assert (tmp_path / "result.md").exists()
+
+
+def write_training(folder, name, losses, **changes):
+    score = {"fid": 0.5, "is_mean": 8.0, "is_std": 0.1, "accuracy": 0.9, "commit": "abc+"}
+    score |= {"num_images": 10, "num_iter": 64, "cfg": 3.0, "dtype": "bf16", "eval_bsz": 5}
+    score |= {"method": "MAR", "device": "cpu", "command": "eval.py", **changes}
+    (folder / f"{name}.json").write_text(json.dumps(score))
+    log = [json.dumps({"step": 50 * (i + 1), "loss": loss}) for i, loss in enumerate(losses)]
+    (folder / f"{name}.jsonl").write_text("\n".join(log))
+
+
+def test_trainings_are_compared_step_by_step(tmp_path):
+    write_training(tmp_path, "tiny_1000_mar_tiny-mar", [])
+    write_training(tmp_path, "retraining_one", [2.0, 1.0, 1.0])
+    write_training(tmp_path, "retraining_two", [2.0, 1.1, 1.01])
+    text = retraining.report(tmp_path)
+    assert "3 points from step 50 to 150" in text
+    assert "by 1.0% in the median and by 9.5% at most" in text
+    assert "| again, two processes | 0.500 | 8.00 ± 0.10 | 90.0% | abc+ |" in text
+
+
+def test_trainings_that_do_not_compare_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"tiny_1000_mar_tiny-mar\.json is needed"):
+        retraining.report(tmp_path)
+    write_training(tmp_path, "tiny_1000_mar_tiny-mar", [])
+    write_training(tmp_path, "retraining_one", [2.0, 1.0])
+    write_training(tmp_path, "retraining_two", [2.0])
+    with pytest.raises(UserError, match="different steps"):
+        retraining.report(tmp_path)
+    write_training(tmp_path, "retraining_two", [2.0, 1.0], num_images=20)
+    with pytest.raises(UserError, match="num_images is 20, of the bundled file 10"):
+        retraining.report(tmp_path)

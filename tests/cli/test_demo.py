@@ -1,0 +1,207 @@
+"""demo.py: what it draws, in this process; and its page in a real browser (`make test-browser`)."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
+from unittest.mock import MagicMock
+
+import numpy as np
+import pytest
+import torch
+from models.presets import PRESETS
+
+import demo
+import engine
+from models import mar
+from models.lazy_mar import LazyMARConfig
+from models.linear_tokenizer import LinearTokenizer
+from tests.conftest import ROOT
+from util.checkpoint import load_into
+from util.errors import UserError
+from util.images import to_uint8
+
+PRESET = PRESETS["mar_tiny"]
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+PICTURES = """[...document.querySelectorAll("img[src*='/file=']")]"""
+
+
+@pytest.fixture(scope="module")
+def bundled():
+    model = mar.mar_tiny(num_sampling_steps="ddim10").eval()
+    load_into(model, ROOT / PRESET.resume)
+    return model, LinearTokenizer.from_file(ROOT / PRESET.vae_path)
+
+
+def side_by_side(bundled, cfg_schedule, temperature):
+    model, tokenizer = bundled
+    config = LazyMARConfig(head_interval=PRESET.head_interval)
+    sampling = engine.SamplingConfig(64, PRESET.cfg, cfg_schedule, temperature, config)
+    return demo.SideBySide(model, tokenizer, tokenizer.latent_scale, sampling, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def side(bundled):
+    return side_by_side(bundled, "linear", 1.0)
+
+
+@pytest.mark.parametrize(("schedule", "temperature"), [("linear", 1.0), ("constant", 0.9)])
+def test_the_pictures_are_those_of_sample_tokens_for_the_same_seed(bundled, schedule, temperature):
+    model, tokenizer = bundled
+    side = side_by_side(bundled, schedule, temperature)
+    pictures = side.pair(label=4, seed=7, num_iter=10, cfg=3.0)
+    for picture, lazy_mar in zip(pictures, (None, side.sampling.lazy_mar), strict=True):
+        latents = model.sample_tokens(
+            1, 10, 3.0, schedule, [4], temperature, noise=model.image_noise([7]), lazy_mar=lazy_mar
+        )
+        expected = to_uint8(tokenizer.decode(latents / tokenizer.latent_scale))[0]
+        assert np.array_equal(picture.image, expected)
+        assert picture.seconds > 0
+    assert not np.array_equal(pictures[0].image, pictures[1].image)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"label": 10}, "label 10"), ({"seed": -1}, "seed -1"), ({"num_iter": 0}, "num_iter is 0")],
+)
+def test_what_cannot_be_drawn_is_named(side, change, reason):
+    with pytest.raises(ValueError, match=reason):
+        side.pair(**{"label": 0, "seed": 0, "num_iter": 2, "cfg": 3.0, **change})
+
+
+def test_the_caption_compares_seconds_and_pixels():
+    image = np.full((2, 2, 3), 100, np.uint8)
+    plain, lazy = demo.Picture(image, 3.0), demo.Picture(image + np.uint8(10), 1.5)
+    assert (
+        demo.caption(plain, lazy) == "MAR 3.00 s, LazyMAR 1.50 s: 2.00 times as fast; PSNR 28.1 dB"
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--model", "gpt_tiny"], "is not for --model gpt_tiny"),
+        (["--port", "x"], "--port"),
+        (["--num_images", "4"], "unrecognized arguments: --num_images 4"),
+        (["--top_k", "5"], "--top_k is for GPT models"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(monkeypatch, flags, reason):
+    monkeypatch.setattr(sys, "argv", ["demo.py", *flags])
+    with pytest.raises(UserError, match=reason):
+        demo.main()
+
+
+def test_without_gradio_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install '\.\[demo\]'"):
+        demo.main()
+
+
+@pytest.fixture
+def gradio(monkeypatch):
+    """Records what the page asks of gradio."""
+    recorder = MagicMock()
+    monkeypatch.setitem(sys.modules, "gradio", recorder)
+    monkeypatch.setattr(demo, "find_spec", lambda name: recorder)
+    return recorder
+
+
+def beginnings(gradio):
+    """Label => lowest and highest value, if it has them, and the first one."""
+    calls = (*gradio.Number.call_args_list, *gradio.Slider.call_args_list)
+    return {call.kwargs["label"]: call.args for call in calls}
+
+
+@pytest.mark.parametrize(
+    ("flags", "seed", "steps", "guidance"),
+    [
+        ("", 1, (1, 256, 64), (1, 10, 3)),
+        ("--seed 7 --num_iter 300 --cfg 12.5", 7, (1, 300, 300), (1, 12.5, 12.5)),
+        ("--cfg 0.5", 1, (1, 256, 64), (0.5, 10, 0.5)),
+    ],
+)
+def test_the_page_begins_with_what_the_flags_say(
+    gradio, one_thread, monkeypatch, flags, seed, steps, guidance
+):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--num_sampling_steps", "ddim10", *flags.split()])
+    demo.main()
+    assert beginnings(gradio) == {"seed": (seed,), "steps": steps, "guidance": guidance}
+
+
+def test_without_names_the_page_begins_with_a_class_that_the_model_has(gradio, side):
+    demo.page(side, None, 0)
+    assert beginnings(gradio)["class"] == (9,)
+
+
+# ---- in a browser --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def browser():
+    """A headless Chromium of this machine."""
+    for package in ("gradio", "playwright"):
+        if find_spec(package) is None:
+            pytest.fail(f"{package} is missing: pip install '.[demo,browser]'", pytrace=False)
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if path is None:
+        pytest.fail(
+            "no Chromium found: apt-get install chromium, or name one in CHROMIUM", pytrace=False
+        )
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def address(tmp_path):
+    """demo.py in a process of its own, as soon as it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}/"
+    log = (tmp_path / "demo.log").open("w+")
+    command = [sys.executable, "demo.py", "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log) as process:
+        try:
+            for _ in range(240):
+                try:
+                    urllib.request.urlopen(address, timeout=5).close()
+                    break
+                except OSError:
+                    assert process.poll() is None, (tmp_path / "demo.log").read_text()
+                    time.sleep(0.5)
+            yield address
+        finally:
+            process.terminate()
+
+
+@pytest.mark.browser
+def test_a_visitor_draws_a_star_with_both_methods_and_learns_what_is_wrong(
+    browser, address, tmp_path
+):
+    page = browser.new_page(viewport={"width": 1100, "height": 820})
+    page.set_default_timeout(60_000)
+    page.goto(address)
+    page.get_by_label("class").click()
+    page.get_by_role("option", name="star").click()
+    page.get_by_label("number input for steps").fill("16")
+    page.get_by_role("button", name="Sample").click()
+    said = page.get_by_text("times as fast")
+    said.wait_for()
+    assert "MAR" in said.inner_text()
+    page.wait_for_function(f"{PICTURES}.every(picture => picture.naturalWidth == {demo.SHOWN})")
+    assert len(set(page.evaluate(f"{PICTURES}.map(picture => picture.src)"))) == 2
+    page.screenshot(path=tmp_path / "pair.png")
+    page.get_by_label("seed").fill("-1")
+    page.get_by_role("button", name="Sample").click()
+    page.get_by_text("seed -1 is negative").wait_for()
+    page.screenshot(path=tmp_path / "refused.png")

@@ -1,0 +1,284 @@
+"""eval.py as its users call it: images, score, repair, refusals. The model is random and small."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as eval_script
+import main_mar
+from models.tokenizers import latent_scale_of, load_tokenizer
+from tests.conftest import NUM_IMAGES, PROMISED, ROOT, flags_for, random_mar
+from util.evaluation.batches import image_label, image_seed
+from util.images import to_uint8
+
+
+def images_of(result: dict) -> list[bytes]:
+    """The bytes of every PNG of a run, in the order of their numbers."""
+    return [path.read_bytes() for path in sorted(Path(result["images_dir"]).glob("*.png"))]
+
+
+def pixels_of(result: dict) -> np.ndarray:
+    """(N, H, W, 3) int16."""
+    paths = sorted(Path(result["images_dir"]).glob("*.png"))
+    return np.stack([np.asarray(Image.open(path)) for path in paths]).astype(np.int16)
+
+
+def written_at(result: dict) -> dict[str, int]:
+    """When each PNG was last written, in nanoseconds."""
+    return {path.name: path.stat().st_mtime_ns for path in Path(result["images_dir"]).iterdir()}
+
+
+# ---- one scored run, as a command ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scored(weights, tmp_path_factory) -> tuple[list[str], subprocess.CompletedProcess]:
+    """The flags of a run with two images per class, and what the command printed."""
+    out = tmp_path_factory.mktemp("scored")
+    flags = ["--num_images", NUM_IMAGES, "--eval_bsz", NUM_IMAGES]
+    argv = flags_for(weights / "official", out, *flags)
+    command = [sys.executable, "eval.py", *argv]
+    return argv, subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture
+def result(scored) -> dict:
+    """The last line on its stdout; NaN is no JSON."""
+    _, process = scored
+    assert process.returncode == 0, process.stderr
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(process.stdout.splitlines()[-1], parse_constant=refuse)
+
+
+def test_the_last_line_on_stdout_is_a_json_document_with_settings_score_and_speed(result):
+    assert result.keys() >= PROMISED
+    settings = ("model", "lazy_mar", "num_images", "num_iter", "cfg", "device", "dtype")
+    expected = ("mar_tiny", False, NUM_IMAGES, 2, 2.0, "cpu", "float32")
+    assert tuple(result[name] for name in settings) == expected
+    assert result["fid"] > 0
+    assert 1 <= result["is_mean"] <= 10  # the exponential of an information about ten classes
+    assert result["is_std"] >= 0
+    assert result["sec_per_image"] > 0
+
+
+def test_results_and_a_contact_sheet_lie_beside_the_images(result):
+    folder = Path(result["images_dir"]).parent
+    assert json.loads((folder / "results.json").read_text()) == result
+    with Image.open(folder / "sheet.png") as sheet:
+        assert min(sheet.size) >= 64
+
+
+def test_there_is_one_numbered_rgb_png_per_image_and_nothing_else(result):
+    paths = sorted(Path(result["images_dir"]).iterdir())
+    assert [path.name for path in paths] == [f"{i:05d}.png" for i in range(NUM_IMAGES)]
+    for path in paths:
+        with Image.open(path) as image:
+            image.load()
+            assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
+
+
+def test_every_class_gets_the_same_number_of_images_in_class_order(result):
+    labels = [i // (NUM_IMAGES // 10) for i in range(NUM_IMAGES)]
+    assert set(Counter(labels).values()) == {2}
+    right, wrong = directly_sampled(labels), directly_sampled(labels[::-1])
+    assert np.abs(pixels_of(result) - right).max() <= 1  # the weights' rounding may tip a byte
+    differs = np.abs(pixels_of(result) - wrong).reshape(NUM_IMAGES, -1).max(axis=1) > 1
+    assert differs.all()
+
+
+def directly_sampled(labels: list[int]) -> np.ndarray:
+    """Images of these labels and of the seeds that eval.py gives them: (N, H, W, 3) int16."""
+    model = random_mar(1)  # the averaged weights
+    tokenizer = load_tokenizer(
+        "linear", ROOT / "pretrained_models/mar_tiny/tokenizer.safetensors", 8
+    )
+    seeds = [image_seed(1, i) for i in range(len(labels))]
+    noise = model.image_noise(seeds)
+    latents = model.sample_tokens(len(labels), 2, 2.0, labels=labels, noise=noise)
+    with torch.no_grad():
+        images = tokenizer.decode(latents / latent_scale_of(tokenizer, None))
+    return to_uint8(images).astype(np.int16)
+
+
+def test_labels_of_fifty_thousand_images_are_those_of_the_original():
+    labels = [image_label(i, 50000, 1000) for i in range(50000)]
+    assert labels == [i // 50 for i in range(50000)]
+
+
+def test_where_classes_cannot_share_the_images_equally_they_differ_by_one():
+    counts = Counter(image_label(i, 25, 10) for i in range(25))
+    assert (set(counts), set(counts.values())) == (set(range(10)), {2, 3})
+
+
+def test_the_same_command_again_generates_nothing_and_gives_the_same_score(
+    scored, result, monkeypatch, capsys
+):
+    before = written_at(result)
+    monkeypatch.setattr(sys, "argv", ["eval.py", *scored[0]])
+    eval_script.main()
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert written_at(again) == before
+    assert again["generated"] == result["generated"] == NUM_IMAGES
+    for name in ("fid", "is_mean", "is_std"):
+        assert again[name] == pytest.approx(result[name], rel=1e-6)
+    assert again["sec_per_image"] == result["sec_per_image"]
+
+
+def test_a_mistake_on_the_command_line_ends_in_one_sentence_and_exit_code_2(tmp_path):
+    argv = flags_for(tmp_path / "none", tmp_path / "out")
+    command = [sys.executable, "eval.py", *argv]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (process.returncode, process.stdout) == (2, "")
+    assert process.stderr.startswith(f"error: no checkpoint at {tmp_path / 'none'}")
+    assert process.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- weights -----------------------------------------------------------------------------------------
+
+
+def test_every_format_of_the_same_weights_gives_the_same_images(run, weights, tmp_path):
+    formats = ("official", "official/checkpoint-last.pth", "ema.pth", "ema.safetensors")
+    runs = [
+        run("--no_score", resume=weights / name, out=tmp_path / str(i))
+        for i, name in enumerate(formats)
+    ]
+    first, *others = (images_of(result) for result in runs)
+    assert len(first) == 2
+    assert all(other == first for other in others)
+
+
+def test_averaged_weights_are_used_unless_no_ema_asks_for_the_others(run, weights, tmp_path):
+    averaged = run("--no_score", out=tmp_path / "averaged")
+    plain = run("--no_score", "--no_ema", out=tmp_path / "plain")
+    bare = run("--no_score", resume=weights / "plain.pth", out=tmp_path / "bare")
+    assert images_of(plain) == images_of(bare)
+    assert all(a != b for a, b in zip(images_of(averaged), images_of(plain), strict=True))
+
+
+def test_main_mar_with_evaluate_makes_the_images_of_eval(
+    run, weights, tmp_path, monkeypatch, capsys
+):
+    expected = run("--no_score")
+    argv = flags_for(weights / "official", tmp_path / "main_mar", "--no_score", "--evaluate")
+    monkeypatch.setattr(sys, "argv", ["main_mar.py", *argv])
+    main_mar.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert images_of(result) == images_of(expected)
+
+
+# ---- the run's folder --------------------------------------------------------------------------------
+
+
+def test_a_missing_and_a_truncated_image_are_made_again_and_no_other(run):
+    first = run("--no_score", "--num_images", 4)
+    images, times = images_of(first), written_at(first)
+    missing, truncated = (Path(first["images_dir"]) / f"{i:05d}.png" for i in (1, 2))
+    missing.unlink()
+    truncated.write_bytes(images[2][: len(images[2]) // 2])
+    second = run("--no_score", "--num_images", 4)
+    assert second["generated"] - first["generated"] == 2
+    assert images_of(second) == images
+    kept = ("00000.png", "00003.png")
+    assert [written_at(second)[name] for name in kept] == [times[name] for name in kept]
+
+
+def test_a_folder_refuses_the_images_of_another_configuration(run, refused, tmp_path):
+    first = run("--no_score")
+    images = images_of(first)
+    message = refused("--no_score", "--seed", 2, out=tmp_path / "out")
+    assert "seed 1" in message
+    assert "--overwrite" in message
+    assert images_of(first) == images
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--no_ema"], ["--latent_scale", 1.5], ["--dtype", "bf16"], ["--num_sampling_steps", "ddim4"]],
+    ids=lambda flags: flags[0],
+)
+def test_whatever_changes_the_images_is_part_of_the_configuration(run, refused, tmp_path, flags):
+    run("--no_score")
+    assert "holds a run with" in refused("--no_score", *flags, out=tmp_path / "out")
+
+
+def test_overwrite_replaces_the_images_of_another_configuration(run, tmp_path):
+    run("--no_score", "--num_images", 2)
+    replaced = run("--no_score", "--seed", 2, "--overwrite")
+    fresh = run("--no_score", "--seed", 2, out=tmp_path / "fresh")
+    assert replaced["generated"] == 2
+    assert images_of(replaced) == images_of(fresh)
+
+
+def test_runs_of_different_methods_share_an_output_folder(run):
+    folders = {
+        run("--no_score", *flags)["images_dir"]
+        for flags in ([], ["--lazy_mar"], ["--lazy_mar", "--interval", 3], ["--num_iter", 3])
+    }
+    assert len(folders) == 4
+
+
+def test_generation_alone_needs_neither_statistics_nor_a_feature_extractor(run, tmp_path):
+    none = tmp_path / "none"
+    result = run("--no_score", "--fid_stats", none, "--features_path", none)
+    assert len(images_of(result)) == 2
+    assert result.keys() >= PROMISED
+    assert result["fid"] is result["is_mean"] is result["is_std"] is None
+
+
+def test_bf16_is_said_and_stays_near_float32(run, tmp_path):
+    exact = run("--no_score", out=tmp_path / "float32")
+    half = run("--no_score", "--dtype", "bf16", out=tmp_path / "bf16")
+    assert (exact["dtype"], half["dtype"]) == ("float32", "bfloat16")
+    assert 0 < np.abs(pixels_of(exact) - pixels_of(half)).mean() < 8
+
+
+# ---- LazyMAR -----------------------------------------------------------------------------------------
+
+SHORT_LAZY = ["--no_score", "--num_iter", 6, "--lazy_mar", "--warmup", 1, "--interval", 3]
+SHORT_LAZY += ["--probe_layer", 1, "--keep_floor", 4, "--keep", "0:1,0.1:0.05"]
+
+
+def test_each_cache_switches_off_alone_and_matters(run, tmp_path):
+    on = run(*SHORT_LAZY, out=tmp_path / "on")
+    assert on["lazy_mar"] is True
+    for cache in ("token_cache", "condition_cache", "head_cache"):
+        off = run(*SHORT_LAZY, f"--no_{cache}", out=tmp_path / cache)
+        spelled = run(*SHORT_LAZY, f"--{cache}", "false", out=tmp_path / f"{cache}_false")
+        assert images_of(off) != images_of(on), cache
+        assert images_of(spelled) == images_of(off), cache
+
+
+def test_every_field_of_lazymar_is_a_flag_that_takes_effect(run, tmp_path):
+    on = run(*SHORT_LAZY, out=tmp_path / "on")
+    others = {
+        "--warmup": 4,
+        "--interval": 2,
+        "--probe_layer": 2,
+        "--keep_floor": 30,
+        "--keep": "0:1,0.1:0.5",
+        "--head_interval": 2,
+        "--head_skip": "0",
+        "--head_warm": 0.1,
+    }
+    for name, value in others.items():
+        changed = run(*SHORT_LAZY, name, value, out=tmp_path / name)
+        assert images_of(changed) != images_of(on), name
+
+
+def test_lazymar_that_caches_nothing_is_mar(run, tmp_path):
+    plain = run("--no_score", "--num_iter", 6, out=tmp_path / "plain")
+    flags = ["--lazy_mar", "--interval", 1, "--no_head_cache"]
+    lazy = run("--no_score", "--num_iter", 6, *flags, out=tmp_path / "lazy")
+    assert (plain["lazy_mar"], lazy["lazy_mar"]) == (False, True)
+    assert np.abs(pixels_of(plain) - pixels_of(lazy)).max() <= 1

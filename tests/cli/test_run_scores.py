@@ -1,0 +1,158 @@
+"""Scores of a run: as they come, again, otherwise; and what cannot be scored."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eval as eval_script
+from tests.cli.test_eval import pixels_of
+from tests.cli.test_run import folder_of, snapshot
+from tests.conftest import ROOT, flags_for
+from util.errors import UserError, run_main
+
+SCORED = ["--num_images", 20, "--eval_bsz", 8]
+SCORES = ("fid", "is_mean", "is_std", "accuracy")
+
+
+@pytest.fixture(scope="module")
+def scored_run(weights, tmp_path_factory):
+    """Folder of a finished and scored run; the flags are SCORED."""
+    out = tmp_path_factory.mktemp("scored_run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["eval.py", *flags_for(weights / "official", out, *SCORED)])
+        run_main(eval_script.main)
+    (folder,) = out.iterdir()
+    return folder
+
+
+def scores(result: dict) -> dict[str, float]:
+    return {name: result[name] for name in SCORES}
+
+
+@pytest.fixture
+def score_only(one_thread, monkeypatch, capsys):
+    """eval.py --score_only in this process, told nothing but the folder and these flags."""
+
+    def call(folder: Path, *flags: object) -> dict:
+        argv = ["eval.py", "--device", "cpu", "--score_only", str(folder), *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", argv)
+        eval_script.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call
+
+
+def test_images_that_are_never_saved_score_the_same(run, scored_run):
+    result = run(*SCORED, "--no_save")
+    expected = json.loads((scored_run / "results.json").read_text())
+    assert scores(result) == pytest.approx(scores(expected), rel=1e-6)
+    assert result["images_dir"] is None
+    assert result["images_per_s"] > 0
+
+
+def test_no_save_leaves_no_picture(run, tmp_path):
+    run(*SCORED, "--no_save")
+    assert list(tmp_path.rglob("*.png")) == []
+    assert len(list(tmp_path.rglob("results.json"))) == 1
+
+
+def test_a_folder_is_scored_again_and_only_its_results_are_renewed(
+    scored_run, score_only, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(scored_run, folder)
+    before = snapshot(folder)
+    result = score_only(folder)
+    expected = json.loads(before["results.json"])
+    assert scores(result) == pytest.approx(scores(expected), rel=1e-9)
+    assert result["sec_per_image"] == expected["sec_per_image"]
+    after = snapshot(folder)
+    assert {name for name in after if after[name] != before.get(name)} <= {"results.json"}
+
+
+def test_scores_against_another_reference_do_not_stay_beside_the_new_ones(
+    scored_run, score_only, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(scored_run, folder)
+    assert score_only(folder, "--metrics", "fid")["is_mean"] > 1  # the same reference
+    with np.load(ROOT / "pretrained_models/mar_tiny/fid_stats.npz") as file:
+        np.savez(tmp_path / "other.npz", mu=file["mu"] + 1, sigma=file["sigma"])
+    flags = ["--metrics", "fid", "--fid_stats", tmp_path / "other.npz"]
+    result = score_only(folder, *flags)
+    assert "is_mean" not in result
+    assert result["reference"].startswith("shapes other.npz ")
+
+
+def test_generating_again_without_scoring_keeps_the_scores(run, tmp_path):
+    scored = run(*SCORED)
+    assert scores(run(*SCORED, "--no_score")) == scores(scored)
+    replaced = run(*SCORED, "--no_score", "--seed", 2, "--overwrite")
+    assert replaced["fid"] is None
+
+
+def test_a_folder_of_pictures_alone_is_scored_and_stays_as_it_is(scored_run, score_only, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(scored_run / "images", folder)
+    before = snapshot(folder)
+    result = score_only(folder, "--model", "mar_tiny", "--num_images", 20, "--metrics", "fid")
+    expected = json.loads((scored_run / "results.json").read_text())
+    assert result["fid"] == pytest.approx(expected["fid"], rel=1e-9)
+    assert "is_mean" not in result
+    assert snapshot(folder) == before
+
+
+def test_fewer_images_than_the_run_should_have_are_not_scored(scored_run, score_only, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(scored_run, folder)
+    (folder / "images" / "00007.png").unlink()
+    before = snapshot(folder)
+    with pytest.raises(UserError, match="holds 19 images, but 20 are to be scored"):
+        score_only(folder)
+    assert snapshot(folder) == before
+
+
+def test_a_truncated_image_is_named_and_not_scored(scored_run, score_only, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(scored_run, folder)
+    broken = folder / "images" / "00007.png"
+    broken.write_bytes(broken.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"00007\.png"):
+        score_only(folder)
+
+
+def test_a_folder_that_is_not_there_cannot_be_scored(score_only, tmp_path):
+    with pytest.raises(UserError, match="none does not exist"):
+        score_only(tmp_path / "none", "--model", "mar_tiny")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--metrics", "fid,lpips"], "'lpips' is no metric"),
+        (["--metrics", "kid"], "neither features nor images"),
+        (["--metrics", "sfid"], "sfid"),
+        (["--no_save", "--no_score"], "--no_save keeps no images, so --no_score"),
+        (["--no_save", "--save_npz"], "--no_save keeps no images, so --save_npz"),
+        (["--vae_bsz", 0], "vae_bsz is 0"),
+        (["--seed_mode", "time"], "invalid choice"),
+    ],
+    ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_requests_that_cannot_be_met_are_refused_before_anything_is_generated(
+    refused, flags, words
+):
+    assert words in refused(*flags)
+
+
+def test_the_sample_batch_of_adm_holds_the_images_and_their_labels(run):
+    result = run("--no_score", "--num_images", 5, "--save_npz")
+    with np.load(folder_of(result) / "samples.npz") as batch:
+        assert batch["arr_0"].dtype == np.uint8
+        assert np.array_equal(batch["arr_0"], pixels_of(result))
+        assert batch["arr_1"].tolist() == [0, 2, 4, 6, 8]

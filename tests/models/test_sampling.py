@@ -1,0 +1,255 @@
+"""Claims about sampling: seeds name images, and LazyMAR differs from MAR exactly where it may."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from timm.models.vision_transformer import Block as TimmBlock
+
+from models.layers import Block
+from models.lazy_mar import LazyMARConfig
+from models.mar import MAR
+from models.noise import ImageNoise
+from tests.support.golden_data import relative_error
+
+CLOSE = 1e-5  # kernels round differently for other batch sizes; head noise is of size 1
+
+
+def small_mar(**kwargs) -> MAR:
+    """64 tokens of 4 channels with weights that make every path matter."""
+    torch.manual_seed(0)
+    config = {
+        "img_size": 32, "vae_stride": 4, "vae_embed_dim": 4, "class_num": 5, "buffer_size": 6,
+        "encoder_embed_dim": 32, "encoder_depth": 3, "encoder_num_heads": 4,
+        "decoder_embed_dim": 32, "decoder_depth": 5, "decoder_num_heads": 4,
+        "diffloss_d": 6, "diffloss_w": 32, "num_sampling_steps": "ddim25",
+    }  # fmt: skip
+    model = MAR(**{**config, **kwargs}).eval()
+    for parameter in model.parameters():  # adaLN and output layers start at zero
+        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def noise_of(model: MAR, seeds) -> ImageNoise:
+    return model.image_noise(list(seeds))
+
+
+def sample(model, seeds=(3, 4), labels=(1, 2), num_iter=12, cfg=3.0, **kwargs):
+    return model.sample_tokens(
+        len(seeds), num_iter, cfg, labels=labels, noise=noise_of(model, seeds), **kwargs
+    )
+
+
+ONLY_REFRESH = LazyMARConfig(interval=1, head_cache=False)
+FROM_THE_FIRST_STEP = LazyMARConfig(warmup=0, interval=5)
+CONFIGS = {
+    "all": LazyMARConfig(warmup=2, interval=4),
+    "token": LazyMARConfig(warmup=2, interval=4, condition_cache=False, head_cache=False),
+    "condition": LazyMARConfig(warmup=2, interval=4, token_cache=False, head_cache=False),
+    "head": LazyMARConfig(warmup=2, interval=4, token_cache=False, condition_cache=False),
+}
+GEOMETRIES = {
+    "plain": {},
+    "no buffer": {"buffer_size": 0},
+    "patches": {"patch_size": 2},
+    "shallow decoder": {"decoder_depth": 2},
+    "probe last": {"decoder_depth": 4},
+    "deep decoder": {"encoder_depth": 1, "decoder_depth": 6},
+    "unequal widths": {"encoder_embed_dim": 48, "encoder_num_heads": 3},
+    "shallow head": {"diffloss_d": 1},
+    "one token": {"img_size": 4},
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_lazymar_that_always_refreshes_equals_mar(geometry, cfg):
+    model = small_mar(**GEOMETRIES[geometry])
+    plain = sample(model, cfg=cfg)
+    assert relative_error(sample(model, cfg=cfg, lazy_mar=ONLY_REFRESH), plain) < CLOSE
+
+
+@pytest.mark.parametrize("cache", CONFIGS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_every_cache_works_in_every_geometry(geometry, cache):
+    model = small_mar(**GEOMETRIES[geometry])
+    for num_iter, cfg in ((1, 2.5), (7, 1.0), (70, 2.5)):
+        latents = sample(model, num_iter=num_iter, cfg=cfg, lazy_mar=CONFIGS[cache])
+        assert latents.isfinite().all()
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_lazy_steps_may_follow_the_very_first_one(geometry):
+    model = small_mar(**GEOMETRIES[geometry])
+    assert sample(model, lazy_mar=FROM_THE_FIRST_STEP).isfinite().all()
+
+
+@pytest.mark.parametrize("num_iter", [1, 100])
+def test_lazymar_that_always_refreshes_equals_mar_at_any_number_of_steps(num_iter):
+    model = small_mar()
+    plain = sample(model, num_iter=num_iter)
+    assert relative_error(sample(model, num_iter=num_iter, lazy_mar=ONLY_REFRESH), plain) < CLOSE
+
+
+@pytest.mark.parametrize("steps", ["1", "ddim1", "2"])
+@pytest.mark.parametrize("lazy_mar", [None, True], ids=["mar", "lazymar"])
+def test_heads_of_very_few_steps_work(steps, lazy_mar):
+    model = small_mar(num_sampling_steps=steps)
+    assert sample(model, lazy_mar=lazy_mar).isfinite().all()
+
+
+def test_lazymar_without_labels_is_unconditional_too():
+    model = small_mar()
+    config = CONFIGS["all"]
+    free = sample(model, labels=None, cfg=1.0, lazy_mar=config)
+    guided = sample(model, labels=None, cfg=4.0, lazy_mar=config)
+    assert relative_error(guided, free) < 1e-4
+
+
+@pytest.mark.parametrize("cache", CONFIGS)
+def test_every_cache_alone_changes_the_image(cache):
+    model = small_mar()
+    plain = sample(model)
+    assert 1e-4 < relative_error(sample(model, lazy_mar=CONFIGS[cache]), plain) < 1.0
+
+
+def test_reusing_modulations_changes_lazy_denoising_steps_alone():
+    model = small_mar()
+    lazy, never = LazyMARConfig(interval=1), LazyMARConfig(interval=1, head_interval=1)
+    reused = sample(model, lazy_mar=replace(lazy, head_reuse_adaln=True))
+    assert 1e-4 < relative_error(reused, sample(model, lazy_mar=lazy)) < 1.0
+    without = replace(never, head_reuse_adaln=True)
+    assert torch.equal(sample(model, lazy_mar=without), sample(model, lazy_mar=never))
+
+
+def test_all_caches_off_equals_mar():
+    model = small_mar()
+    config = LazyMARConfig(token_cache=False, condition_cache=False, head_cache=False)
+    assert relative_error(sample(model, lazy_mar=config), sample(model)) < CLOSE
+
+
+def test_condition_cache_changes_nothing_without_guidance():
+    model = small_mar()
+    assert torch.equal(
+        sample(model, cfg=1.0, lazy_mar=CONFIGS["condition"]), sample(model, cfg=1.0)
+    )
+
+
+def test_head_cache_with_every_denoising_step_full_equals_the_plain_head():
+    model = small_mar()
+    config = LazyMARConfig(interval=1, head_interval=1)
+    assert relative_error(sample(model, lazy_mar=config), sample(model)) < CLOSE
+
+
+def test_token_cache_reuses_old_encodings_even_where_it_keeps_every_position():
+    model = small_mar()
+    keep_all = LazyMARConfig(
+        warmup=1, interval=99, keep=((0.0, 1.0),), condition_cache=False, head_cache=False
+    )
+    trimmed = LazyMARConfig(
+        warmup=1, interval=99, keep=((0.0, 0.05),), keep_floor=0, condition_cache=False,
+        head_cache=False,
+    )  # fmt: skip
+    plain, all_kept, few_kept = (sample(model, lazy_mar=c) for c in (None, keep_all, trimmed))
+    assert relative_error(all_kept, plain) > 1e-4
+    assert relative_error(few_kept, all_kept) > 1e-4
+
+
+@pytest.mark.parametrize("lazy_mar", [None, CONFIGS["all"]], ids=["mar", "lazymar"])
+def test_an_image_depends_on_its_seed_alone_not_on_its_batch(lazy_mar):
+    model = small_mar()
+    alone = sample(model, seeds=[11], labels=[4], lazy_mar=lazy_mar)
+    crowd = sample(
+        model, seeds=[1, 2, 11, 3, 5, 8, 13], labels=[0, 1, 4, 2, 3, 0, 1], lazy_mar=lazy_mar
+    )
+    others = sample(model, seeds=[11, 77], labels=[4, 0], lazy_mar=lazy_mar)
+    assert relative_error(crowd[2:3], alone) < 1e-4
+    assert relative_error(others[:1], alone) < 1e-4
+    assert relative_error(crowd[1:2], alone) > 0.1
+
+
+def test_lazymar_leaves_the_model_as_it_was():
+    model = small_mar()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain = sample(model)
+    sample(model, lazy_mar=True)
+    assert not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(sample(model), plain)
+    model.train()
+    sample(model, lazy_mar=True)
+    assert model.training
+
+
+def test_noise_is_drawn_from_torchs_generator_when_none_is_given():
+    model = small_mar()
+    images = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        images.append(model.sample_tokens(2, 4, labels=[0, 1]))
+    assert torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[2])
+
+
+def test_lazy_mar_true_means_the_published_defaults():
+    model = small_mar()
+    assert torch.equal(sample(model, lazy_mar=True), sample(model, lazy_mar=LazyMARConfig()))
+    assert torch.equal(sample(model, lazy_mar=False), sample(model))
+
+
+def test_no_labels_means_no_class():
+    model = small_mar()
+    free = sample(model, labels=None, cfg=1.0)
+    guided = sample(model, labels=None, cfg=4.0)  # both branches are the same
+    assert relative_error(guided, free) < CLOSE
+    assert relative_error(sample(model, cfg=1.0), free) > 1e-3
+
+
+@pytest.mark.parametrize("lazy_mar", [None, CONFIGS["all"]], ids=["mar", "lazymar"])
+@pytest.mark.parametrize("mode", ["autocast", "weights"])
+def test_bf16_stays_near_float32(lazy_mar, mode):
+    model = small_mar()
+    exact = sample(model, num_iter=4, lazy_mar=lazy_mar)
+    if mode == "weights":
+        rough = sample(model.bfloat16(), num_iter=4, lazy_mar=lazy_mar)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = sample(model, num_iter=4, lazy_mar=lazy_mar)
+    assert rough.dtype == torch.float32
+    assert 0 < relative_error(rough, exact) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"labels": [1, 9]}, "label 9 is not one of 0..4"),
+        ({"labels": [1]}, r"\(1,\)"),
+        ({"num_iter": 0}, "num_iter is 0"),
+        ({"lazy_mar": "yes"}, "'yes'"),
+        ({"cfg_schedule": "cosine"}, "'cosine'"),
+    ],
+)
+def test_bad_arguments_are_named_in_the_error(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        sample(small_mar(), **arguments)
+
+
+def test_noise_of_another_geometry_is_refused():
+    model = small_mar()
+    noise = ImageNoise.from_seeds([1, 2], 64, 10, 4, "cpu")
+    with pytest.raises(ValueError, match=r"\(2, 64, 11, 4\).*\(2, 64, 26, 4\)"):
+        model.sample_tokens(2, noise=noise)
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(32, 4), (48, 3)])
+def test_block_equals_timms_with_the_same_weights(dim, heads):
+    norm = partial(torch.nn.LayerNorm, eps=1e-6)
+    theirs = TimmBlock(dim, heads, qkv_bias=True, norm_layer=norm).eval()
+    ours = Block(dim, heads).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.randn(2, 9, dim)
+    assert relative_error(ours(x), theirs(x)) < 1e-6
+    assert relative_error(ours(x, rows=slice(2, 5)), theirs(x)[:, 2:5]) < 1e-6

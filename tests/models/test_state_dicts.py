@@ -1,0 +1,131 @@
+"""Names and shapes of the weights are those of the published checkpoints, whatever the options."""
+
+import argparse
+
+import pytest
+import torch
+from models.presets import PRESETS
+
+from models import mar
+from tests.support.golden_recipe import load_shapes
+from util import checkpoint
+from util.training.ema import EMA
+from util.training.optimizer import make_optimizer
+
+# MAR, table 1 of the paper's repository: parameters in millions, tensors
+SIZES = {"mar_base": (207.9, 364), "mar_large": (478.3, 476), "mar_huge": (942.4, 604)}
+TRAINING_OPTIONS = {"aux_weight": 0.5, "masked_keep": 0.4, "pos_init": "sincos"}
+
+
+def build(name: str, **kwargs: object) -> mar.MAR:
+    """A model without memory for its weights, by its factory."""
+    with torch.device("meta"):
+        return getattr(mar, name)(**kwargs)
+
+
+def head_of(name: str) -> dict[str, int]:
+    return {"diffloss_d": PRESETS[name].diffloss_d, "diffloss_w": PRESETS[name].diffloss_w}
+
+
+def shapes(model: mar.MAR) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_keys_and_shapes_are_those_of_the_published_checkpoint(name):
+    assert shapes(build(name, **head_of(name))) == load_shapes(name)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_file_of_a_training_run_has_exactly_the_official_names_in_the_official_order(
+    name, tmp_path
+):
+    model, published = build(name, **head_of(name)), load_shapes(name)
+    optimizer = make_optimizer(model, 1e-4, 0.02)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    optimizer.step()
+    checkpoint.save_checkpoint(
+        tmp_path / "x.pth",
+        model=model,
+        ema=EMA(model, 0.9999),
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        epochs_done=1,
+        args=argparse.Namespace(),
+        progress={},
+    )
+    content = checkpoint.read_pickle(tmp_path / "x.pth")
+    assert set(content) - {"progress"} == {
+        *("model", "model_ema", "optimizer", "epoch", "scaler", "args")
+    }
+    for key in ("model", "model_ema"):
+        assert {k: tuple(tensor.shape) for k, tensor in content[key].items()} == published
+    # MAR's trainer numbers the parameters without weight decay first
+    plain = [k for k, shape in published.items() if len(shape) == 1 or "diffloss" in k]
+    order = [*plain, *(k for k in published if k not in set(plain))]
+    groups, state = (content["optimizer"][key] for key in ("param_groups", "state"))
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.02]
+    assert [len(group["params"]) for group in groups] == [len(plain), len(order) - len(plain)]
+    numbers = [number for group in groups for number in group["params"]]
+    assert numbers == list(range(len(order)))
+    for number, k in zip(numbers, order, strict=True):
+        assert tuple(state[number]["exp_avg"].shape) == published[k]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_size_is_the_published_one(name):
+    model = build(name, **head_of(name))
+    millions, tensors = SIZES[name]
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+    assert len(model.state_dict()) == tensors
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_without_a_head_the_factories_take_that_of_the_original_constructor(name):
+    ours, published = shapes(build(name)), load_shapes(name)
+    assert len(build(name).diffloss.net.res_blocks) == 3
+    assert ours["diffloss.net.input_proj.weight"] == (1024, 16)
+    trunk = {key: shape for key, shape in published.items() if not key.startswith("diffloss.")}
+    assert {key: ours[key] for key in trunk} == trunk
+
+
+def test_every_tensor_of_a_checkpoint_is_trained():
+    model = build("mar_tiny")
+    assert dict(model.named_parameters()).keys() == model.state_dict().keys()
+
+
+def test_mar_tiny_has_the_geometry_of_its_preset():
+    model, preset = build("mar_tiny"), PRESETS["mar_tiny"]
+    side = preset.img_size // preset.vae_stride // preset.patch_size
+    width = model.fake_latent.shape[1]
+    own = shapes(model)
+    assert own["class_emb.weight"] == (preset.class_num, width)
+    assert own["encoder_pos_embed_learned"] == (1, preset.buffer_size + side**2, width)
+    assert own["diffusion_pos_embed_learned"] == (1, side**2, width)
+    assert own["z_proj.weight"] == (width, preset.vae_embed_dim * preset.patch_size**2)
+    assert len(model.diffloss.net.res_blocks) == preset.diffloss_d
+    assert own["diffloss.net.input_proj.weight"][0] == preset.diffloss_w
+    assert model.diffloss.num_sampling_steps == int(preset.num_sampling_steps.removeprefix("ddim"))
+
+
+def test_flags_win_over_the_geometry_of_mar_tiny():
+    model = build("mar_tiny", buffer_size=3, class_num=4, diffloss_w=16)
+    assert model.buffer_size == 3
+    assert shapes(model)["class_emb.weight"][0] == 4
+    assert shapes(model)["diffloss.net.input_proj.weight"][0] == 16
+
+
+@pytest.mark.parametrize("option", TRAINING_OPTIONS)
+@pytest.mark.parametrize("name", ["mar_tiny", "mar_base"])
+def test_options_of_training_change_neither_names_nor_shapes(name, option):
+    plain, changed = build(name), build(name, **{option: TRAINING_OPTIONS[option]})
+    assert shapes(changed) == shapes(plain)
+
+
+def test_weights_trained_with_options_load_into_a_model_without_them():
+    small = {"diffloss_d": 1, "diffloss_w": 16}
+    trained = mar.mar_tiny(**small, **TRAINING_OPTIONS)
+    missing = mar.mar_tiny(**small).load_state_dict(trained.state_dict(), strict=True)
+    assert not missing.missing_keys
+    assert not missing.unexpected_keys

@@ -1,0 +1,232 @@
+"""What is wrong with training data is said before training, in one sentence with the file's name."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from util.data.checks import (
+    check_files,
+    check_same_classes,
+    check_spread,
+    open_data,
+    record_classes,
+    some_items,
+    unusual,
+)
+from util.data.class_folders import ClassFolders
+from util.data.datasets import CachedFolder, CachedTensors, ImageFolder
+from util.dist import World
+from util.errors import UserError
+
+SHAPE = (4, 2, 2)
+NAMES = [f"n01440764_{i}.JPEG.npz" for i in range(6)]  # as the original's main_cache.py writes them
+
+
+def write_latent(path, shape=SHAPE, value=1.0, **more):
+    moments = np.full(shape, value, dtype=np.float32)
+    np.savez(path, **{"moments": moments, "moments_flip": -moments, **more})
+
+
+@pytest.fixture
+def latents(tmp_path):
+    for label, name in enumerate(("n01440764", "n01443537")):
+        (tmp_path / name).mkdir()
+        for i, file in enumerate(NAMES):
+            write_latent(tmp_path / name / file, value=10 * label + i)
+    return tmp_path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """tmp_path/train with two classes of three pictures."""
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8), (i, 2, 3)).save(tmp_path / "train" / name / f"{i}.png")
+    return tmp_path / "train"
+
+
+def args_for(folder, **changes):
+    values = {"use_cached": True, "cached_path": str(folder), "data_path": str(folder.parent)}
+    values |= {"img_size": 8, "vae_stride": 4, "vae_embed_dim": 2, "vae_path": "", "class_num": 2}
+    values |= {"check_data": False, "num_workers": 2, "cache_in_memory": None}
+    return SimpleNamespace(**{**values, **changes})
+
+
+# ---- files and folders -------------------------------------------------------------------------------
+
+
+def test_files_are_listed_by_class_and_path_and_what_is_hidden_is_no_class(pictures):
+    (pictures / ".ipynb_checkpoints").mkdir()
+    (pictures / "cat" / ".DS_Store").write_text("x")
+    (pictures / "cat" / "more").mkdir()
+    Image.new("RGB", (8, 8)).save(pictures / "cat" / "more" / "a.JPEG")
+    (pictures / "dog" / "readme.txt").write_text("x")
+    files = ClassFolders.scan(pictures, (".png", ".jpeg"))
+    below = [(os.path.relpath(path, pictures), label) for path, label in files.samples]
+    cats = ["cat/0.png", "cat/1.png", "cat/2.png", "cat/more/a.JPEG"]
+    dogs = ["dog/0.png", "dog/1.png", "dog/2.png"]
+    assert below == [*((c, 0) for c in cats), *((d, 1) for d in dogs)]
+    assert files.classes == ("cat", "dog")
+    assert (files.skipped, files.skipped_path) == (1, str(pictures / "dog" / "readme.txt"))
+    assert files.sizes.tolist() == [os.path.getsize(path) for path, _ in files.samples]
+
+
+def test_empty_files_and_links_to_nothing_are_named_without_opening_any(pictures):
+    (pictures / "cat" / "3.png").write_bytes(b"")
+    (pictures / "dog" / "9.png").symlink_to(pictures / "gone.png")
+    with pytest.raises(UserError, match=r"cat/3\.png, .*dog/9\.png of 0 bytes"):
+        ImageFolder(pictures, 8)
+
+
+def test_skipped_files_and_untrained_classes_are_told_once(pictures, capsys):
+    (pictures / "cat" / "readme.txt").write_text("x")
+    args = args_for(pictures, use_cached=False, cached_path=None, class_num=1000)
+    open_data(args, World(rank=1, size=2))
+    assert capsys.readouterr().err == ""
+    open_data(args, World(rank=0, size=2))
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 2
+    assert "1 file(s) of another kind are not used, such as" in notes[1]
+    assert "the data have 2 classes, the model 1000" in notes[0]
+
+
+# ---- images ------------------------------------------------------------------------------------------
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def test_the_first_file_of_each_class_is_read_and_with_check_data_every_one(pictures):
+    args = args_for(pictures, use_cached=False)
+    damage(pictures / "dog" / "2.png")
+    open_data(args)
+    with pytest.raises(UserError, match=r"dog/2\.png cannot be read as an image"):
+        open_data(args_for(pictures, use_cached=False, check_data=True))
+    damage(pictures / "dog" / "0.png")
+    with pytest.raises(UserError, match=r"dog/0\.png cannot be read as an image"):
+        open_data(args)
+    with pytest.raises(
+        UserError, match=r"2 of 6 files cannot be used: .*0\.png, .*2\.png; the first"
+    ):
+        open_data(args_for(pictures, use_cached=False, check_data=True))
+
+
+def test_the_processes_share_the_files_to_be_checked(pictures):
+    damage(pictures / "dog" / "2.png")  # the last of six files
+    data = ImageFolder(pictures, 8)
+    check_files(data, World(rank=0, size=2), every=True)
+    with pytest.raises(UserError, match=r"dog/2\.png"):
+        check_files(data, World(rank=1, size=2), every=True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"GIF89a", b"\x89PNG\r\n\x1a\n\x00\x00", b"\xff\xd8\xff\xe0 JFIF"]
+)
+def test_whatever_pillow_says_of_a_damaged_file_is_one_sentence(pictures, content):
+    (pictures / "cat" / "0.png").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"cat/0\.png cannot be read as an image .*remove or replace"
+    ):
+        ImageFolder(pictures, 8)[(0, False)]
+
+
+def test_sixteen_bits_are_refused_rather_than_clipped_to_white(pictures):
+    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(pictures / "cat" / "0.png")
+    with pytest.raises(UserError, match=r"cat/0\.png has more than 8 bits"):
+        ImageFolder(pictures, 8)[(0, False)]
+
+
+# ---- latents -----------------------------------------------------------------------------------------
+
+
+def test_the_files_of_the_original_load(latents):
+    data = open_data(args_for(latents))
+    assert isinstance(data, CachedTensors)
+    moments, labels = data.batch([(0, False), (11, True)])
+    assert labels.tolist() == [0, 1]
+    assert moments.unique().tolist() == [-15, 0]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_one_latent_of_another_shape_is_found_by_its_length_before_training(latents, in_memory):
+    odd = latents / "n01443537" / NAMES[4]
+    write_latent(odd, (4, 3, 3))
+    assert unusual(CachedFolder(latents)) == [10]
+    with pytest.raises(
+        UserError, match=rf"{odd} holds moments \(4, 3, 3\), the model needs \(4, 2, 2\)"
+    ):
+        open_data(args_for(latents, cache_in_memory=in_memory))
+
+
+def test_a_truncated_latent_is_found_by_its_length_before_training(latents):
+    damage(latents / "n01440764" / NAMES[5])
+    with pytest.raises(UserError, match="is no cached latent"):
+        open_data(args_for(latents, cache_in_memory=False))
+
+
+def test_compressed_latents_of_various_lengths_are_no_error(latents):
+    for i, path in enumerate(sorted(latents.rglob("*.npz"))):
+        moments = np.random.default_rng(i).normal(size=SHAPE).round(i).astype(np.float32)
+        np.savez_compressed(path, moments=moments, moments_flip=moments)
+    assert len(unusual(CachedFolder(latents))) > 3
+    assert len(open_data(args_for(latents, cache_in_memory=False))) == 12
+
+
+def test_nan_is_found_where_it_is_read(latents):
+    bad = latents / "n01443537" / NAMES[3]
+    write_latent(bad, moments_flip=np.full(SHAPE, np.nan, dtype=np.float32))
+    data = open_data(args_for(latents, cache_in_memory=False))
+    assert torch.isfinite(data[(9, False)][0]).all()
+    for flags in ({"cache_in_memory": True}, {"check_data": True, "cache_in_memory": False}):
+        with pytest.raises(UserError, match=f"{bad} holds NaN or infinity"):
+            open_data(args_for(latents, **flags))
+
+
+@pytest.mark.parametrize("kind", ["bare array", "text", "one mirroring"])
+def test_what_is_no_cached_latent_is_named(latents, kind):
+    path = latents / "n01440764" / NAMES[0]
+    if kind == "bare array":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    elif kind == "text":
+        path.write_text("hello")
+    else:
+        np.savez(path, moments=np.zeros(SHAPE))
+    with pytest.raises(UserError, match=f"{path} is no cached latent"):
+        CachedTensors(CachedFolder(latents))
+
+
+# ---- classes and scale -------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_needs_the_classes_it_began_with(tmp_path):
+    record_classes(tmp_path, ("cat", "dog"))
+    assert json.loads((tmp_path / "classes.json").read_text()) == ["cat", "dog"]
+    check_same_classes(tmp_path, ("cat", "dog"))
+    check_same_classes(tmp_path / "of the original", ("cat",))
+    with pytest.raises(UserError, match="label 0 was class 'cat' and is 'bird' now"):
+        check_same_classes(tmp_path, ("bird", "cat", "dog"))
+    with pytest.raises(UserError, match="began with 2 classes, now there are 3"):
+        check_same_classes(tmp_path, ("cat", "dog", "eel"))
+
+
+def test_latents_far_from_a_deviation_of_one_are_told_with_the_scale_that_mends_it(capsys):
+    latents = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    check_spread(latents, 0.2325, World())
+    assert capsys.readouterr().err == ""
+    check_spread(10 * latents, 1.0, World())
+    assert "try --latent_scale 0.1" in capsys.readouterr().err
+
+
+def test_some_items_are_spread_over_the_classes(latents):
+    for in_memory in (True, False):
+        data = open_data(args_for(latents, cache_in_memory=in_memory))
+        assert some_items(data, 3)[:, 0, 0, 0].tolist() == [0, 5, 15]
+        assert some_items(data, 100).shape == (12, *SHAPE)

@@ -1,0 +1,63 @@
+"""Training of the bundled GPT: stopped and started again it is the same, and codes are of its tokenizer."""
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from util.checkpoint import save_safetensors
+from util.errors import UserError
+from util.files import sha256_of
+from util.tiny import gpt as tiny_gpt
+
+PICTURES = 8
+
+
+@pytest.fixture
+def codes_of(monkeypatch):
+    """Writes random codes into a folder, as those of the bundled tokenizer or of another; small steps."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(tiny_gpt, "BATCH", 2)
+    monkeypatch.setattr(tiny_gpt, "SAVE_EVERY", 1)
+
+    def write(folder, digest=None):
+        codes = torch.randint(512, (PICTURES, 256), dtype=torch.int16)
+        metadata = {"tokenizer_sha256": digest or sha256_of(tiny_gpt.TOKENIZER)}
+        save_safetensors(folder / "codes.safetensors", {"codes": codes}, metadata)
+        return folder
+
+    return write
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(codes_of, tmp_path, monkeypatch):
+    torch.manual_seed(5)
+    whole, loss = tiny_gpt.train(codes_of(tmp_path / "one"), 3, PICTURES)
+    torch.manual_seed(5)
+    folder, step_of = codes_of(tmp_path / "two"), tiny_gpt.learning_rate
+
+    def killed(step, *rest):
+        if step == 2:
+            raise KeyboardInterrupt
+        return step_of(step, *rest)
+
+    monkeypatch.setattr(tiny_gpt, "learning_rate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_gpt.train(folder, 3, PICTURES)
+    monkeypatch.setattr(tiny_gpt, "learning_rate", step_of)
+    resumed, again = tiny_gpt.train(folder, 3, PICTURES)
+    assert again == loss
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_codes_of_another_tokenizer_and_too_few_of_them_are_refused(codes_of, tmp_path):
+    with pytest.raises(UserError, match="has codes of another tokenizer"):
+        tiny_gpt.load_codes(codes_of(tmp_path / "old", digest="0"), PICTURES)
+    with pytest.raises(UserError, match="has codes of 8 pictures, not 9"):
+        tiny_gpt.load_codes(codes_of(tmp_path / "few"), PICTURES + 1)
+
+
+def test_codes_are_made_once_and_kept(codes_of, tmp_path):
+    tmp_path.joinpath("new").mkdir()
+    made = tiny_gpt.load_codes(tmp_path / "new", 2)
+    assert made.shape == (2, 256)
+    assert torch.equal(tiny_gpt.load_codes(tmp_path / "new", 2), made)

@@ -1,0 +1,1 @@
+"""Training data: class folders, cached latents, checks, batches."""

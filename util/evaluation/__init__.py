@@ -1,0 +1,1 @@
+"""Evaluation: generate images into a run folder and score them."""

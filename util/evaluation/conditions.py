@@ -1,0 +1,114 @@
+"""What image i of a run shows: a class label, or a prompt."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from util.errors import UserError
+
+Condition = int | str
+
+
+class Conditions(Protocol):
+    """The conditions of a run."""
+
+    def of(self, indices: Iterable[int], num_images: int) -> Sequence[Condition]:
+        """Those of images `indices` in a run of `num_images`."""
+
+    def describe(self) -> Mapping[str, object]:
+        """What the manifest records; another description is another run."""
+
+
+@dataclass(frozen=True)
+class ClassLabels:
+    """Classes in order, equally many images of each: image i has label i * classes // images."""
+
+    class_num: int
+
+    def of(self, indices: Iterable[int], num_images: int) -> list[int]:
+        last = num_images - 1  # rows that fill up the last batch repeat the last class
+        return [image_label(min(i, last), num_images, self.class_num) for i in indices]
+
+    def describe(self) -> dict[str, object]:
+        return {"class_num": self.class_num}
+
+
+def image_label(index: int, num_images: int, class_num: int) -> int:
+    """Class of image `index` in a run of num_images."""
+    return index * class_num // num_images
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Image i shows prompt i; a run longer than the list starts again from the first prompt."""
+
+    texts: tuple[str, ...]
+    source: str
+
+    def of(self, indices: Iterable[int], num_images: int) -> list[str]:
+        return [self.texts[i % len(self.texts)] for i in indices]
+
+    def describe(self) -> dict[str, object]:
+        digest = hashlib.sha256("\n".join(self.texts).encode()).hexdigest()
+        return {"prompts": f"{self.source} {len(self.texts)} {digest[:16]}"}
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Prompts":
+        """Read a text file (a line a prompt), JSON lines ("prompt" or "text"), or COCO captions.
+
+        Of a COCO captions file, the first caption of each image, in order of image id. Empty lines
+        are skipped. UserError for a file that is none of these, or holds no prompt.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--prompts {path} cannot be read ({error}): give a text file"
+            ) from error
+        if path.suffix == ".json":
+            texts = _coco_captions(path, text)
+        elif path.suffix in (".jsonl", ".ndjson"):
+            texts = [_of_line(path, number, line) for number, line in _lines(text)]
+        else:
+            texts = [line for _, line in _lines(text)]
+        if not texts:
+            raise UserError(f"--prompts {path} holds no prompt: write one per line")
+        return cls(tuple(texts), path.name)
+
+
+def _lines(text: str) -> list[tuple[int, str]]:
+    numbered = enumerate(text.splitlines(), start=1)
+    return [(number, line.strip()) for number, line in numbered if line.strip()]
+
+
+def _of_line(path: Path, number: int, line: str) -> str:
+    try:
+        entry = json.loads(line)
+        prompt = entry.get("prompt", entry.get("text"))
+        if not isinstance(prompt, str):
+            raise ValueError('no "prompt" or "text"')
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f'{path}, line {number}, is not a JSON object with a "prompt" ({error})'
+        ) from error
+    return prompt
+
+
+def _coco_captions(path: Path, text: str) -> list[str]:
+    try:
+        annotations: list[dict[str, Any]] = json.loads(text)["annotations"]
+        first: dict[int, tuple[int, str]] = {}
+        for entry in annotations:
+            image, number = int(entry["image_id"]), int(entry["id"])
+            if image not in first or number < first[image][0]:
+                first[image] = number, str(entry["caption"]).strip()
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--prompts {path} is not a COCO captions file ({type(error).__name__}: {error}): give "
+            "one, or a text file with a prompt per line"
+        ) from error
+    return [first[image][1] for image in sorted(first)]

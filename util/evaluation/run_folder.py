@@ -1,0 +1,213 @@
+"""The folder of one evaluation: images named by their index, one configuration, one result.
+
+    DIR/images/00000.png ...   DIR/manifest.json   DIR/sheet.png   DIR/results.json   DIR/samples.npz
+
+The manifest is written before the first image. It holds the configuration, which decides the images,
+and every call that worked on them: arguments, commit, torch, device. A folder refuses another
+configuration, so that the same command resumes and a different one cannot mix its images in.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from util.errors import UserError
+from util.files import atomic_path, write_json
+from util.images import (
+    check_numbered,
+    contact_sheet,
+    is_complete_png,
+    list_images,
+    png_name,
+    read_image,
+    save_png,
+)
+
+Json = Mapping[str, object]
+
+MANIFEST = "manifest.json"
+# What a call may change without changing images, but for rounding; the user is told.
+MAY_DIFFER = (
+    *("commit", "torch", "device_name", "threads"),
+    *("compile", "cuda_graphs", "eval_bsz", "vae_bsz"),
+)
+
+
+class RunFolder:
+    """One evaluation's folder; creates nothing before `open`."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.images = self.path / "images"
+
+    def manifest(self) -> dict[str, object]:
+        """{"config": {...}, "calls": [...]}, or {} where there is none. UserError if it is damaged."""
+        path = self.path / MANIFEST
+        try:
+            found = json.loads(path.read_text()) if path.exists() else {}
+            if found and not (
+                isinstance(found["config"], dict) and isinstance(found["calls"], list)
+            ):
+                raise ValueError("it lacks a configuration or calls")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}): restore it, or delete the folder and start anew"
+            ) from error
+        return found
+
+    def conflict(self, config: Json) -> str | None:
+        """Why `config` must not go on here, as half a sentence, or None."""
+        manifest = self.manifest()
+        if not manifest:
+            count = len(list_images(self.images)) if self.images.is_dir() else 0
+            return f"holds {count} images, but no {MANIFEST} says what made them" if count else None
+        config, found = json.loads(json.dumps(config)), manifest["config"]  # as both are read back
+        for key in {**found, **config}:
+            if found.get(key) != config.get(key):
+                return (
+                    f"holds a run with {key} {found.get(key)!r}, this one has {config.get(key)!r}"
+                )
+        return None
+
+    def check(self, config: Json, num_images: int, overwrite: bool = False) -> bool:
+        """Whether `overwrite` has images of another configuration to discard.
+
+        UserError: another configuration without `overwrite`, or images that are not of this run.
+        """
+        images = list_images(self.images) if self.images.is_dir() else []
+        check_numbered(images)
+        conflict = self.conflict(config)
+        if conflict and not overwrite:
+            raise UserError(
+                f"{self.path} {conflict}: choose another --output_dir or discard it by --overwrite"
+            )
+        if not conflict:
+            check_numbered(images, below=num_images)
+        return conflict is not None
+
+    def open(self, config: Json, call: Json, num_images: int, overwrite: bool = False) -> list[str]:
+        """Create the folder, or go on in it with one more call, as `check` allows.
+
+        Returns what of MAY_DIFFER has changed since the last call, as "eval_bsz 64 -> 32".
+        UserError also if the folder cannot be written.
+        """
+        try:
+            if self.check(config, num_images, overwrite):
+                self._discard()
+            calls = self.calls()
+            self.images.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / MANIFEST, {"config": config, "calls": [*calls, call]})
+        except OSError as error:
+            raise UserError(f"cannot use the run folder {self.path} ({error})") from error
+        if not calls:
+            return []
+        last = calls[-1]
+        return [
+            f"{k} {last.get(k)} -> {call.get(k)}" for k in MAY_DIFFER if last.get(k) != call.get(k)
+        ]
+
+    def calls(self) -> list[Json]:
+        """The calls that have worked on the folder, the last one last."""
+        return self.manifest().get("calls", [])
+
+    def amend_call(self, more: Json) -> None:
+        """Add to what the manifest says of the last call."""
+        manifest = self.manifest()
+        manifest["calls"][-1] |= more
+        write_json(self.path / MANIFEST, manifest)
+
+    def _discard(self) -> None:
+        """Delete what this project put there, and nothing else."""
+        self._delete_images()
+        for name in ("results.json", "sheet.png", "samples.npz", MANIFEST):
+            (self.path / name).unlink(missing_ok=True)
+
+    def _delete_images(self) -> None:
+        for file in self.images.glob("*.png"):
+            if file.stem.isdigit():
+                file.unlink()
+
+    def image(self, index: int) -> Path:
+        """Where image `index` lies."""
+        return self.images / png_name(index)
+
+    def results(self) -> dict[str, object]:
+        """The results of an earlier call, or {}. UserError if they are damaged."""
+        path = self.path / "results.json"
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}): delete it, it is made again"
+            ) from error
+
+    def missing(self, indices: Sequence[int]) -> list[int]:
+        """Those of the indices that have no complete PNG yet."""
+        return [i for i in indices if not is_complete_png(self.image(i))]
+
+    def sweep(self) -> None:
+        """Delete the temporary files that a killed process has left. Only when nobody writes."""
+        for file in (*self.path.glob(".*.part"), *self.images.glob(".*.part")):
+            file.unlink(missing_ok=True)
+
+    def write_sheet(self, num_images: int, rows: int = 8, columns: int = 10) -> None:
+        """Contact sheet of some images."""
+        sheet = contact_sheet(self.spread(num_images, rows * columns), columns)
+        save_png(self.path / "sheet.png", sheet)
+
+    def spread(self, num_images: int, count: int) -> np.ndarray:
+        """At most `count` images (N, H, W, 3) spread evenly over the run, and so over its classes."""
+        count = min(num_images, count)
+        chosen = [self.image(i * num_images // count) for i in range(count)]
+        return np.stack([read_image(path) for path in chosen])
+
+    def finished(self, weights: str) -> bool:
+        """Whether it holds the results of these weights."""
+        return bool(self.results()) and self.manifest()["config"]["weights"] == weights
+
+    def drop_images(self) -> None:
+        """Delete the numbered images and say in the results that they are gone."""
+        self._delete_images()
+        with suppress(OSError):  # it may hold what others put there
+            self.images.rmdir()
+        write_json(self.path / "results.json", {**self.results(), "images_dir": None})
+
+    def write_npz(self, labels: Sequence[int]) -> Path:
+        """samples.npz as ADM's evaluator reads it, image by image: memory does not grow with N.
+
+        arr_0 (N, H, W, 3) uint8 in the order of the indices, arr_1 (N,) int64 labels
+        (guided-diffusion, scripts/image_sample.py).
+        """
+        path = self.path / "samples.npz"
+        shape = (len(labels), *read_image(self.image(0)).shape)
+        with (
+            atomic_path(path) as temporary,
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
+        ):
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for index in range(len(labels)):
+                    file.write(read_image(self.image(index)).tobytes())
+            with archive.open("arr_1.npy", "w") as file:
+                np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))
+        return path
+
+
+def provenance() -> dict[str, object]:
+    """What a number travels with: command line, commit (with + if files changed since), torch."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--match="]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # an unpacked archive, or no git here
+    return {"command": shlex.join(sys.argv), "commit": commit, "torch": torch.__version__}

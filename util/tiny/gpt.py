@@ -1,0 +1,154 @@
+"""Trains gpt_tiny, the bundled LlamaGen, on codes of the shapes data set.
+
+    python -m util.tiny.gpt --output_dir output_dir/gpt_tiny
+
+The data set is turned into codes once (codes.safetensors in the output folder). Step i is seeded by
+i, so the same command goes on after a stop.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from models.llamagen import GPT, gpt_tiny
+from models.vq import VQModel, vq_tiny
+from util.checkpoint import load_into, read_pickle, save_safetensors
+from util.errors import UserError, run_main
+from util.files import atomic_path, sha256_of
+from util.shapes import label_of
+from util.tiny.vq import BUNDLE as TOKENIZER
+from util.tiny.vq import learning_rate, pictures
+
+BUNDLE = Path("pretrained_models/gpt_tiny/model.safetensors")
+PICTURES = 20_000
+STEPS = 4200
+BATCH = 16  # pictures
+PEAK_LR = 2e-3
+WARMUP = 200  # steps
+LABEL_DROP = 0.1  # LlamaGen, train_c2i.py: class_dropout_prob
+WEIGHT_DECAY = 0.05  # LlamaGen, train_c2i.py
+BETAS = (0.9, 0.95)  # the same
+GRAD_CLIP = 1.0  # the same
+SAVE_EVERY = 200  # steps
+ENCODE_BATCH = 50  # pictures
+
+
+@torch.no_grad()
+def encode_pictures(tokenizer: VQModel, count: int) -> Tensor:
+    """Codes (count, N) int16 of pictures 0 .. count - 1."""
+    parts = []
+    for start in tqdm(range(0, count, ENCODE_BATCH), desc="codes", unit="batch", disable=None):
+        codes = tokenizer.encode(pictures(start, min(ENCODE_BATCH, count - start)))
+        parts.append(codes.flatten(1).to(torch.int16))
+    return torch.cat(parts)
+
+
+def load_codes(output_dir: Path, count: int, tokenizer_path: Path = TOKENIZER) -> Tensor:
+    """Codes (count, N) int64, made once and kept. UserError if the kept ones are too few or foreign."""
+    path, digest = output_dir / "codes.safetensors", sha256_of(tokenizer_path)
+    if not path.exists():
+        tokenizer = vq_tiny().eval()
+        load_into(tokenizer, tokenizer_path)
+        codes = {"codes": encode_pictures(tokenizer, count)}
+        save_safetensors(path, codes, {"tokenizer_sha256": digest})
+    with safe_open(path, framework="pt") as file:
+        codes, made_by = file.get_tensor("codes").long(), file.metadata()
+    if len(codes) < count:
+        raise UserError(f"{path} has codes of {len(codes)} pictures, not {count}: delete it")
+    if (made_by or {}).get("tokenizer_sha256") != digest:
+        raise UserError(f"{path} has codes of another tokenizer than {tokenizer_path}: delete it")
+    return codes[:count]
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Attention as matrix products in the inputs' precision: the fused CPU backward is slow."""
+    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
+
+
+def loss_of(model: GPT, codes: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy, nats per token; codes (B, N), labels (B,)."""
+    logits = model(codes[:, :-1], labels)
+    return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
+
+
+def train(output_dir: Path, steps: int, count: int) -> tuple[GPT, float]:
+    """Train, or go on from the checkpoint in output_dir; the model and its last mean loss."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    codes = load_codes(output_dir, count)
+    labels = torch.tensor([label_of(i) for i in range(count)])
+    torch.manual_seed(0)
+    model = gpt_tiny()
+    optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
+    checkpoint, done, mean = output_dir / "checkpoint-last.pth", 0, 0.0
+    if checkpoint.exists():
+        state = read_pickle(checkpoint, mmap=False)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        done, mean = state["step"], state["loss"]
+    bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
+    for step in bar:
+        torch.manual_seed(step)
+        rows = torch.randint(count, (BATCH,))
+        dropped = torch.rand(BATCH) < LABEL_DROP
+        label = labels[rows].masked_fill(dropped, model.num_classes)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, PEAK_LR, WARMUP)
+        with plain_attention():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, codes[rows], label)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        mean = loss.item() if step == 0 else 0.98 * mean + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step + 1,
+                "loss": mean,
+            }
+            with atomic_path(checkpoint) as temporary:
+                torch.save(state, temporary)
+    return model.eval(), mean
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m util.tiny.gpt", description=__doc__)
+    parser.add_argument("--output_dir", type=Path, required=True, help="for codes and checkpoint")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--num_images", type=int, default=PICTURES)
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="file to write at the end")
+    args = parser.parse_args()
+    model, loss = train(args.output_dir, args.steps, args.num_images)
+    metadata = {
+        "training_loss_nats": json.dumps(round(loss, 4)),
+        "made_by": json.dumps(
+            f"python -m util.tiny.gpt --steps {args.steps} --num_images {args.num_images}"
+        ),
+    }
+    args.bundle.parent.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    save_safetensors(args.bundle, weights, metadata)
+    print(json.dumps({"training_loss_nats": round(loss, 4)}))
+
+
+if __name__ == "__main__":
+    run_main(main)
