@@ -14,6 +14,7 @@ class MARConfig:
     """Arguments of `models.mar.MAR`. Raises ValueError for a geometry that does not work.
 
     L = (img_size / vae_stride / patch_size)^2 tokens of vae_embed_dim * patch_size^2 channels.
+    One is l-DeTok's: no_dropout_in_mlp, proj_dropout in the attention alone.
     Three fields are ours, for short trainings of small models; their defaults change nothing:
     masked_keep: share of the masked tokens that a training step decodes (CrossMAE, Fu et al. 2024).
     pos_init: "sincos" starts the position tables as 2-D sines (MAE, He et al. 2022).

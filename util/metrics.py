@@ -144,13 +144,12 @@ class Extractor:
     ) -> None:
         """UserError if the weights are missing or wrong, or sFID is asked of one that has none."""
         self.spec, self.device = feature_spec(features), device
-        weights = self.spec.find_weights(path)
         try:
             network = create_feature_extractor(
                 features,
                 [self.spec.feature_layer, self.spec.logits_layer],
                 cuda=False,
-                feature_extractor_weights_path=weights,
+                feature_extractor_weights_path=self.spec.find_weights(path),
                 verbose=False,
             )
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.PickleError) as error:

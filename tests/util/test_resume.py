@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from util import checkpoint
-from util.ema import EMA
 from util.errors import UserError
+from util.training.ema import EMA
 
 PROGRESS = {"step_in_epoch": 1, "step": 7, "images_per_step": 4, "images": 12, "skipped": 0}
 
