@@ -4,11 +4,12 @@ import sys
 from collections.abc import Callable
 
 
-class UserError(ValueError):
-    """Bad input, missing file, impossible combination. The message says what, which value, what to do.
+class UserError(Exception):
+    """Bad input, missing file, impossible combination. The message says what, which value, what to do."""
 
-    A ValueError, because the weight reader of util/weights.py serves the library too.
-    """
+
+class WeightsError(UserError, ValueError):
+    """A file of weights or statistics that does not fit; a ValueError for the library's own users."""
 
 
 def run_main(main: Callable[[], None]) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from util.download import name_of
-from util.errors import UserError
+from util.errors import WeightsError
 from util.files import atomic_path, sha256_of
 
 LAST = "checkpoint-last.pth"
@@ -32,7 +32,7 @@ COMPILED = "_orig_mod."  # torch.compile; in the middle of a name where only a p
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The file itself, or the checkpoint inside a directory. UserError if there is none."""
+    """The file itself, or the checkpoint inside a directory. WeightsError if there is none."""
     path = Path(path)
     if path.is_file():
         return path
@@ -40,8 +40,8 @@ def find_checkpoint(path: str | Path) -> Path:
         for name in (LAST, "model.safetensors"):
             if (path / name).is_file():
                 return path / name
-        raise UserError(f"{path} holds neither {LAST} nor model.safetensors")
-    raise UserError(
+        raise WeightsError(f"{path} holds neither {LAST} nor model.safetensors")
+    raise WeightsError(
         f"no checkpoint at {path}: get the published one with `python -m util.download {name_of(path)}` "
         "or give --resume a file that exists"
     )
@@ -51,9 +51,9 @@ def _refuse_foreign(path: Path) -> None:
     with path.open("rb") as file:
         head = file.read(256).lstrip()
     if not head:
-        raise UserError(f"{path} is empty: download it again")
+        raise WeightsError(f"{path} is empty: download it again")
     if head[:1] == b"<":
-        raise UserError(f"{path} is an HTML page, not a checkpoint: download it again")
+        raise WeightsError(f"{path} is an HTML page, not a checkpoint: download it again")
 
 
 def _alias(function: Callable[..., Any], module: str) -> Callable[..., Any]:
@@ -94,16 +94,16 @@ def read_pickle(path: Path, mmap: bool = True) -> object:
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         cause = f"it holds {found[1]}, and" if found else "it holds more than tensors, and"
-        raise UserError(
+        raise WeightsError(
             f"{path} cannot be read safely: {cause} unpickling that could run any code; save its "
             "weights alone, as torch.save(model.state_dict(), FILE) does"
         ) from error
     except Exception as error:  # a damaged pickle raises almost anything
-        raise UserError(f"{path} is truncated, damaged or not a PyTorch file") from error
+        raise WeightsError(f"{path} is truncated, damaged or not a PyTorch file") from error
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, on the CPU, and the metadata of a safetensors file. UserError if it is none."""
+    """Tensors by name, on the CPU, and the metadata of a safetensors file. WeightsError if it is none."""
     path = Path(path)
     _refuse_foreign(path)
     try:
@@ -111,7 +111,7 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged, truncated or not a safetensors file") from error
+        raise WeightsError(f"{path} is damaged, truncated or not a safetensors file") from error
 
 
 def load_state_dict_file(
@@ -132,13 +132,13 @@ def load_state_dict_file(
         surplus: beginnings of names that are left out.
 
     Raises:
-        UserError: missing, foreign, truncated file, or no averaged weights although asked for.
+        WeightsError: missing, foreign, truncated file, or no averaged weights although asked for.
     """
     path = find_checkpoint(path)
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
         if use_ema and metadata.get("weights") == "model":
-            raise UserError(
+            raise WeightsError(
                 f"{path} holds the weights of the last step, not the averaged ones (EMA)"
             )
         weights = _unwrap(tensors)
@@ -152,7 +152,7 @@ def weights_in(
 ) -> dict[str, Tensor]:
     """The weights inside an unpickled checkpoint, chosen and named as in `load_state_dict_file`."""
     if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{source} holds no weights by name")
+        raise WeightsError(f"{source} holds no weights by name")
     averages = content.get(AVERAGES)
     plain = next((content[key] for key in PLAIN if isinstance(content.get(key), Mapping)), None)
     if use_ema is not False and isinstance(averages, Mapping):
@@ -161,20 +161,20 @@ def weights_in(
         named = None if plain is None else _by_name(plain, source)
         return _name_averages(averages, source, named, like)
     if use_ema and plain is not None and plain is content.get("model"):
-        raise UserError(
+        raise WeightsError(
             f"{source} has no averaged weights ({AVERAGES}): give --no_ema for those of the last step"
         )
     if plain is None and isinstance(averages, Mapping | Sequence):
-        raise UserError(f"{source} holds averaged weights ({AVERAGES}) alone: remove --no_ema")
+        raise WeightsError(f"{source} holds averaged weights ({AVERAGES}) alone: remove --no_ema")
     return _by_name(content if plain is None else plain, source)
 
 
 def _by_name(weights: Mapping[Any, Any], source: str | Path) -> dict[str, Tensor]:
     if not weights:
-        raise UserError(f"{source} holds no weights by name")
+        raise WeightsError(f"{source} holds no weights by name")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(
+            raise WeightsError(
                 f"{source} holds no weights by name: '{name}' is a {type(value).__name__}"
             )
     return _unwrap(weights)
@@ -203,7 +203,7 @@ def _name_averages(
             for average, parameter in zip(averages, names.values(), strict=True)
         ):
             return dict(zip(names, averages, strict=True))
-    raise UserError(
+    raise WeightsError(
         f"{source} has its averages ({AVERAGES}) as a list of {len(averages)} without names, which "
         "does not fit the model: check the model's flags"
     )
@@ -229,25 +229,29 @@ def _orders(
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """UserError naming the first name or shape in which `weights` differ from those of `model`."""
+    """WeightsError naming the first name or shape in which `weights` differ from those of `model`."""
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in weights:
-            raise UserError(f"{source} lacks '{name}', which the model has: it is of another model")
+            raise WeightsError(
+                f"{source} lacks '{name}', which the model has: it is of another model"
+            )
         if weights[name].shape != tensor.shape:
             theirs, ours = tuple(weights[name].shape), tuple(tensor.shape)
-            raise UserError(
+            raise WeightsError(
                 f"'{name}' is {theirs} in {source} but {ours} in the model: check the model's flags"
             )
     for name in weights:
         if name not in own:
-            raise UserError(f"{source} has '{name}', which the model lacks: it is of another model")
+            raise WeightsError(
+                f"{source} has '{name}', which the model lacks: it is of another model"
+            )
 
 
 def load_into(
     model: nn.Module, path: str | Path, use_ema: bool | None = True, surplus: Collection[str] = ()
 ) -> None:
-    """Copy the weights of a file into `model`; UserError unless all names and shapes agree.
+    """Copy the weights of a file into `model`; WeightsError unless all names and shapes agree.
 
     Arguments as in `load_state_dict_file`.
     """
@@ -271,7 +275,7 @@ def digest_of(model: nn.Module) -> str:
 
 
 def write_whole(path: Path, save: Callable[[BinaryIO], object]) -> None:
-    """Atomically, and on the disk before the old file goes. UserError if it cannot be written."""
+    """Atomically, and on the disk before the old file goes. WeightsError if it cannot be written."""
     with atomic_path(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

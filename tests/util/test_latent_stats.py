@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from models.detok import DeTok
 from models.tokenizers import load_detok, load_tokenizer
 from tests.support.golden_data import GOLDEN
-from tests.golden_detok import recorded, tokenizer, weights
+from tests.support.golden_detok import recorded, tokenizer, weights
 from util import checkpoint
 from util.data.latent_stats import convert_statistics, read_statistics
 from util.errors import UserError, run_main
@@ -169,8 +170,6 @@ def test_the_tokenizer_is_loaded_with_its_averages_and_statistics(files):
 
 def test_the_size_is_read_from_the_file(tmp_path):
     torch.manual_seed(0)
-    from models.detok import DeTok
-
     small = DeTok(32, 8, 4, *({"width": 512, "layers": n, "heads": 8} for n in (1, 2)))
     torch.save(small.state_dict(), tmp_path / "tok.pth")
     save_file({"mean": torch.zeros(4), "std": torch.ones(4)}, tmp_path / "s.safetensors")

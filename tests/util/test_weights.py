@@ -12,7 +12,7 @@ from torch import nn
 
 from models.detok import DeTok
 from models.vae import AutoencoderKL
-from tests.golden_detok import detok_mar, mar_config, tokenizer, weights
+from tests.support.golden_detok import config, detok_mar, mar_config, tokenizer, weights
 from util.errors import UserError
 from util.weights import load_into, load_state_dict_file, save_safetensors
 
@@ -177,15 +177,9 @@ def test_a_list_of_averages_gets_the_names_of_its_order(tmp_path, order, with_we
 
 
 def test_a_list_of_the_tokenizers_averages_is_named_too(tmp_path):
-    model = DeTok(**tokenizer_config())
+    model = DeTok(**config("tok_config"))
     content = {"model_ema": list(weights("tok").values())}
     assert same(loads(model, content, tmp_path, None), tokenizer().state_dict())
-
-
-def tokenizer_config() -> dict:
-    from tests.golden_detok import config
-
-    return config("tok_config")
 
 
 def test_without_a_model_a_list_is_refused(tmp_path):
