@@ -78,13 +78,8 @@ def test_a_layer_imports_only_the_layers_below_it(module):
     assert tops(GRAPH[module]) & OWN <= allowed
 
 
-<<<<<<< HEAD
-def test_models_take_the_weight_reader_from_util_and_nothing_else():
-    leaves = {"util.weights", "util.data.latent_stats", "util.errors"}
-=======
 def test_models_import_four_leaves_of_util_and_nothing_else():
     leaves = {"util.config", "util.weights", "util.data.latent_stats", "util.errors"}
->>>>>>> detok/main
     for module in (module for module in LAYERED if module.startswith("models.")):
         taken = {name for name in GRAPH[module] if name in GRAPH and name.startswith("util.")}
         assert taken <= leaves, module

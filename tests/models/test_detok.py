@@ -12,11 +12,7 @@ from models.denoiser import guide
 from models.detok import BASE, DeTok
 from models.lazy_mar import CACHES, LazyMARConfig
 from tests.support.golden_data import relative_error
-<<<<<<< HEAD
-from tests.golden_detok import detok_mar, detok_noise, recorded, tokenizer
-=======
 from tests.support.golden_detok import detok_mar, detok_noise, recorded, tokenizer
->>>>>>> detok/main
 from tests.support.golden_recipe import load_shapes
 
 SHAPES = "detok_state_dicts.json"
