@@ -13,18 +13,13 @@ from util.config import setting
 class MARConfig:
     """Arguments of `models.mar.MAR`. Raises ValueError for a geometry that does not work.
 
-        L = (img_size / vae_stride / patch_size)^2 tokens of vae_embed_dim * patch_size^2 channels.
-    <<<<<<< HEAD
-        no_dropout_in_mlp is l-DeTok's. Three fields are ours, for short trainings of small models; their
-        defaults change nothing:
-    =======
-        One is l-DeTok's: no_dropout_in_mlp, proj_dropout in the attention alone.
-        Three fields are ours, for short trainings of small models; their defaults change nothing:
-    >>>>>>> detok/main
-        masked_keep: share of the masked tokens that a training step decodes (CrossMAE, Fu et al. 2024).
-        pos_init: "sincos" starts the position tables as 2-D sines (MAE, He et al. 2022).
-        aux_weight: weight of a squared error that asks z for the token itself, read out through the
-            transposed z_proj, so that context is learned before the head uses it.
+    L = (img_size / vae_stride / patch_size)^2 tokens of vae_embed_dim * patch_size^2 channels.
+    no_dropout_in_mlp is l-DeTok's. Three fields are ours, for short trainings of small models; their
+    defaults change nothing:
+    masked_keep: share of the masked tokens that a training step decodes (CrossMAE, Fu et al. 2024).
+    pos_init: "sincos" starts the position tables as 2-D sines (MAE, He et al. 2022).
+    aux_weight: weight of a squared error that asks z for the token itself, read out through the
+        transposed z_proj, so that context is learned before the head uses it.
     """
 
     img_size: int = setting(256, "height and width of the images, pixels", least=1)
