@@ -50,7 +50,6 @@ class MARConfig:
     masked_keep: float = setting(1.0, "share of masked tokens decoded in training")
     pos_init: str = setting("normal", "start of the position tables", choices=("normal", "sincos"))
     aux_weight: float = setting(0.0, "weight of an auxiliary regression of the tokens", least=0)
-    no_dropout_in_mlp: bool = setting(False, "use --proj_dropout in the attention only")
 
     def __post_init__(self) -> None:
         at_least_one = ("img_size", "vae_stride", "patch_size", "vae_embed_dim", "class_num")
