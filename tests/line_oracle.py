@@ -18,14 +18,28 @@ def smooth(attention: Tensor, place: int) -> float:
     return attention[max(0, place - 2) : place + 3].sum().item() / 5
 
 
+def spaced_columns(count: int, line: int) -> set[int]:
+    """The middles of `count` equal parts of a line, each the nearest token, halves upwards."""
+    middles = [(2 * i + 1) * (line - 1) for i in range(count)]  # in units of 1 / (2 * count)
+    return {(middle + count) // (2 * count) for middle in middles}
+
+
 class Oracle:
     """Decodes position by position; method is one of models.line_methods.METHODS."""
 
     def __init__(
-        self, model: GPT, rows: int, budget: int, anchors: int, recent: int, method: str = "linear"
+        self,
+        model: GPT,
+        rows: int,
+        budget: int,
+        anchors: int,
+        recent: int,
+        method: str = "linear",
+        spaced: int = 0,
     ) -> None:
         self.model, self.method = model, method
         self.budget, self.anchors, self.recent = budget, anchors, recent
+        self.columns = spaced_columns(spaced, model.grid[1]) if method == "stratified" else ()
         self.rope = rope_table(model.grid, model.head_dim, torch.device("cpu"))
         layers, heads, length = len(model.layers), model.n_head, 1 + model.block_size
         shape = (layers, rows, heads, length, model.head_dim)
@@ -90,6 +104,7 @@ class Oracle:
             return
         value = {
             "linear": lambda place: attention[:, place].mean().item(),
+            "stratified": lambda place: attention[:, place].mean().item(),
             "streaming": lambda place: seen[place],
             "h2o": lambda place: self.total[index, row, head, seen[place]].item(),
             "h2o_last": lambda place: attention[-1, place].item(),
@@ -100,6 +115,7 @@ class Oracle:
             (value(place), position - 1)
             for place, position in enumerate(seen)
             if self.anchors <= position - 1 < tokens - self.recent
+            and (position - 1) % line not in self.columns
         ]
         surplus = len(alive) - self.budget
         for _, token in sorted(candidates)[:surplus]:
