@@ -82,6 +82,32 @@ def tiny_chameleon(kv_heads: int = 4, seed: int = 0):
     return model
 
 
+def tiny_processor(template: str | None = None):
+    """A tokenizer of a few words and the processor of a tiny Janus of 8 x 8 codes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "<s>", "</s>", "<begin_of_image>", "<image_placeholder>", "<end_of_image>"]
+    words += ["a", "red", "disc", "green", "star", "<unk>", "User:", "Assistant:"]
+    base = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    base.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=base, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        extra_special_tokens={
+            "image_token": words[4], "boi_token": words[3], "eoi_token": words[5],
+        },
+    )  # fmt: skip
+    from transformers.models.janus.image_processing_janus import JanusImageProcessor
+
+    size = {"height": 32, "width": 32}
+    images = JanusImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return transformers.JanusProcessor(
+        images, tokenizer, num_image_tokens=64, chat_template=template
+    )
+
+
 def padded(prompts: list[list[int]]) -> dict[str, Tensor]:
     """input_ids and attention_mask (B, P), padded on the left."""
     length = max(map(len, prompts))

@@ -19,7 +19,14 @@ from models.janus import (  # noqa: E402
     unconditional,
 )
 from models.transformers_cache import LineARCache, cache_argument, line_ar_attention  # noqa: E402
-from tests.transformers_data import BOI, BOS, MaskingOracle, padded, tiny_janus  # noqa: E402
+from tests.transformers_data import (  # noqa: E402
+    BOI,
+    BOS,
+    MaskingOracle,
+    padded,
+    tiny_janus,
+    tiny_processor,
+)
 
 GRID = (8, 6)
 PROMPTS = [[BOS, 9, 8, BOI], [BOS, 5, 6, 7, 8, 11, BOI]]
@@ -104,32 +111,6 @@ def test_a_model_that_computes_nan_gives_no_codes():
     assert bool((codes == -1).all())
 
 
-def processor(tmp_path, template: str | None):
-    """A word tokenizer and the processor of a 32-pixel Janus."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = ["<pad>", "<s>", "</s>", "<begin_of_image>", "<image_placeholder>", "<end_of_image>"]
-    words += ["a", "red", "disc", "green", "star", "<unk>", "User:", "Assistant:"]
-    base = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    base.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 1)]
-    )
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=base, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        extra_special_tokens={
-            "image_token": words[4], "boi_token": words[3], "eoi_token": words[5],
-        },
-    )  # fmt: skip
-    from transformers.models.janus.image_processing_janus import JanusImageProcessor
-
-    size = {"height": 32, "width": 32}
-    images = JanusImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return transformers.JanusProcessor(
-        images, tokenizer, num_image_tokens=64, chat_template=template
-    )
-
-
 TEMPLATE = (
     "{% for m in messages %}User: {{ m['content'][0]['text'] }} {% endfor %}"
     "{% if add_generation_prompt %}Assistant: {% endif %}"
@@ -137,10 +118,10 @@ TEMPLATE = (
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_prompts_become_pictures_whatever_their_batch(tmp_path, template):
+def test_prompts_become_pictures_whatever_their_batch(template):
     model = tiny_janus((8, 8))
     sampling = GPTSampling(5.0, line_ar=LineARConfig(2, anchors=2, recent=1))
-    generator = JanusGenerator(model, processor(tmp_path, template), sampling, 16)
+    generator = JanusGenerator(model, tiny_processor(template), sampling, 16)
     prompts = ["a red disc", "green star a red star"]
     inputs, seeds = generator.prepare(prompts, [1, 2])
     words = [1, 6, 7, 8] if template is None else [1, 12, 6, 7, 8, 13]
