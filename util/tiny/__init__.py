@@ -1,0 +1,1 @@
+"""Data, scores and trainings of the bundled models."""
