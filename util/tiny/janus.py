@@ -154,7 +154,8 @@ def start(tokenizer_path: Path) -> JanusForConditionalGeneration:
     """The model before training: the trained tokenizer inside, and the parts to train ready.
 
     Image embeddings start as the codes themselves, at unit variance, and the small networks around
-    them at PyTorch's defaults: at the scale of the library's, codes would vanish in the first norm.
+    them at PyTorch's defaults. At the scale of the library's (0.02) codes are lost in the first norm:
+    after 40 steps of a trial the loss was 4.85 nats, and 4.45 with this start.
     """
     torch.manual_seed(0)
     model = make_model().requires_grad_(False)

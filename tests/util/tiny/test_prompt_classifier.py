@@ -130,11 +130,11 @@ def test_training_labels_leave_the_second_object_of_a_single_one_out():
         assert absent == 4 * [False] + 2 * [single]
 
 
-def test_a_short_training_learns_the_arrangement(monkeypatch):
-    monkeypatch.setattr(prompt_classifier, "EPOCHS", 3)
+def test_a_short_training_learns_the_ground(monkeypatch):
+    monkeypatch.setattr(prompt_classifier, "BATCH", 20)
     classifier = prompt_classifier.train(400)
     scenes = classifier.scenes(pictures(UNSEEN, 100))
-    right = [s.arrangement == scene_of(UNSEEN + n).arrangement for n, s in enumerate(scenes)]
+    right = [scene.ground == scene_of(UNSEEN + n).ground for n, scene in enumerate(scenes)]
     assert sum(right) > 80
 
 
