@@ -11,7 +11,7 @@ A shape is a signed distance (negative inside), and a pixel's coverage is that d
 import argparse
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -141,11 +141,11 @@ def render(index: int, size: int = IMAGE_SIZE) -> np.ndarray:
 
 
 def coverage(
-    shape: str, middle: Sequence[float], radius: float, angle: float, size: int = IMAGE_SIZE
+    shape: str, middle: np.ndarray, radius: float, angle: float, size: int = IMAGE_SIZE
 ) -> Field:
     """Share of each pixel that a shape covers, float32 (size, size, 1) in [0, 1].
 
-    middle: its x and y. Like the radius they are in pixels of a picture of IMAGE_SIZE; angle: radians.
+    middle: x and y (2,). Like the radius it is in pixels of a picture of IMAGE_SIZE; angle: radians.
     """
     pixel = IMAGE_SIZE / size
     axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(pixel)

@@ -133,7 +133,8 @@ def render(index: int, size: int = IMAGE_SIZE) -> np.ndarray:
     """Picture `index` (>= 0) at size x size pixels => uint8 (size, size, 3)."""
     scene, random = scene_of(index), _random(index, LAYOUT)
     single = scene.arrangement == SINGLE
-    picture = np.float32(GROUNDS[scene.ground])  # (3,)
+    assert scene.ground is not None  # that of a picture never is
+    picture = np.array(GROUNDS[scene.ground], np.float32)  # (3,)
     for place, (colour, shape) in enumerate(scene.objects):
         if single:
             middle = random.uniform(-JITTER, JITTER, 2)
@@ -144,7 +145,8 @@ def render(index: int, size: int = IMAGE_SIZE) -> np.ndarray:
         radius = random.uniform(*(RADIUS if single else PAIR_RADIUS))
         angle = math.radians(random.uniform(-ROTATION, ROTATION))
         cover = coverage(shape, middle + IMAGE_SIZE / 2, radius, angle, size)
-        picture = picture + cover * (np.float32(COLOURS[colour]) - picture)  # (size, size, 3)
+        paint = np.array(COLOURS[colour], np.float32)
+        picture = picture + cover * (paint - picture)  # (size, size, 3)
     return np.rint(picture).astype(np.uint8)
 
 

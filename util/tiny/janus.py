@@ -30,7 +30,7 @@ from transformers import (
 
 from util.errors import UserError, run_main
 from util.images import to_bytes
-from util.shapes import IMAGE_SIZE
+from util.shapes import HELD_OUT_START, IMAGE_SIZE
 from util.tiny.captions import WORDS, caption_of
 from util.tiny.janus_vq import (
     BASE_CHANNELS,
@@ -42,8 +42,9 @@ from util.tiny.janus_vq import (
     draw,
     janus_weights,
     load_tokenizer,
+    save_sheet,
 )
-from util.tiny.prompt_classifier import FOLDER
+from util.tiny.prompt_classifier import CLASSIFIER, FOLDER, PromptClassifier, prompt_agreement
 from util.tiny_gpt import fit, load_codes
 
 GRID = 16  # codes per line, and lines
@@ -72,7 +73,7 @@ PICTURES = 40_000
 STEPS = 5000
 BATCH = 16  # pictures
 PROMPT_DROP = 0.1  # LlamaGen, train_t2i.py: class_dropout_prob
-TEST_PICTURES = 100
+TEST_PICTURES = 100  # drawn at the end from held-out captions
 
 
 def make_processor() -> JanusProcessor:
@@ -255,10 +256,14 @@ def main() -> None:
     args = parser.parse_args()
     if not args.tokenizer.is_file():
         raise UserError(f"there is no tokenizer at {args.tokenizer}: run util.tiny.janus_vq first")
+    classifier = PromptClassifier.from_file(args.bundle / CLASSIFIER)
     model, loss = train(args.output_dir, args.tokenizer, args.steps, args.num_images)
     save(model.half(), args.bundle)
-    result = {"training_loss_nats": round(loss, 4)}
-    print(json.dumps(result))
+    prompts = [caption_of(HELD_OUT_START + n) for n in range(TEST_PICTURES)]
+    images = draw_prompts(args.bundle, prompts, seed=0)
+    save_sheet(args.output_dir / "samples.png", images.unflatten(0, (-1, 10)))
+    agreement = prompt_agreement(classifier, images, prompts)
+    print(json.dumps({"training_loss_nats": round(loss, 4), "agreement": agreement}))
 
 
 if __name__ == "__main__":

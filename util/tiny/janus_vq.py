@@ -19,7 +19,7 @@ from torch import Tensor
 from models.vq import VQModel
 from util.checkpoint import load_into, save_safetensors
 from util.errors import UserError, run_main
-from util.images import save_png, to_uint8
+from util.images import save_png, to_bytes
 from util.shapes import HELD_OUT_START
 from util.tiny import captions
 from util.tiny_vq import test, train
@@ -82,13 +82,19 @@ def load_tokenizer(path: Path) -> VQModel:
     return model.eval().requires_grad_(False)
 
 
+def save_sheet(path: Path, images: Tensor) -> None:
+    """Write pictures (rows, columns, 3, H, W), uint8 or float in [-1, 1], as one PNG."""
+    pixels = images if images.dtype == torch.uint8 else to_bytes(images)
+    lines = pixels.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (rows * H, columns * W, 3)
+    save_png(path, lines.contiguous().numpy())
+
+
 @torch.no_grad()
 def save_reconstructions(model: VQModel, path: Path, rows: int = 4, columns: int = 10) -> None:
     """Write a sheet of held-out pictures, each row followed by its reconstructions."""
-    images = draw(HELD_OUT_START, rows * columns).unflatten(0, (rows, columns))
-    sheet = [row for batch in images for row in (batch, model.decode(model.encode(batch)))]
-    pixels = torch.stack([torch.cat(list(row), dim=2) for row in sheet])  # (2 rows, 3, 64, W)
-    save_png(path, to_uint8(torch.cat(list(pixels), dim=1)[None])[0])
+    images = draw(HELD_OUT_START, rows * columns)
+    both = torch.stack([images, model.decode(model.encode(images))])  # (2, rows * columns, ...)
+    save_sheet(path, both.unflatten(1, (rows, columns)).transpose(0, 1).flatten(0, 1))
 
 
 def main() -> None:

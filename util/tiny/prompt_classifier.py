@@ -220,10 +220,12 @@ def _normalised(classifier: PromptClassifier, images: Tensor) -> PromptClassifie
     """Features scaled to a mean variance of 1 over the images; the logits stay the same."""
     features = torch.cat([classifier(batch)[0] for batch in images.split(BATCH)])
     factor = features.var(0).mean().rsqrt()
-    last, first = classifier.trunk[-2], classifier.places[0]
-    last.weight.mul_(factor)
-    last.bias.mul_(factor)
-    first.weight.div_(factor)
+    weights = (
+        classifier.state_dict()
+    )  # of the last convolution before the features, and behind them
+    weights["trunk.6.weight"].mul_(factor)
+    weights["trunk.6.bias"].mul_(factor)
+    weights["places.0.weight"].div_(factor)
     return classifier.eval()
 
 
