@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from util.batch_grid import image_seed
 
 from benchmarks.common import add_output, at_least, claim, markdown, origin, write_result
 from benchmarks.line_common import PRESET, Run, load_tiny
 from models.line_cache import KVCache, KVLayer, LineARConfig, LinePlan
 from util.device import pick_device, pick_dtype
 from util.errors import UserError, run_main
+from util.evaluation.batches import image_seed
 
 NEAR = 3  # lines in front of the present one that are not old
 COLUMNS = ("condition", "older", "coverage", "best")

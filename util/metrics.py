@@ -211,7 +211,7 @@ class Scorer:
                 bar.update(len(indices))
 
     def result(self) -> dict[str, object]:
-        """Those of util.score_request.SCORES that were asked for, and the reference.
+        """Those of util.evaluation.request.SCORES that were asked for, and the reference.
 
         Fewer images than IS_SPLITS would leave empty splits: IS is then taken over all images at once
         (is_splits 1, is_std 0). UserError unless all images are in.
