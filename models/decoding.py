@@ -75,9 +75,7 @@ class Decoding:
             self.first_fills = self.predictor.policies[plan.steps[0].index].fills
         self.denoiser = PlainDenoiser(net, [*runs.values()], compile)
         if config is not None and config.head_cache:
-            self.denoiser = LazyDenoiser(
-                net, [*runs.values()], config, own.num_timesteps, compile
-            )
+            self.denoiser = LazyDenoiser(net, [*runs.values()], config, own.num_timesteps, compile)
         self.first_z: dict[int | None, Tensor] = {}  # label -> z (L, D) of step 0, raster order
         # Heads come again and again, so they must not share memory with the steps.
         self.run_step = CudaGraphs() if graphs else call_now

@@ -1,7 +1,7 @@
 """How much arithmetic an image takes, counted from geometry, plan and policy.
 
 Matrix products only, 2 operations per multiply-add, as torch.utils.flop_counter counts them; norms and
-activations (below 0.5%), coupled noise (below 0.1%) and the tokenizer are left out. Two counts of the same image:
+activations (below 0.5%), coupled noise (below 0.1%) and the tokenizer are left out. Two counts:
 as published: MAR and LazyMAR as their code computes them, every layer for all positions and every
     denoising step with its own embeddings.
 as executed: what models/decoding.py computes. The last decoder block has the rows that are read, the

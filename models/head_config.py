@@ -22,6 +22,7 @@ from diffusion.schedule import (
     space_timesteps,
 )
 from models.plan import DecodingPlan
+from util.config import setting
 
 # Share of the way from the last number of steps to the first, at progress 0..1 of decoding (DiSA).
 ANNEALINGS: dict[str, Callable[[float], float]] = {
@@ -47,6 +48,15 @@ class Solver(Protocol):
         """noise (n, num_timesteps + 1, C) -> x_0 (n, C)."""
 
 
+def parse_interval(text: str) -> tuple[int, int]:
+    """Two timesteps: 225,807 is (225, 807)."""
+    try:
+        low, high = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not an interval like 225,807") from error
+    return low, high
+
+
 @dataclass(frozen=True)
 class HeadConfig:
     """How the diffusion head samples and is guided; the defaults are MAR's.
@@ -66,13 +76,29 @@ class HeadConfig:
     """
 
     steps: int | tuple[int, int] | None = None
-    annealing: str = "linear"
-    t_start: int | None = None
-    spacing: str = "uniform"
-    solver: str = "ancestral"
-    tau: float = 0.0
-    guidance_start: float = 0.0
-    guidance_interval: tuple[int, int] = (0, DIFFUSION_STEPS)
+    annealing: str = setting(
+        "linear",
+        "from the first number of denoising steps to the last",
+        flag="diff_annealing_strategy",
+        choices=tuple(ANNEALINGS),
+    )
+    t_start: int | None = setting(
+        None,
+        "first timestep of the head, 950 or 980 for few steps (the model's)",
+        flag="diff_t_start",
+    )
+    spacing: str = setting(
+        "uniform", "spacing of the head's timesteps", flag="diff_spacing", choices=SPACINGS
+    )
+    solver: str = setting("ancestral", "solver of the head", flag="diff_sampler", choices=SOLVERS)
+    tau: float = setting(0.0, "noise of ddim and 2m: 0 none, 1 full", flag="diff_tau")
+    guidance_start: float = setting(0.0, "progress before which there is no guidance")
+    guidance_interval: tuple[int, int] = setting(
+        (0, DIFFUSION_STEPS),
+        "timesteps of the head that are guided",
+        parse=parse_interval,
+        metavar="LOW,HIGH",
+    )
 
     def __post_init__(self) -> None:
         choices = {"annealing": tuple(ANNEALINGS), "spacing": SPACINGS, "solver": SOLVERS}

@@ -4,7 +4,6 @@ Sequences are in decoding order behind the buffer, so the encoder's cache only e
 The methods that take (k, v) are KVUpdates for models.layers.Attention.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

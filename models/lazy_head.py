@@ -119,7 +119,9 @@ class LazyDenoiser:
             for kind in ("warm", "cold")
         }
         ahead["full"] = chain.from_iterable(
-            self.modulations.ahead(condition if guided else condition[:n], times, self.columns["full"])
+            self.modulations.ahead(
+                condition if guided else condition[:n], times, self.columns["full"]
+            )
             for guided, times in run.full_phases
         )
         cache = HeadCache()
@@ -136,10 +138,14 @@ class LazyDenoiser:
                 return epsilon, fraction
             parts, residual = cache.forecast(self.segments, run.ages[i])
             output, parts = self._lazy_step(x, modulation, parts, kind == "warm")
-            if kind == "warm":  # MLPs were renewed; changes of skipped blocks stay those of full steps
+            if (
+                kind == "warm"
+            ):  # MLPs were renewed; changes of skipped blocks stay those of full steps
                 cache.parts = [
                     old if skipped else new
-                    for (skipped, _), old, new in zip(self.segments, cache.parts, parts, strict=True)
+                    for (skipped, _), old, new in zip(
+                        self.segments, cache.parts, parts, strict=True
+                    )
                 ]
             epsilon, fraction = output.float().chunk(2, dim=-1)
             if residual is not None and run.guided[i]:  # eps_u = eps_c - residual

@@ -108,7 +108,9 @@ class LazyMARConfig:
     head_warm: float = setting(0.9, "share of steps above which other blocks are recomputed")
     head_reuse_adaln: bool = setting(False, "reuse modulations too (not in the paper)")
     refresh_steps: tuple[float, ...] | None = setting(
-        None, "progress s/T of each refresh, instead of warmup and interval", parse=parse_progress,
+        None,
+        "progress s/T of each refresh, instead of warmup and interval",
+        parse=parse_progress,
         metavar="P,...",
     )
     lazy_step: str = setting(

@@ -125,9 +125,7 @@ class LazyPredictor:
             updates = first + [cache.refill for cache in self.decoder_caches.values()]
         return self.model.decode(x, slice(buffer + start, buffer + stop), updates)
 
-    def _encode_new(
-        self, step: DecodingStep, tokens: Tensor, branches: int, stop: int
-    ) -> Tensor:
+    def _encode_new(self, step: DecodingStep, tokens: Tensor, branches: int, stop: int) -> Tensor:
         """Buffer and tokens of the previous step -> their decoder input (rows, m, D).
 
         Behind them, mask tokens of the ranks up to `stop`; without the buffer if it is not renewed.

@@ -5,6 +5,8 @@ import operator
 from dataclasses import dataclass
 from functools import cache
 
+from util.config import setting
+
 ORDERS = ("random", "halton", "gtr")
 
 
@@ -20,7 +22,9 @@ class OrderConfig:
     rates: tokens per step of each stage, in proportion: they share out the decoding steps.
     """
 
-    kind: str = "random"
+    kind: str = setting(
+        "random", "order in which tokens are decoded", flag="decoding_order", choices=ORDERS
+    )
     stages: int = 3
     rates: tuple[float, ...] = (8 / 3, 32 / 3, 64.0)
 
@@ -48,7 +52,9 @@ class OrderConfig:
             return None
         places = (row + column for row in range(grid) for column in range(grid))
         # The number of trailing zero bits: 0 is the last stage.
-        zeros = (min(self.stages - 1, ((p & -p) or 1 << self.stages).bit_length() - 1) for p in places)
+        zeros = (
+            min(self.stages - 1, ((p & -p) or 1 << self.stages).bit_length() - 1) for p in places
+        )
         return [self.stages - 1 - z for z in zeros]
 
     def masked_after(self, length: int, num_iter: int) -> list[int]:
