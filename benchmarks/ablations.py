@@ -25,7 +25,6 @@ from tqdm import tqdm
 from benchmarks.ablation_rows import STEPS, Row, Series, frontier_series, groups, rivals
 from benchmarks.common import (
     OUTPUT,
-    markdown,
     origin,
     refuse_foreign,
     timed,
@@ -49,6 +48,7 @@ from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
 from util.files import write_json
+from util.markdown import markdown_table
 
 GROUPS = tuple(groups(LazyMARConfig(), lambda row, config: None))
 TINY_IMAGES = 300
@@ -273,7 +273,7 @@ def table(rows: list[Result]) -> str:
             report.closeness_text(row, ".2f"),
         ]
         body.append([*quality, *costs, f"{row['speedup']:.2f}", row["peak_gb"]])
-    return markdown((*QUALITY, *COST), body)
+    return markdown_table((*QUALITY, *COST), body)
 
 
 def undominated(rows: list[Result], cost: str) -> list[Result]:

@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +95,6 @@ def origin() -> dict[str, object]:
     """What a number travels with; the command as one would type it, without this machine's paths."""
     module = f"benchmarks.{Path(sys.argv[0]).stem}"
     return {**provenance(), "command": shlex.join(["python", "-m", module, *sys.argv[1:]])}
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; floats with three significant digits."""
-
-    def text(cell: object) -> str:
-        if cell is None:
-            return ""
-        return f"{cell:.3g}" if isinstance(cell, float) and cell < 1000 else str(cell)
-
-    lines = [head, ["---"] * len(head), *([text(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -24,7 +24,6 @@ from benchmarks.common import (
     at_least,
     batch_sizes,
     default_dtype,
-    markdown,
     matrix_rate,
     origin,
     read_rate,
@@ -37,6 +36,7 @@ from benchmarks.memory import SampledBatch, peak_gb
 from models.sampler import Sampler
 from util.device import DTYPES, can_compile, device_name, pick_device
 from util.errors import UserError, run_main
+from util.markdown import markdown_table
 
 
 def sampling(
@@ -171,7 +171,7 @@ def main() -> None:
     }
     head = ["model", "dtype", "batch", "mode", "s_per_image", "speedup", "tflop_per_image"]
     head += ["arithmetic_limit_s", "over_arithmetic", "limit_with_reads_s", "over_limit", "peak_gb"]
-    table = markdown(head, [[row[key] for key in head] for row in rows])
+    table = markdown_table(head, [[row[key] for key in head] for row in rows])
     write_result(args.output, {"about": about, "rows": rows}, table)
 
 

@@ -21,7 +21,6 @@ from benchmarks.common import (
     OUTPUT,
     add_output,
     at_least,
-    markdown,
     origin,
     read_result,
     reserve_output,
@@ -40,6 +39,7 @@ from util.device import DTYPES, pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.files import write_json
 from util.images import save_png, side_by_side_sheet, to_uint8
+from util.markdown import markdown_table
 
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
@@ -75,7 +75,7 @@ def tables(rows: list[dict], about: dict) -> str:
             for name in METHODS
         ]
         head = [f"{title} (full cache: {format(full[key], form)})", *BUDGETS]
-        parts.append(markdown(head, body))
+        parts.append(markdown_table(head, body))
     text = "\n".join(parts)
     return text + "\n" + "\n".join(f"    {key}: {value}" for key, value in about.items()) + "\n"
 

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import OUTPUT, markdown, origin, reserve_output, with_ending, write_result
+from benchmarks.common import OUTPUT, origin, reserve_output, with_ending, write_result
 from benchmarks.redundancy_figures import draw, require_matplotlib
 from engine import cli
 from engine.mar import MARHost
@@ -42,6 +42,7 @@ from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
 from util.evaluation.config import EvaluationConfig
 from util.images import to_uint8
+from util.markdown import markdown_table
 
 GROUPS = ("earlier", "previous", "now", "later")
 NOW, PREVIOUS, CHANGED, REUSED = "npc."  # what happened to a token, in the maps of the strip
@@ -304,12 +305,12 @@ def summary(document: dict[str, dict]) -> str:
     """The numbers of the paragraphs, as Markdown tables."""
     layers = document["tokens"]["by_layer"]
     depth = len(layers["now"])
-    tokens = markdown(
+    tokens = markdown_table(
         ["decoder layer", *(f"decoded {group}" for group in GROUPS)],
         [[layer, *(f"{layers[group][layer]:.4f}" for group in GROUPS)] for layer in range(depth)],
     )
     error = document["guidance"]["error"]
-    guidance = markdown(
+    guidance = markdown_table(
         ["age in steps", "unconditional features kept", "residual kept", "no residual"],
         [
             [age, error["unconditional"][age - 1], error["residual"][age - 1], error["none"]]

@@ -18,7 +18,6 @@ from benchmarks import eager_mar
 from benchmarks.common import (
     add_output,
     at_least,
-    markdown,
     origin,
     reserve_output,
     timed,
@@ -33,6 +32,7 @@ from models.plan import DecodingPlan
 from models.sampler import Sampler
 from util.device import DTYPES, autocast, device_name, pick_device, pick_dtype
 from util.errors import run_main
+from util.markdown import markdown_table
 
 Call = Callable[[], object]
 
@@ -148,7 +148,7 @@ def main() -> None:
         "seeds": "0 .. batch - 1; weights: torch.manual_seed(0)",
     }
     document = {"about": about, "rows": [dict(zip(head, r, strict=True)) for r in rows]}
-    write_result(args.output, document, markdown(head, rows))
+    write_result(args.output, document, markdown_table(head, rows))
 
 
 if __name__ == "__main__":
