@@ -26,8 +26,8 @@ from benchmarks.common import (
     default_dtype,
     matrix_rate,
     origin,
+    prepare_output,
     read_rate,
-    reserve_output,
     timed,
     write_result,
 )
@@ -140,7 +140,7 @@ def parse() -> argparse.Namespace:
     for mode in args.modes.split(","):
         if mode not in MODES:
             raise UserError(f"--modes {mode} is unknown; use some of {','.join(MODES)}")
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     args.compile = not args.no_compile and can_compile(device, show=True)
     args.device = str(device)
     return args

@@ -21,7 +21,7 @@ from benchmarks.common import (
     add_output,
     at_least,
     origin,
-    reserve_output,
+    prepare_output,
     with_ending,
     write_text,
 )
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     at_least(args, 1, "num_images")
     at_least(args, 0, "seed")
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 

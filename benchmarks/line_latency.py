@@ -29,8 +29,8 @@ from benchmarks.common import (
     batch_sizes,
     clock_of,
     origin,
+    prepare_output,
     read_rate,
-    reserve_output,
     timed,
     write_result,
 )
@@ -161,7 +161,7 @@ def parse() -> argparse.Namespace:
         }
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"--budgets {args.budgets}: {error}") from error
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 

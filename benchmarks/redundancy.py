@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import OUTPUT, origin, reserve_output, with_ending, write_result
-from benchmarks.redundancy_figures import draw, require_matplotlib
+from benchmarks.common import OUTPUT, origin, prepare_output, with_ending, write_result
+from benchmarks.plots import require_matplotlib
+from benchmarks.redundancy_figures import draw
 from engine import cli
 from engine.mar import MARHost
 from models.decoding import Decoding
@@ -246,7 +247,7 @@ def parse() -> tuple[cli.Selection, Path]:
     flags.given["lazy_mar"] = True
     selection = cli.select(flags, "redundancy")  # refuses GPT models, which LazyMAR does not know
     output = with_ending(output or OUTPUT / f"redundancy_{selection.model}", "")
-    reserve_output(output, flags.value("overwrite", False))
+    prepare_output(output)
     return selection, output
 
 

@@ -21,7 +21,7 @@ from benchmarks.common import (
     add_output,
     at_least,
     origin,
-    reserve_output,
+    prepare_output,
     write_result,
 )
 from benchmarks.line_common import Pictures
@@ -97,7 +97,7 @@ def parse() -> argparse.Namespace:
     add_output(parser, OUTPUT / "tiny_references")
     args = parser.parse_args()
     at_least(args, 100, "num_images")
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 

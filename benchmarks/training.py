@@ -20,7 +20,7 @@ from benchmarks.common import (
     at_least,
     default_dtype,
     origin,
-    reserve_output,
+    prepare_output,
     timed,
     write_result,
 )
@@ -138,7 +138,7 @@ def parse() -> argparse.Namespace:
             raise UserError(f"--rows {row} is unknown; use some of {','.join(ROWS)}")
     at_least(args, 1, "batch", "repeats", "threads")
     at_least(args, 0, "warmup")
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 

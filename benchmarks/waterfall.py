@@ -19,7 +19,7 @@ from benchmarks.common import (
     add_output,
     at_least,
     origin,
-    reserve_output,
+    prepare_output,
     timed,
     write_result,
 )
@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     at_least(args, 1, "batch", "num_iter", "repeats", "threads")
     at_least(args, 0, "warmup")
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 
