@@ -44,7 +44,13 @@ from util.evaluation.image_source import (
     open_source,
 )
 from util.evaluation.request import ScoreRequest
-from util.evaluation.statistics import FidStatistics, load_images, load_stats, save_stats
+from util.evaluation.statistics import (
+    FidStatistics,
+    check_images,
+    load_images,
+    load_stats,
+    save_stats,
+)
 from util.evaluation.sums import FeatureSums, Gaussian
 from util.images import list_images
 from util.tiny.classifier import IMAGE_SIZE, ShapeClassifier
@@ -255,11 +261,15 @@ class Scorer:
             result = {"kid_mean": kid[KEY_METRIC_KID_MEAN], "kid_std": kid[KEY_METRIC_KID_STD]}
             result["kid_subset"] = subset
         if "pr" in self.request.metrics:
-            if min(len(ours), len(theirs)) <= 3:  # torch-fidelity's default neighbourhood
-                raise UserError("precision and recall need more than 3 images on either side")
+            _check_neighbours(len(ours), len(theirs))
             pr = prc_features_to_metric(ours, theirs, save_cpu_ram=True, verbose=False)
             result["precision"], result["recall"] = pr[KEY_METRIC_PRECISION], pr[KEY_METRIC_RECALL]
         return result
+
+
+def _check_neighbours(*counts: int) -> None:
+    if min(counts) <= 3:  # torch-fidelity's default neighbourhood
+        raise UserError("precision and recall need more than 3 images on either side")
 
 
 def _frechet(ours: Gaussian, theirs: Gaussian) -> float:
@@ -297,10 +307,22 @@ def _load_stats_for(request: ScoreRequest) -> FidStatistics:
     return stats
 
 
-def check_ready(request: ScoreRequest) -> None:
-    """Raise UserError if scoring cannot work; to be called before anything is generated."""
-    _load_stats_for(request)
-    Extractor(request.features, request.features_path, "cpu", "sfid" in request.metrics)
+def check_ready(request: ScoreRequest, num_images: int | None = None) -> None:
+    """Raise UserError if scoring `num_images` cannot work; call it before anything is generated.
+
+    All that scoring will read is read here once: damage is found before hours of sampling.
+    """
+    reference = _load_stats_for(request)
+    extractor = Extractor(request.features, request.features_path, "cpu", "sfid" in request.metrics)
+    counts = [] if num_images is None else [num_images]
+    if request.needs_features and reference.activations is not None:
+        counts.append(len(reference.activations))
+    elif request.needs_features:
+        count, height, width, _ = check_images(request.stats_path)
+        extractor(torch.zeros(1, 3, height, width, dtype=torch.uint8))  # does that size fit?
+        counts.append(count)
+    if "pr" in request.metrics:
+        _check_neighbours(*counts)
 
 
 def score(
