@@ -92,9 +92,7 @@ class PromptClassifier(nn.Module):
     @torch.no_grad()
     def scenes(self, images: Tensor) -> list[Scene]:
         """The most probable scene of each image."""
-        parts = self(images)[1].split(SIZES, dim=1)
-        choices = torch.stack([part.argmax(1) for part in parts], dim=1).tolist()
-        return [_scene_of(row) for row in choices]
+        return scenes_of(self(images)[1])
 
     @classmethod
     def from_file(cls, path: str | Path) -> "PromptClassifier":
@@ -111,6 +109,12 @@ class PromptClassifier(nn.Module):
             reason = " ".join(str(error).split())
             raise UserError(f"{path} is not a prompt classifier's file: {reason}") from error
         return classifier.eval().requires_grad_(False)
+
+
+def scenes_of(logits: Tensor) -> list[Scene]:
+    """The most probable scene of each row of logits (B, sum(SIZES))."""
+    choices = torch.stack([part.argmax(1) for part in logits.split(SIZES, dim=1)], dim=1)
+    return [_scene_of(row) for row in choices.tolist()]
 
 
 def _scene_of(labels: Sequence[int]) -> Scene:
