@@ -19,15 +19,15 @@ import numpy as np
 
 from benchmarks.common import add_output, at_least, claim, markdown, origin, write_result
 from benchmarks.measures import paired_fid
-from models.presets import PRESETS
+from engine import cli
 from util import metrics, report
 from util.device import set_threads
 from util.errors import UserError, run_main
-from util.feature_sums import Gaussian
-from util.fid_stats import load_stats
+from util.evaluation.image_source import image_batches, open_source
+from util.evaluation.request import ScoreRequest
+from util.evaluation.statistics import load_stats
+from util.evaluation.sums import Gaussian
 from util.files import atomic_path, sha256_of
-from util.image_source import image_batches, open_source
-from util.score_request import ScoreRequest
 
 FEATURES = "features.npz"
 Run = dict[str, object]
@@ -112,13 +112,10 @@ def main() -> None:
     first, *others = runs
     for run in others:
         check_paired(run, first)
-    preset = PRESETS[str(first["model"])]
-    request = ScoreRequest(
-        args.features or preset.features,
-        args.features_path or preset.features_path,
-        args.fid_stats or preset.fid_stats,
-        ("fid",),
-    )
+    words = ["--model", str(first["model"])]
+    for name in ("features", "features_path", "fid_stats"):
+        words += [f"--{name}", value] if (value := getattr(args, name)) else []
+    request = cli.select(cli.make_parser("eval").parse(words), "eval").request()
     metrics.check_ready(request)
     stats = load_stats(request.stats_path)
     reference = Gaussian(stats.mu, stats.sigma)

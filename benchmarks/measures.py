@@ -21,7 +21,7 @@ from torch.nn.functional import unfold
 
 from diffusion.gaussian import GaussianDiffusion
 from models.plan import DecodingPlan
-from util.feature_sums import Gaussian
+from util.evaluation.sums import Gaussian
 
 PATCH = 3  # tokens on a side of a window
 LEVEL = 0.95  # of intervals

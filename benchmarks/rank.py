@@ -39,7 +39,6 @@ from benchmarks.common import (
     with_ending,
     write_result,
 )
-from benchmarks.mar_work import MODELS
 from benchmarks.measures import (
     Estimate,
     energy_distance,
@@ -49,20 +48,22 @@ from benchmarks.measures import (
     steps_of_positions,
     tear_ratio,
 )
-from benchmarks.real_images import RealImages, load_model, real_images
+from benchmarks.real_images import RealImages, host_of, real_images
 from benchmarks.teacher_forcing import ForcedImages, Teacher
-from models import mar
+from engine.base import Loaded
+from engine.mar import PRESETS, MARHost
 from models.flops import MARGeometry, image_work
 from models.lazy_mar import CACHES, LazyMARConfig
+from models.mar import MAR
 from models.plan import DecodingPlan
-from models.presets import PRESETS, ModelPreset
 from models.sampler import Sampler
-from util.batch_grid import image_label, image_seed
 from util.device import DTYPES, device_name, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
+from util.evaluation.batches import image_seed
+from util.evaluation.conditions import image_label
 from util.files import write_json
 from util.shapes import HELD_OUT_START
-from util.tiny_assets import DEFAULT_IMAGES
+from util.tiny.assets import DEFAULT_IMAGES
 
 TRANSFORMER, HEAD = ("token", "condition"), ("head",)
 # Group -> the caches that are on, so that no other blurs what its constants do.
@@ -101,16 +102,18 @@ class Ranking:
 
     def __init__(
         self,
-        model: mar.MAR,
-        plan: DecodingPlan,
-        preset: ModelPreset,
+        host: MARHost,
+        loaded: Loaded,
         args: argparse.Namespace,
         images: RealImages,
         dtype: torch.dtype,
     ) -> None:
         """Runs MAR, which all are compared with, on the model's device."""
+        model, cfg = loaded.model, host.sampling.cfg
+        assert isinstance(model, MAR)
+        plan = DecodingPlan.create(model.seq_len, args.num_iter, cfg)
         self.sampler, self.geometry = Sampler(model, dtype), MARGeometry.of(model)
-        self.model, self.plan, self.args = self.sampler.model, plan, args
+        self.model, self.plan, self.args, self.cfg = self.sampler.model, plan, args, cfg
         seeds = [image_seed(args.seed, i) for i in range(args.images)]
         cuts = [(0, args.kl_images), (args.kl_images, args.images)]
         parts = [
@@ -130,7 +133,9 @@ class Ranking:
         self.plain_work = image_work(self.geometry, plan, None, executed=True).total
         if args.samples:
             self.plain_samples, self.steps = self.sample(None)
-            real = real_images(model, preset, HELD_OUT_START, REFERENCE_PICTURES, args.cached_path)
+            real = real_images(
+                host, loaded.tokenizer, HELD_OUT_START, REFERENCE_PICTURES, args.cached_path
+            )
             self.real = patch_gaussian(real.latents)
 
     def sample(self, config: LazyMARConfig | None) -> tuple[Tensor, Tensor]:
@@ -141,7 +146,7 @@ class Ranking:
             noise = self.model.image_noise([image_seed(args.seed, i) for i in indices])
             labels = [image_label(i, args.samples, self.model.class_num) for i in indices]
             found = self.sampler.sample_tokens(
-                len(indices), args.num_iter, args.cfg, labels=labels, lazy_mar=config, noise=noise
+                len(indices), args.num_iter, self.cfg, labels=labels, lazy_mar=config, noise=noise
             )
             latents.append(found.float().cpu())
             steps.append(steps_of_positions(self.plan, noise.orders))
@@ -255,7 +260,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default="mar_tiny", choices=MODELS)
+    add("--model", default="mar_tiny", choices=tuple(PRESETS))
     add("--resume", metavar="FILE", help="other weights than the model's own")
     add("--group", default="all", help=f"all, or some of {','.join(ISOLATED)}")
     add("--images", type=int, default=100, help="real images (%(default)s)")
@@ -277,8 +282,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     at_least(args, 1, "num_iter", "batch", "threads")
     at_least(args, 0, "head_tokens", "samples", "seed")
     args.kl_images = min(args.kl_images, args.images)
-    args.cfg = PRESETS[args.model].cfg if args.cfg is None else args.cfg
-    if args.cached_path is None and PRESETS[args.model].features != "shapes":
+    if args.cached_path is None and PRESETS[args.model].get("features") != "shapes":
         raise UserError(
             f"--cached_path DIR is missing: real latents for {args.model}, by main_cache.py"
         )
@@ -294,14 +298,17 @@ def main() -> None:
     args = parse()
     set_threads(args.threads)
     device = pick_device(args.device)
-    dtype, preset = pick_dtype(args.dtype, device), PRESETS[args.model]
-    model, weights = load_model(args.model, args.resume)
-    plan = DecodingPlan.create(model.seq_len, args.num_iter, args.cfg)
+    dtype = pick_dtype(args.dtype, device)
+    words = ["--resume", args.resume] if args.resume else []
+    words += ["--cfg", str(args.cfg)] if args.cfg is not None else []
+    host = host_of(args.model, *words)
+    loaded = host.load(device)
     first = FIRST_PICTURE + args.seed * args.images
-    images = real_images(model, preset, first, args.images, args.cached_path)
+    images = real_images(host, loaded.tokenizer, first, args.images, args.cached_path)
     settings = {
         **{name: getattr(args, name) for name in SETTINGS if name in vars(args)},
-        "weights": weights,
+        "weights": loaded.weights,
+        "cfg": host.sampling.cfg,
         "dtype": str(dtype).removeprefix("torch."),
         "device": device.type,
         "data": images.name,
@@ -315,7 +322,7 @@ def main() -> None:
                 known[key_of(LazyMARConfig(**row["lazy_mar"]))] = row
     wanted = {key_of(row.config): row.config for name in args.group for row in rows_of(name)}
     args.results.mkdir(parents=True, exist_ok=True)
-    ranking = Ranking(model.to(device), plan, preset, args, images, dtype)
+    ranking = Ranking(host, loaded, args, images, dtype)
     about = {**origin(), **settings, "device_name": device_name(device)}
     mar_row = ranking.mar()
     for name, path in paths.items():

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from benchmarks import fid_difference
-from models.presets import PRESETS
+from engine.mar import PRESETS
 from util import metrics
 from util.errors import UserError
+from util.evaluation.request import ScoreRequest
 from util.images import png_name, save_png
-from util.score_request import ScoreRequest
 from util.shapes import render
 
 COUNT = 12
@@ -63,7 +63,7 @@ def command(monkeypatch, capsys):
 def test_fids_are_those_of_eval_and_noise_is_worse(command, runs):
     (row,) = command(*runs)["rows"]
     preset = PRESETS["mar_tiny"]
-    request = ScoreRequest(preset.features, preset.features_path, preset.fid_stats)
+    request = ScoreRequest(*(preset[key] for key in ("features", "features_path", "fid_stats")))
     wanted = [metrics.score(run / "images", COUNT, request, "cpu")["fid"] for run in runs]
     assert [row["base"], row["fid"]] == pytest.approx(wanted, rel=1e-4)
     assert row["difference"] > 0

@@ -21,7 +21,7 @@ from benchmarks.measures import (
 from diffusion import create_diffusion
 from models.plan import DecodingPlan
 from util import metrics
-from util.feature_sums import Gaussian
+from util.evaluation.sums import Gaussian
 
 
 def gaussian_of(x: np.ndarray) -> Gaussian:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from benchmarks import rank
+from engine.base import Loaded
+from engine.mar import MARHost
 from models import mar
 from models.lazy_mar import LazyMARConfig
 from util.errors import UserError
@@ -51,7 +53,11 @@ def test_a_table_and_a_document_are_written_and_rows_are_not_measured_again(
     small = mar.mar_tiny(diffloss_d=2, diffloss_w=16, num_sampling_steps="ddim20").eval()
     for parameter in small.parameters():  # adaLN and output layers start at zero
         parameter.data.add_(0.05 * torch.randn_like(parameter))
-    monkeypatch.setattr(rank, "load_model", lambda name, resume: (small, "of the test"))
+
+    def load(self: MARHost, device: torch.device) -> Loaded:
+        return Loaded(small, self.open_tokenizer(device), "of the test")
+
+    monkeypatch.setattr(MARHost, "load", load)
     monkeypatch.setattr(rank, "REFERENCE_PICTURES", 20)
     monkeypatch.setattr(rank, "HEAD_SAMPLES", 4)
     document = command("--samples", 2, "--head_tokens", 2)
