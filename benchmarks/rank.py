@@ -24,6 +24,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,10 +79,9 @@ FIRST_PICTURE = HELD_OUT_START + DEFAULT_IMAGES["stats"]
 REFERENCE_PICTURES = 2000  # of the Frechet distance to real images
 VISIBLE_NOISE = 0.05  # of tokens of variance 1; models.linear_tokenizer's decoder expects as much
 HEAD_SAMPLES = 128  # of each fixed z
-# What a result must share with one that is there, for its rows to be taken from it.
-SETTINGS = ("model", "weights", "images", "kl_images", "head_tokens", "samples", "num_iter", "cfg")
-SETTINGS += ("seed", "dtype", "device", "data")
-Result = dict[str, object]
+# Flags in which results must not differ, for the rows of one to be taken from another.
+SETTINGS = ("model", "images", "kl_images", "head_tokens", "samples", "num_iter", "seed")
+Result = dict[str, Any]
 
 
 def rows_of(group: str) -> list[Row]:
@@ -110,11 +110,12 @@ class Ranking:
         dtype: torch.dtype,
     ) -> None:
         """Runs MAR, which all are compared with, on the model's device."""
-        model, cfg = loaded.model, host.sampling.cfg
+        assert isinstance(loaded.model, MAR)
+        self.sampler, self.geometry = Sampler(loaded.model, dtype), MARGeometry.of(loaded.model)
+        model = self.sampler.model
         assert isinstance(model, MAR)
-        plan = DecodingPlan.create(model.seq_len, args.num_iter, cfg)
-        self.sampler, self.geometry = Sampler(model, dtype), MARGeometry.of(model)
-        self.model, self.plan, self.args, self.cfg = self.sampler.model, plan, args, cfg
+        plan = DecodingPlan.create(model.seq_len, args.num_iter, host.sampling.cfg)
+        self.model, self.plan, self.args, self.cfg = model, plan, args, host.sampling.cfg
         seeds = [image_seed(args.seed, i) for i in range(args.images)]
         cuts = [(0, args.kl_images), (args.kl_images, args.images)]
         parts = [
@@ -233,17 +234,18 @@ def table(rows: Sequence[Result], default: Result) -> str:
         visible: with_error("kl_visible"),
         "the same / default": lambda row: ratio(row, default, "kl_visible"),
     }
-    for name, title in (
-        ("energy", "energy distance of the head"),
-        ("patch_frechet_real", "patch FD to real"),
-        ("patch_frechet_mar", "patch FD to MAR"),
-        ("tear_ratio", "tear ratio"),
-    ):
-        if any(name in row for row in rows):
-            columns[title] = lambda row, name=name: row.get(name)
-    return markdown(
-        list(columns), [[cell(row) or None for cell in columns.values()] for row in rows]
-    )
+    plain = {
+        "energy": "energy distance of the head",
+        "patch_frechet_real": "patch FD to real",
+        "patch_frechet_mar": "patch FD to MAR",
+        "tear_ratio": "tear ratio",
+    }
+    measured = [name for name in plain if any(name in row for row in rows)]
+    body = [
+        [*(cell(row) or None for cell in columns.values()), *(row.get(name) for name in measured)]
+        for row in rows
+    ]
+    return markdown([*columns, *(plain[name] for name in measured)], body)
 
 
 def key_of(config: LazyMARConfig | None) -> str:
@@ -305,7 +307,7 @@ def main() -> None:
     first = FIRST_PICTURE + args.seed * args.images
     images = real_images(host, loaded.tokenizer, first, args.images, args.cached_path)
     settings = {
-        **{name: getattr(args, name) for name in SETTINGS if name in vars(args)},
+        **{name: getattr(args, name) for name in SETTINGS},
         "weights": loaded.weights,
         "cfg": host.sampling.cfg,
         "dtype": str(dtype).removeprefix("torch."),
@@ -325,7 +327,10 @@ def main() -> None:
     about = {**origin(), **settings, "device_name": device_name(device)}
     for name, path in paths.items():
         rows: list[Result] = []
-        document = {"about": {**about, "caches": ", ".join(ISOLATED[name])}, "rows": rows}
+        document: dict[str, object] = {
+            "about": {**about, "caches": ", ".join(ISOLATED[name])},
+            "rows": rows,
+        }
         for row in (MAR_ROW, *rows_of(name)):
             key = key_of(row.config)
             if key not in known:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine import cli
 from engine.mar import MARHost
@@ -32,7 +33,7 @@ class RealImages:
 
 @torch.no_grad()
 def real_images(
-    host: MARHost, tokenizer: nn.Module, first: int, count: int, cached_path: Path | None
+    host: MARHost, tokenizer: Any, first: int, count: int, cached_path: Path | None
 ) -> RealImages:
     """Pictures first .. first + count - 1 of the shapes data set, or latents of main_cache.py.
 
@@ -41,10 +42,15 @@ def real_images(
     scale = host.tokenizer.scale(tokenizer)
     if cached_path is None:
         device = next(tokenizer.parameters()).device
-        pictures, labels = zip(*ShapesDataset(first, count), strict=True)
-        parts = (torch.stack(pictures).float() / 127.5 - 1).split(100)
-        latents = torch.cat([tokenizer.encode(part.to(device)).mode() for part in parts])
-        return RealImages(latents * scale, list(labels), f"shapes {first} .. {first + count - 1}")
+        pictures = ShapesDataset(first, count)
+        found, labels = [], []
+        for i in range(count):
+            picture, label = pictures[i]
+            image = picture[None].to(device).float() / 127.5 - 1
+            found.append(tokenizer.encode(image).mode())
+            labels.append(label)
+        latents = torch.cat(found)
+        return RealImages(latents * scale, labels, f"shapes {first} .. {first + count - 1}")
     channels, side = host.geometry.vae_embed_dim, host.geometry.latent_side
     folder = CachedFolder(cached_path, (2 * channels, side, side))
     if len(folder) < count:

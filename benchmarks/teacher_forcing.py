@@ -96,9 +96,8 @@ def forced_z(
     if plan.guided:
         embeddings.append(model.class_embedding(None, count))
     order, embedding = images.order.repeat(len(embeddings), 1), torch.cat(embeddings)
-    if config is None:
-        predictor = PlainPredictor(model, order, embedding)
-    else:
+    predictor: PlainPredictor | LazyPredictor = PlainPredictor(model, order, embedding)
+    if config is not None:
         predictor = LazyPredictor(model, order, embedding, plan, config)
     for step in plan.steps:
         yield predictor(step, images.tokens)
