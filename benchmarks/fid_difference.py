@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import add_output, at_least, claim, markdown, origin, write_result
+from benchmarks.common import add_output, at_least, markdown, origin, write_result
 from benchmarks.measures import paired_fid
 from engine import cli
 from util import metrics, report
@@ -100,7 +100,6 @@ def parse() -> argparse.Namespace:
     at_least(args, 20, "resamples")
     if len(args.runs) < 2:
         raise UserError("one run has nothing to be compared with: give two folders or more")
-    claim(args.output, args.overwrite)
     return args
 
 
@@ -115,7 +114,7 @@ def main() -> None:
     words = ["--model", str(first["model"])]
     for name in ("features", "features_path", "fid_stats"):
         words += [f"--{name}", value] if (value := getattr(args, name)) else []
-    request = cli.select(cli.make_parser("eval").parse(words), "eval").request()
+    request = cli.parse("eval", words=words).request()
     metrics.check_ready(request)
     stats = load_stats(request.stats_path)
     reference = Gaussian(stats.mu, stats.sigma)
