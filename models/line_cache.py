@@ -11,6 +11,8 @@ order of slots means nothing: the new line's rows move into the slots of evicted
 live slots are always a prefix of the buffer, attended to as a view, without a mask.
 """
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -47,14 +49,34 @@ class KVLayer:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k, v (rows, H, m, d) of the next m positions; what to attend to: views of the live slots."""
-        if self.k is None or self.v is None:
-            self.k, self.v = self._allocate(k)
+        keys, values = self._buffers(k)
         stop = self.live + k.shape[2]
         if stop > self.slots:
             raise ValueError(f"the cache is full: it has {self.slots} slots")
-        self.k[:, :, self.live : stop] = k
-        self.v[:, :, self.live : stop] = v
-        return self.k[:, :, :stop], self.v[:, :, :stop]
+        keys[:, :, self.live : stop] = k
+        values[:, :, self.live : stop] = v
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def put(
+        self, slot: Tensor, place: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: int
+    ) -> tuple[Tensor, Tensor]:
+        """`append` and `remember` of one position, for StepCache: q, k, v (rows, H, 1, d).
+
+        slot, place: (1,) int64, where keys and values go, and the query in its line. Returns views of
+        the first `attended` slots.
+        """
+        del place, q
+        keys, values = self._buffers(k)
+        keys.index_copy_(2, slot, k)
+        values.index_copy_(2, slot, v)
+        return keys[:, :, :attended], values[:, :, :attended]
+
+    def reset(self) -> None:
+        """Forget the images and keep the memory."""
+        self.live = self.count = 0
+        for buffer in (self.k, self.v):
+            if buffer is not None:
+                buffer.zero_()
 
     def remember(self, q: Tensor) -> None:
         """See the queries (rows, heads, m, d) of the positions just appended."""
@@ -67,9 +89,15 @@ class KVLayer:
         self.live += positions
         self.count += positions
 
+    def _buffers(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, allocated at the first call for keys like k."""
+        if self.k is None or self.v is None:
+            self.k, self.v = self._allocate(k)
+        return self.k, self.v
+
     def _allocate(self, k: Tensor) -> tuple[Tensor, Tensor]:
         shape = (k.shape[0], k.shape[1], self.slots, k.shape[3])
-        return k.new_empty(shape), k.new_empty(shape)
+        return k.new_zeros(shape), k.new_zeros(shape)  # what a mask hides must be a number, too
 
     @property
     def nbytes(self) -> int:
@@ -102,12 +130,31 @@ class LineLayer(KVLayer):
         if not self.method.needs_queries:
             return
         heads, groups = self.k.shape[1], q.shape[1] // self.k.shape[1]
-        if self.queries is None:
-            self.queries = q.new_empty(len(q), heads, self.plan.line * groups, q.shape[3])
+        queries = self._queries(q, heads, groups)
         token = self.count - self.plan.condition
         if token >= 0:
             start = token % self.plan.line * groups
-            self.queries[:, :, start : start + groups] = q[:, :, 0].unflatten(1, (heads, groups))
+            queries[:, :, start : start + groups] = q[:, :, 0].unflatten(1, (heads, groups))
+
+    def put(
+        self, slot: Tensor, place: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: int
+    ) -> tuple[Tensor, Tensor]:
+        if self.method.needs_queries:  # of the condition too; the line's last query overwrites it
+            self._queries(q, q.shape[1], groups=1).index_copy_(2, place, q)
+        return super().put(slot, place, q, k, v, attended)
+
+    def _queries(self, q: Tensor, heads: int, groups: int) -> Tensor:
+        """The line's queries, allocated at the first call."""
+        if self.queries is None:
+            self.queries = q.new_empty(len(q), heads, self.plan.line * groups, q.shape[3])
+        return self.queries
+
+    def reset(self) -> None:
+        super().reset()
+        if self.positions is not None:
+            self.positions.copy_(torch.arange(self.slots, device=self.positions.device))
+        if self.scores is not None:
+            self.scores.zero_()
 
     def hide(self, hidden: Tensor) -> None:
         self.hidden = hidden.new_zeros(len(hidden), 1, self.slots)
@@ -115,9 +162,14 @@ class LineLayer(KVLayer):
 
     def advance(self, positions: int = 1) -> None:
         super().advance(positions)
+        if self.completes_line:
+            self.end_line(self.count)
+
+    @property
+    def completes_line(self) -> bool:
+        """Whether the last position was the last one of a line."""
         tokens = self.count - self.plan.condition
-        if tokens > 0 and tokens % self.plan.line == 0:
-            self._end_line()
+        return tokens > 0 and tokens % self.plan.line == 0
 
     def _allocate(self, k: Tensor) -> tuple[Tensor, Tensor]:
         rows, heads = k.shape[:2]
@@ -129,11 +181,14 @@ class LineLayer(KVLayer):
             self.scores = torch.zeros(rows, heads, self.slots, device=k.device)
         return super()._allocate(k)
 
-    def _end_line(self) -> None:
-        """Score the live tokens where that is needed; if the buffer is full, evict one line."""
+    def end_line(self, count: int | Tensor) -> None:
+        """Score the live tokens where that is needed; if the buffer is full, evict one line.
+
+        count: positions seen, as a number or as a tensor (1,) on the device.
+        """
         line, live = self.plan.line, self.live
         full = live == self.plan.condition + self.plan.budget + line
-        newest = torch.arange(self.count - line, self.count, device=self.positions.device)
+        newest = torch.arange(-line, 0, device=self.positions.device) + count
         self.positions[:, :, live - line : live] = newest
         if not (full or self.method.cumulative):
             return
@@ -150,16 +205,16 @@ class LineLayer(KVLayer):
         if self.method.cumulative:
             score = self.scores[:, :, :live].add_(score)
         if full:
-            self._evict(self._holes(score, view.positions))
+            self._evict(self._holes(score, view.positions, count))
             self.live -= line
 
-    def _holes(self, score: Tensor, position: Tensor) -> Tensor:
+    def _holes(self, score: Tensor, position: Tensor, count: int | Tensor) -> Tensor:
         """Slots (rows, H, line) of the tokens to evict: the worst ones that nothing protects.
 
         Among equals the oldest goes, in whatever slot it lies.
         """
         image = position - self.plan.condition  # < 0: the condition
-        newest = self.count - self.plan.condition - self.plan.recent
+        newest = count - self.plan.condition - self.plan.recent
         protected = (image < self.plan.anchors) | (image >= newest)
         bits = score.masked_fill(protected, torch.inf).view(torch.int32)
         bits = torch.where(bits < 0, bits ^ MAGNITUDE, bits)  # ordered as the floats are
@@ -200,6 +255,18 @@ class KVCache:
         kv = self.layers[layer].append(k, v)
         self.layers[layer].remember(q)
         return kv
+
+    def reset(self) -> None:
+        """Forget the images and keep the memory."""
+        for layer in self.layers:
+            layer.reset()
+
+    def go_to(self, position: int) -> Hashable:
+        """The next position is this one; returns what its program depends on, see StepCache."""
+        return position
+
+    def begin(self) -> Tensor | None:
+        """Called once per position, before the layers: the mask of their attention, or None."""
 
     def advance(self) -> None:
         """All layers have seen this position."""
