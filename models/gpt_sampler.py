@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from models.graphs import CudaGraphs, call_now, compiled
 from models.line_cache import KVCache, LineARConfig, make_cache
 from models.step_cache import StepCache
 from models.token_sampling import TokenSampler, check_settings
-
-if TYPE_CHECKING:
-    from models.llamagen import GPT
 
 
 @dataclass(frozen=True)
@@ -45,13 +42,13 @@ class GPTDecoding:
 
     def __init__(
         self,
-        model: "GPT",
+        model: Any,
         batch: int,
         guidance: Guidance,
         line_ar: LineARConfig | bool | None,
         graphs: bool,
     ) -> None:
-        """graphs: record each step that is another program, and replay it from then on."""
+        """model: a models.llamagen.GPT. graphs: record each step that is another program, and replay it from then on."""
         self.model, self.guidance = model, guidance
         rows, layers = guidance.branches * batch, len(model.layers)
         device, dtype = model.device, model.output.weight.dtype
@@ -107,8 +104,8 @@ class GPTDecoding:
 class GPTSampler:
     """Samples from a GPT; GPT.sample_tokens makes one for a single batch."""
 
-    def __init__(self, model: "GPT", *, compile: bool = False, graphs: bool = False) -> None:
-        """compile: what surrounds the attention with torch.compile, in a copy that shares weights.
+    def __init__(self, model: Any, *, compile: bool = False, graphs: bool = False) -> None:
+        """model: a models.llamagen.GPT. compile: what surrounds the attention with torch.compile, in a copy that shares weights.
 
         graphs (CUDA alone): replay CUDA graphs of the steps; batches of another kind make their own.
         """
