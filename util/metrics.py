@@ -37,10 +37,10 @@ from util.device import pick_device
 from util.errors import UserError, run_main
 from util.evaluation.feature_weights import inception_weights, shapes_weights
 from util.evaluation.image_source import (
-    ImageFiles,
     ImageSource,
     Pictures,
     image_batches,
+    open_reference,
     open_source,
 )
 from util.evaluation.request import ScoreRequest
@@ -52,7 +52,6 @@ from util.evaluation.statistics import (
     save_stats,
 )
 from util.evaluation.sums import FeatureSums, Gaussian
-from util.images import list_images
 from util.tiny.classifier import IMAGE_SIZE, ShapeClassifier
 
 KID_SUBSET = 1000  # images per subset, torch-fidelity's default; fewer where there are fewer
@@ -363,7 +362,7 @@ def make_stats(
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f"the folder of {output} does not exist; create it or change --output")
     if not isinstance(source, Dataset):
-        source = ImageFiles(list_images(source, recursive=True), img_size)
+        source = open_reference(source, img_size)
     count = len(source)
     if count < 2:
         raise UserError(f"FID statistics need at least 2 images, got {count}; check the folder")

@@ -85,12 +85,8 @@ def _check_classes(data: ImageFolder | CachedFolder, class_num: int, world: Worl
             f"are never trained, and an evaluation samples all; give --class_num {count}",
             world,
         )
-    if data.files.skipped:
-        note(
-            f"{data.files.skipped} file(s) of another kind are not used, such as "
-            f"{data.files.skipped_path}",
-            world,
-        )
+    for text in data.files.notes():
+        note(text, world)
 
 
 def unusual(data: CachedFolder) -> list[int]:
