@@ -8,7 +8,6 @@ weights: DST.safetensors with DST.json beside it, or a DST.pth that the original
 
 import argparse
 import hashlib
-import json
 import os
 import pickle
 from collections.abc import Callable, Collection, Mapping
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from util.download import name_of
 from util.errors import UserError, run_main
-from util.files import atomic_path, sha256_of, write_json
+from util.files import atomic_path, read_json, sha256_of, write_json
 from util.training.ema import EMA
 
 LAST = "checkpoint-last.pth"
@@ -270,11 +269,8 @@ def _about(path: Path) -> dict[str, object]:
     """What a checkpoint tells of its weights besides them: epoch, step and the numbers of its flags."""
     if path.suffix == ".safetensors":
         sidecar = path.with_suffix(".json")
-        try:
-            found = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
-            return {name: found[name] for name in ("epoch", "step", "args") if name in found}
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{sidecar} cannot be read ({error}): restore or remove it") from error
+        found = read_json(sidecar, dict, "restore or remove it") if sidecar.is_file() else {}
+        return {name: found[name] for name in ("epoch", "step", "args") if name in found}
     content = read_pickle(path)
     about = {}
     if isinstance(content.get("epoch"), int):

@@ -7,8 +7,12 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 from util.errors import UserError
+
+Document = TypeVar("Document", dict[str, Any], list[Any])
+_NAMES = {dict: "object", list: "list"}  # JSON's words
 
 
 @contextmanager
@@ -62,6 +66,20 @@ def write_json(path: Path, document: Mapping[str, object] | Sequence[object]) ->
     """Write a document atomically, readable by people."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def read_json(path: Path, kind: type[Document], remedy: str) -> Document:
+    """A JSON document that must be a dict or a list.
+
+    UserError with the remedy for a file that is missing, damaged, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, kind):
+            raise ValueError(f"it holds no {_NAMES[kind]}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {remedy}") from error
+    return found
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

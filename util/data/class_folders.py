@@ -73,9 +73,7 @@ class ClassFolders:
         if empty:
             raise UserError(f"{name_some(empty)} of 0 bytes: remove or replace what is empty")
         example = others[0] if others else ""
-        return cls(
-            root, tuple(classes), samples, np.array(sizes), len(others), example, outside
-        )
+        return cls(root, tuple(classes), samples, np.array(sizes), len(others), example, outside)
 
     def notes(self) -> list[str]:
         """Sentences about files that are there and not used."""
