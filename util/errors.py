@@ -32,6 +32,10 @@ class UserError(Exception):
     """Bad input, missing file, impossible combination. The message says what, which value, what to do."""
 
 
+class WeightsError(UserError, ValueError):
+    """A file of weights or statistics that does not fit; a ValueError for the library's own users."""
+
+
 def sentence_of(error: BaseException) -> str | None:
     """What a user should read of an error; None for a defect of ours, which needs its traceback."""
     if isinstance(error, UserError):

@@ -25,6 +25,7 @@ from models.plan import DecodingPlan
 from util.errors import UserError, run_main
 from util.evaluation.run_folder import provenance
 from util.files import atomic_path
+from util.markdown import markdown_table
 from util.published import tflops_at_64
 
 MODELS = ("mar_base", "mar_large", "mar_huge")
@@ -99,58 +100,42 @@ def shares(modes: Mapping[str, Counts]) -> dict[str, Share]:
 
 def report(table: Mapping[str, Mapping[str, Counts]]) -> str:
     """Markdown tables, and one line of JSON."""
-    head = ["TFLOPs per image", "", "encoder", "decoder", "head", "all", "MAR / this"]
-    lines = _row([*head, "executed", "MAR / this"]) + _rule(9)
+    work, saved, document = [], [], {}
     for name, modes in table.items():
         for mode, counts in modes.items():
             plain = modes["MAR" if MODES[mode][1] else "MAR without guidance"]
-            work, executed = counts.published, counts.executed.total
-            parts = (work.encoder, work.decoder, work.head, work.total)
-            lines += _row(
-                [
-                    name,
-                    mode,
-                    *(f"{part / 1e12:.2f}" for part in parts),
-                    f"{plain.published.total / work.total:.2f}",
-                    f"{executed / 1e12:.2f}",
-                    f"{plain.executed.total / executed:.2f}",
-                ]
-            )
-    lines += (
-        "\n" + _row(["TFLOPs saved", "cache", "alone", "last", "share of all saved"]) + _rule(5)
-    )
-    for name, modes in table.items():
+            published, executed = counts.published, counts.executed.total
+            parts = (published.encoder, published.decoder, published.head, published.total)
+            ratios = plain.published.total / published.total, plain.executed.total / executed
+            costs = [*(x / 1e12 for x in parts), ratios[0], executed / 1e12, ratios[1]]
+            work.append([name, mode, *(f"{x:.2f}" for x in costs)])
         for cache, found in shares(modes).items():
-            saved = [f"{value / 1e12:.2f}" for value in (found.alone, found.last)]
-            lines += _row([name, cache, *saved, f"{found.share:.0%}"])
-    document = {}
-    for name, modes in table.items():
-        plain, lazy = (modes[mode].published.total / 1e12 for mode in ("MAR", "LazyMAR"))
-        document[name] = {"plain": plain, "lazy": lazy, "ratio": plain / lazy}
-    return f"{lines}\n{json.dumps(document)}"
+            teraflops = [f"{x / 1e12:.2f}" for x in (found.alone, found.last)]
+            saved.append([name, cache, *teraflops, f"{found.share:.0%}"])
+        mar, lazy = (modes[mode].published.total / 1e12 for mode in ("MAR", "LazyMAR"))
+        document[name] = {"plain": mar, "lazy": lazy, "ratio": mar / lazy}
+    head = ("TFLOPs per image", "", "encoder", "decoder", "head", "all", "MAR / this")
+    head_saved = ("TFLOPs saved", "cache", "alone", "last", "share of all saved")
+    blocks = (
+        markdown_table((*head, "executed", "MAR / this"), work),
+        markdown_table(head_saved, saved),
+        json.dumps(document),
+    )
+    return "\n".join(blocks)
 
 
 def beside_the_paper(table: Mapping[str, Mapping[str, Counts]]) -> str:
     """Markdown: the published totals of 64 steps, and ours as a share of them."""
-    lines = _row(["published", "MAR", "counted", "LazyMAR", "counted", "ratio", "counted"]) + _rule(
-        7
-    )
+    rows = []
     for name, modes in table.items():
         plain, lazy = (modes[mode].published.total / 1e12 for mode in ("MAR", "LazyMAR"))
         stated = [tflops_at_64(name, lazy_mar) for lazy_mar in (False, True)]
         ratios = stated[0] / stated[1], plain / lazy
         cells = [f"{stated[0]:.2f}", f"{plain / stated[0]:.1%}", f"{stated[1]:.2f}"]
         cells += [f"{lazy / stated[1]:.1%}", f"{ratios[0]:.2f}", f"{ratios[1]:.2f}"]
-        lines += _row([name, *cells])
-    return lines
-
-
-def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |\n"
-
-
-def _rule(columns: int) -> str:
-    return _row(["---"] * columns)
+        rows.append([name, *cells])
+    head = ("published", "MAR", "counted", "LazyMAR", "counted", "ratio", "counted")
+    return markdown_table(head, rows)
 
 
 def main() -> None:
@@ -163,8 +148,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.num_iter < 1:
         raise UserError(f"--num_iter is {args.num_iter}; it must be a number of at least 1")
-    if args.output and args.output.exists():
-        raise UserError(f"--output {args.output} exists: name another file, or remove it")
     table = tabulate(args.num_iter)
     text = (beside_the_paper(table) + "\n" if args.num_iter == 64 else "") + report(table)
     if args.output:

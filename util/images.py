@@ -7,10 +7,10 @@ behind and the same command can continue from the names that exist. Shapes: a pi
 
 import io
 import os
-import queue
 import re
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -181,20 +181,19 @@ class PngWriter:
     """
 
     def __init__(self, threads: int = 4, capacity: int = 256) -> None:
-        self._queue: queue.Queue[tuple[Path, np.ndarray] | None] = queue.Queue(maxsize=capacity)
+        self._pool = ThreadPoolExecutor(threads)
+        self._free = threading.Semaphore(capacity)
         self._error: Exception | None = None
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
 
     def __enter__(self) -> "PngWriter":
-        for thread in self._threads:
-            thread.start()
         return self
 
     def write(self, path: str | os.PathLike, image: np.ndarray) -> None:
         """Queue one picture, uint8 (H, W, 3), which the caller must not change any more."""
+        self._free.acquire()
         if self._error is not None:
             raise self._error
-        self._queue.put((Path(path), image))
+        self._pool.submit(self._save, path, image)
 
     def __exit__(
         self,
@@ -202,59 +201,31 @@ class PngWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for _ in self._threads:
-            self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._pool.shutdown()
         if error is None and self._error is not None:
             raise self._error
 
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # keep emptying the queue, so that a waiting `write` returns
-            try:
-                save_png(*item)
-            except Exception as error:
-                self._error = error
+    def _save(self, path: str | os.PathLike, image: np.ndarray) -> None:
+        try:
+            if self._error is None:
+                save_png(path, image)
+        except Exception as error:
+            self._error = error
+        finally:
+            self._free.release()
 
 
-def contact_sheet(
-    images: np.ndarray,
-    columns: int,
-    labels: Sequence[str] | None = None,
-    padding: int = 2,
-    scale: int = 1,
-) -> np.ndarray:
-    """Images in a white grid, row by row, each below its label if labels are given.
+def contact_sheet(images: np.ndarray, columns: int, padding: int = 2, scale: int = 1) -> np.ndarray:
+    """Images in a white grid, row by row.
 
     (N, H, W, 3) uint8 => (H', W', 3) uint8. `padding` is in pixels; `scale` repeats each pixel.
     """
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{len(labels)} labels for {len(images)} images")
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    count, height, width = images.shape[:3]
-    caption = _caption_height() if labels is not None else 0
-    cell_width = max([width, *map(_caption_width, labels or [])])
-    cell_height = caption + height
-    rows = -(-count // columns)
-    sheet = Image.new(
-        "RGB",
-        (
-            padding + columns * (cell_width + padding),
-            padding + rows * (cell_height + padding),
-        ),
-        "white",
-    )
-    draw = ImageDraw.Draw(sheet)
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        x = padding + column * (cell_width + padding)
-        y = padding + row * (cell_height + padding)
-        if labels is not None:
-            draw.text((x, y + _CAPTION_GAP), labels[index], "black", ImageFont.load_default())
-        sheet.paste(Image.fromarray(image), (x, y + caption))
-    return np.array(sheet)
+    from torchvision.utils import make_grid  # a second of import that few callers need
+
+    cells = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    grid = make_grid(torch.from_numpy(cells).permute(0, 3, 1, 2), columns, padding, pad_value=255)
+    sheet: np.ndarray = grid.permute(1, 2, 0).numpy()
+    return sheet
 
 
 def side_by_side_sheet(rows: dict[str, np.ndarray], padding: int = 2, scale: int = 1) -> np.ndarray:
@@ -266,24 +237,20 @@ def side_by_side_sheet(rows: dict[str, np.ndarray], padding: int = 2, scale: int
     counts = {name: len(images) for name, images in rows.items()}
     if len(set(counts.values())) != 1:
         raise ValueError(f"rows of different length: {counts}")
-    strips = {
-        name: contact_sheet(images, len(images), None, padding, scale)
-        for name, images in rows.items()
-    }
-    caption = _caption_height()
-    width = max(
-        *(strip.shape[1] for strip in strips.values()),
-        *(_caption_width(name) + 2 * padding for name in rows),
-    )
-    height = sum(caption + strip.shape[0] for strip in strips.values())
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    y = 0
-    for name, strip in strips.items():
-        draw.text((padding, y + _CAPTION_GAP), name, "black", ImageFont.load_default())
-        sheet.paste(Image.fromarray(strip), (0, y + caption))
-        y += caption + strip.shape[0]
-    return np.array(sheet)
+    strips = [contact_sheet(x, len(x), padding, scale) for x in rows.values()]
+    width = max(strips[0].shape[1], *(_caption_width(name) + 2 * padding for name in rows))
+    captioned = zip(strips, rows, strict=True)
+    return np.concatenate([_captioned(*pair, width, padding) for pair in captioned])
+
+
+def _captioned(picture: np.ndarray, caption: str, width: int, indent: int) -> np.ndarray:
+    """The picture below its caption, on white of the given width."""
+    top = _caption_height()
+    canvas = Image.new("RGB", (width, top + picture.shape[0]), "white")
+    font = ImageFont.load_default()
+    ImageDraw.Draw(canvas).text((indent, _CAPTION_GAP), caption, "black", font)
+    canvas.paste(Image.fromarray(picture), (0, top))
+    return np.array(canvas)
 
 
 def _caption_height() -> int:

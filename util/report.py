@@ -16,6 +16,7 @@ import numpy as np
 from util.errors import UserError, run_main
 from util.files import atomic_path, read_json, write_json
 from util.images import png_name, read_image, save_png, side_by_side_sheet
+from util.markdown import markdown_table
 
 PAIRED = (
     "weights",
@@ -185,11 +186,11 @@ def table(rows: list[dict[str, object]]) -> str:
     extra = [column for column in ON_REQUEST if any(run.get(column[0]) is not None for run in rows)]
     headings = ["", "FID", "IS", "accuracy", "s / image", "speed-up", "PSNR to the first, dB"]
     headings += [heading for _, heading, _ in extra]
-    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+    body = []
     for run in rows:
         more = [_number(run["speedup"], ".2f"), closeness_text(run, ".1f")]
         more += [_number(run.get(key), form) for key, _, form in extra]
-        lines.append(f"| {' | '.join([*cells(run), *more])} |")
+        body.append([*cells(run), *more])
     about = (
         f"{first['model']}, {first['num_images']} images, {first['num_iter']} steps, "
         f"guidance {first['cfg']:g}, {first['dtype']} on {first['device']}, "
@@ -200,7 +201,7 @@ def table(rows: list[dict[str, object]]) -> str:
     references = {run["reference"] for run in rows if run.get("reference")}
     if len(references) > 1:
         about = f"The scores do not compare: {' and '.join(sorted(references))}.\n\n{about}"
-    return "\n".join([*lines, "", about])
+    return f"{markdown_table(headings, body)}\n{about}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -16,7 +16,7 @@ from benchmarks import (
     training,
     waterfall,
 )
-from benchmarks.common import clock_of, markdown
+from benchmarks.common import clock_of
 from benchmarks.eager_training import masked_loss
 from benchmarks.mar_work import MODELS, MODES, Work, build, count, count_work
 from models.plan import DecodingPlan
@@ -24,6 +24,7 @@ from tests.conftest import ROOT
 from tests.models.test_sampling import CLOSE, noise_of, sample, small_mar
 from tests.support.golden_data import relative_error
 from util.errors import UserError
+from util.markdown import markdown_table
 
 
 def test_the_eager_baseline_makes_the_same_latents():
@@ -82,7 +83,7 @@ def test_one_thread_is_clocked_by_its_own_seconds(one_thread):
 
 
 def test_tables_show_three_digits():
-    assert markdown(["a", "b"], [[0.123456, None]]).splitlines()[2] == "| 0.123 |  |"
+    assert markdown_table(["a", "b"], [[0.123456, None]]).splitlines()[2] == "| 0.123 |  |"
 
 
 @pytest.mark.parametrize("script", [latency, waterfall])
