@@ -14,7 +14,6 @@ layers, heads and queries of the conditional branch.
 import argparse
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -123,7 +122,8 @@ def gpt_locality(config: LineARConfig, num_images: int, seed: int, device: torch
     run = Run(num_images, seed, num_images)
     labels = torch.tensor(run.labels, device=device)
     codes = model.sample_tokens(labels, PRESET.cfg, top_p=PRESET.top_p, seeds=run.seeds)
-    shares = Shares(config.plan(model.grid))
+    lines, line = model.grid
+    shares = Shares(config.plan((lines, line)))
     cache, rope = KVCache([WatchedLayer(shares) for _ in model.layers]), model.rope()
     x = torch.cat([model.cls_embedding(labels), model.tok_embeddings(codes)], dim=1)
     for i in range(x.shape[1]):
@@ -140,7 +140,7 @@ def janus_locality(
 
     from models.gpt_images import GPTSampling
     from models.janus import JanusGenerator, image_grid, sample_tokens
-    from models.transformers_cache import LineARLayer, line_ar_attention
+    from models.transformers_cache import LineARCache, LineARLayer, line_ar_attention
     from models.transformers_models import Decoder
 
     class Watched(LineARLayer):
@@ -154,13 +154,13 @@ def janus_locality(
     generator = JanusGenerator(model, processor, GPTSampling(5.0), 0)
     seeds = [image_seed(seed, i) for i in range(len(prompts))]
     inputs, _ = generator.prepare(prompts, seeds)
-    codes, grid = sample_tokens(model, **inputs, seeds=seeds), image_grid(model)
-    shares = Shares(config.plan(grid, inputs["input_ids"].shape[1]))
-    full = LineARConfig(method="none")
+    ids, mask, grid = inputs["input_ids"], inputs["attention_mask"], image_grid(model)
+    codes = sample_tokens(model, ids, mask, seeds=seeds)
+    shares = Shares(config.plan(grid, ids.shape[1]))
     with line_ar_attention(model):
-        decode = Decoder(model.model.language_model, full, grid, inputs["attention_mask"])
-        decode.cache.layer_class_to_replicate = partial(Watched, full, grid)
-        decode(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
+        cache = LineARCache(None, grid, layer=Watched)
+        decode = Decoder(model.model.language_model, cache, mask)
+        decode(inputs_embeds=model.get_input_embeddings()(ids))
         for code in codes.split(1, dim=1):
             decode(inputs_embeds=model.prepare_embeddings_for_image_generation(code))
     return shares
@@ -221,7 +221,7 @@ def main() -> None:
         "device": str(device),
         "dtype": "float32",
     }
-    document = {"about": about, "rows": rows}
+    document: dict[str, object] = {"about": about, "rows": rows}
     write_result(args.output, document, markdown(["line", *COLUMNS], body))
 
 
