@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig
+from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, bundled
 from models import mar
 from models.flops import MARGeometry, image_work
 from models.lazy_mar import LazyMARConfig
@@ -24,7 +24,7 @@ from util.device import DTYPES, autocast, can_compile, to_device
 from util.errors import UserError
 from util.files import sha256_of
 
-_TINY = "pretrained_models/mar_tiny"
+_TINY = bundled("mar_tiny")
 
 # What a model's name implies for eval.py. The training commands keep the original's defaults, except
 # for models with "trains": True.
