@@ -40,7 +40,7 @@ def cache(
     groups = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
     picks = [[(index, False) for index in group] for group in groups]
     tokenizer = host.open_tokenizer(device)
-    write_note(folder, vae_path, img_size)
+    write_note(folder, host.tokenizer.files, img_size)
     loader = DataLoader(images, batch_sampler=picks, num_workers=data.num_workers)
     batches = zip(groups, in_one_sentence(loader), strict=True)
     count, total, squares = 0, 0.0, 0.0  # of all latents written here

@@ -196,7 +196,7 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
     geometry = host.geometry
     side = geometry.latent_side
     latent_shape = (geometry.vae_embed_dim, side, side)
-    shape = DataShape(geometry.img_size, latent_shape, geometry.class_num, host.tokenizer.vae_path)
+    shape = DataShape(geometry.img_size, latent_shape, geometry.class_num, host.tokenizer.files)
     data = open_data(data_config, shape, world)
     plan = BatchPlan(
         len(data), config.batch_size, config.seed, world.rank, world.size, config.accum_iter

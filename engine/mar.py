@@ -25,6 +25,32 @@ from util.errors import UserError
 from util.files import sha256_of
 
 _TINY = bundled("mar_tiny")
+_DETOK = "pretrained_models/detok"
+
+# What --tokenizer implies where its other flags are not given.
+TOKENIZERS: dict[str, Preset] = {
+    "kl16": {},
+    "linear": {"latent_scale": None},  # its own file states it
+    "detok": {  # which normalises its latents by their statistics
+        "vae_path": f"{_DETOK}/detok-BB-gamm3.0-m0.7-decoder_tuned.pth",
+        "latent_stats": f"{_DETOK}/stats.safetensors",
+        "latent_scale": 1.0,
+    },
+}
+
+
+def _detok(name: str, depth: int, width: int, cfg: float) -> Preset:
+    """MAR on the latents of l-DeTok's tokenizer (Yang et al., arXiv 2507.15856; its README)."""
+    return {
+        "diffloss_d": depth,
+        "diffloss_w": width,
+        "cfg": cfg,
+        "no_dropout_in_mlp": True,
+        "tokenizer": "detok",
+        "resume": f"{_DETOK}/{name}.pth",
+        "trains": True,
+    }
+
 
 # What a model's name implies for eval.py. The training commands keep the original's defaults, except
 # for models with "trains": True.
@@ -32,13 +58,14 @@ PRESETS: dict[str, Preset] = {
     "mar_base": {"diffloss_d": 6, "diffloss_w": 1024, "resume": "pretrained_models/mar/mar_base"},
     "mar_large": {"diffloss_d": 8, "diffloss_w": 1280, "resume": "pretrained_models/mar/mar_large"},
     "mar_huge": {"resume": "pretrained_models/mar/mar_huge"},
+    "detok_mar_base": _detok("mar_base", 6, 1024, cfg=3.9),
+    "detok_mar_large": _detok("mar_large", 8, 1280, cfg=3.4),
     "mar_tiny": {
         **mar.TINY,
         "cfg": 3.0,
         "head_interval": 3,  # a head of 4 blocks changes faster from step to step: at 7 noise remains
         "tokenizer": "linear",
         "vae_path": f"{_TINY}/tokenizer.safetensors",
-        "latent_scale": None,
         "resume": f"{_TINY}/model.safetensors",
         "features": "shapes",
         "features_path": f"{_TINY}/classifier.safetensors",
@@ -60,17 +87,20 @@ TRAINING_CFG = 1.0  # MAR's main_mar.py
 class TokenizerConfig:
     """The autoencoder between images and latents."""
 
-    tokenizer: str = setting("kl16", "kind of the autoencoder", choices=("kl16", "linear"))
+    tokenizer: str = setting("kl16", "kind of the autoencoder", choices=tuple(TOKENIZERS))
     vae_path: str = setting("pretrained_models/vae/kl16.ckpt", "its weights", metavar="FILE")
     latent_scale: float | None = setting(  # 0.2325: MAR's code, for KL-16
         0.2325, "factor from its latents to the model's", least=1e-6
+    )
+    latent_stats: str | None = setting(
+        None, "detok: mean and std of its latents, safetensors", metavar="FILE"
     )
     vae_dtype: str | None = setting(None, "precision; default --dtype", choices=tuple(DTYPES))
 
     def open(self, embed_dim: int, stride: int, device: torch.device) -> nn.Module:
         """The tokenizer on the device. UserError if its file is missing or does not fit."""
         try:
-            tokenizer = load_tokenizer(self.tokenizer, self.vae_path, embed_dim)
+            tokenizer = load_tokenizer(self.tokenizer, self.vae_path, embed_dim, self.latent_stats)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"--vae_path: {error}") from error
         if tokenizer.stride != stride:
@@ -79,6 +109,15 @@ class TokenizerConfig:
                 f"{stride}: give the tokenizer that the model was trained with"
             )
         return tokenizer.to(device)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that decide the latents."""
+        return (self.vae_path,) if self.latent_stats is None else (self.vae_path, self.latent_stats)
+
+    def digest(self) -> str:
+        """Kind and first digits of the sha256 of its files."""
+        return " ".join([self.tokenizer, *(sha256_of(path)[:16] for path in self.files)])
 
     def scale(self, tokenizer: nn.Module | None) -> float:
         """Factor from the tokenizer's latents to the model's. UserError if nothing states it."""
@@ -191,7 +230,7 @@ class MARHost(Host):
             "img_size": self.geometry.img_size,
             "image_size_eval": self.geometry.img_size,
             "num_sampling_steps": self.geometry.num_sampling_steps,
-            "tokenizer": f"{self.tokenizer.tokenizer} {sha256_of(self.tokenizer.vae_path)[:16]}",
+            "tokenizer": self.tokenizer.digest(),
             "latent_scale": self.tokenizer.scale(loaded.tokenizer),
             "vae_dtype": str(self._vae_dtype(dtype)).removeprefix("torch."),
             **asdict(self.sampling),
@@ -223,7 +262,7 @@ class MARHost(Host):
 
 
 class MARFamily(Family):
-    """MAR-B, MAR-L, MAR-H and the bundled mar_tiny."""
+    """MAR-B, MAR-L, MAR-H, l-DeTok's MAR-B and MAR-L, and the bundled mar_tiny."""
 
     name = "MAR"
     presets = PRESETS
@@ -248,9 +287,12 @@ class MARFamily(Family):
         )
 
     def host(self, model: str, flags: Flags, defaults: Preset) -> MARHost:
-        flagged = {**DEFAULTS, **defaults}
+        tokenizer = flags.value("tokenizer", defaults.get("tokenizer", "kl16"))
+        flagged = {**DEFAULTS, **TOKENIZERS[tokenizer], **defaults}
         try:
-            geometry = replace(flags.build(MARConfig, flagged), **mar.SIZES[model])
+            geometry = replace(
+                flags.build(MARConfig, flagged), **mar.SIZES[model.removeprefix("detok_")]
+            )
         except UserError as error:
             raise UserError(f"--model {model}: {error}") from error
         lazy_mar = flags.build_optional(LazyMARConfig, "lazy_mar", "LazyMAR", flagged)

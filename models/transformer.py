@@ -51,6 +51,7 @@ class MaskedTransformer(nn.Module):
             mlp_ratio=config.mlp_ratio,
             attn_drop=config.attn_dropout,
             proj_drop=config.proj_dropout,
+            mlp_drop=0.0 if config.no_dropout_in_mlp else config.proj_dropout,
         )
         self.z_proj = nn.Linear(self.token_dim, encoder_width)
         self.z_proj_ln = nn.LayerNorm(encoder_width, eps=LAYER_NORM_EPS)

@@ -34,12 +34,12 @@ TrainingData = ImageFolder | CachedFolder | CachedTensors
 
 @dataclass(frozen=True)
 class DataShape:
-    """What a model asks of its data. latent_shape: (C, h, w); tokenizer_path: that of the latents."""
+    """What a model asks of its data. latent_shape: (C, h, w); tokenizer_files: those of the latents."""
 
     img_size: int
     latent_shape: tuple[int, int, int]
     class_num: int
-    tokenizer_path: str
+    tokenizer_files: tuple[str, ...]
 
 
 def open_data(config: DataConfig, shape: DataShape, world: World | None = None) -> TrainingData:
@@ -55,7 +55,7 @@ def open_data(config: DataConfig, shape: DataShape, world: World | None = None) 
             raise UserError("--use_cached needs --cached_path, the folder that main_cache.py wrote")
         channels, *sides = shape.latent_shape
         data = CachedFolder(config.cached_path, (2 * channels, *sides))
-        check_note(config.cached_path, shape.tokenizer_path, shape.img_size)
+        check_note(config.cached_path, shape.tokenizer_files, shape.img_size)
     _check_classes(data, shape.class_num, world)
     check_files(data, world, every=config.check_data, threads=config.num_workers)
     if isinstance(data, CachedFolder):

@@ -55,28 +55,28 @@ def read_moments(
     return [torch.from_numpy(array) for array in arrays]
 
 
-def _describe(tokenizer_path: str | Path, img_size: int) -> dict[str, object]:
-    return {"sha256": sha256_of(tokenizer_path), "img_size": img_size}
+def _describe(tokenizer_files: Sequence[str], img_size: int) -> dict[str, object]:
+    return {"sha256": " ".join(map(sha256_of, tokenizer_files)), "img_size": img_size}
 
 
-def write_note(cached_path: str | Path, tokenizer_path: str | Path, img_size: int) -> None:
+def write_note(cached_path: str | Path, tokenizer_files: Sequence[str], img_size: int) -> None:
     """Say in `cached_path` which tokenizer its latents are of; UserError if they are of another."""
-    check_note(cached_path, tokenizer_path, img_size)
+    check_note(cached_path, tokenizer_files, img_size)
     note = Path(cached_path) / NOTE
     note.parent.mkdir(parents=True, exist_ok=True)
-    write_json(note, _describe(tokenizer_path, img_size))
+    write_json(note, _describe(tokenizer_files, img_size))
 
 
-def check_note(cached_path: str | Path, tokenizer_path: str | Path, img_size: int) -> None:
+def check_note(cached_path: str | Path, tokenizer_files: Sequence[str], img_size: int) -> None:
     """UserError if the latents are of another tokenizer or image size.
 
     A cache without a note (the original writes none), or no tokenizer at hand, passes.
     """
     note = Path(cached_path) / NOTE
-    if not note.is_file() or not Path(tokenizer_path).is_file():
+    if not note.is_file() or not all(Path(file).is_file() for file in tokenizer_files):
         return
-    if json.loads(note.read_text()) != _describe(tokenizer_path, img_size):
+    if json.loads(note.read_text()) != _describe(tokenizer_files, img_size):
         raise UserError(
-            f"{cached_path} holds latents of another tokenizer or image size than {tokenizer_path} "
+            f"{cached_path} holds latents of another tokenizer or image size than {tokenizer_files[0]} "
             f"at {img_size} pixels: write them anew into an empty folder with main_cache.py"
         )
