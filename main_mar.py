@@ -139,8 +139,8 @@ def main() -> None:
 
 def run(command: Command, rendezvous: dist.Rendezvous) -> None:
     """Train or evaluate as the flags say, in this process of the run."""
-    if command.request is not None:
-        metrics.check_ready(command.request)
+    if command.request is not None and command.evaluation is not None:
+        metrics.check_ready(command.request, command.evaluation.num_images)
     if command.train.evaluate:
         evaluate_checkpoint(command, rendezvous)
     else:

@@ -116,7 +116,7 @@ def main() -> None:
     words = ["--model", str(first["model"])]
     for name in ("features", "features_path", "fid_stats"):
         words += [f"--{name}", value] if (value := getattr(args, name)) else []
-    request = cli.select(cli.make_parser("eval").parse(words), "eval").request()
+    request = cli.parse("eval", words=words).request()
     metrics.check_ready(request)
     stats = load_stats(request.stats_path)
     reference = Gaussian(stats.mu, stats.sigma)

@@ -16,7 +16,7 @@ from util.shapes import ShapesDataset
 
 def host_of(model: str, *words: str) -> MARHost:
     """A named MAR with eval.py's defaults, and with these of its flags. UserError for other models."""
-    host = cli.select(cli.make_parser("eval").parse(["--model", model, *words]), "eval").host()
+    host = cli.parse("eval", words=["--model", model, *words]).host()
     if not isinstance(host, MARHost):
         raise UserError(f"--model {model} is not a MAR model")
     return host

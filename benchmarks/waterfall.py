@@ -53,7 +53,7 @@ def rows_of(
     def ours(config: LazyMARConfig | None, fast: bool, eager_head: bool = False) -> Call:
         on_cuda = fast and device.type == "cuda"
         sampler = Sampler(model, dtype, compile=on_cuda)
-        decoding = Decoding(sampler.model, bsz, plan, config, 1.0, on_cuda, on_cuda)
+        decoding = Decoding(sampler.model, bsz, plan, config, 1.0, compile=on_cuda, graphs=on_cuda)
         if eager_head:
             decoding.denoiser = eager_mar.EagerDenoiser(sampler.model)
         return fresh(decoding)

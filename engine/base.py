@@ -39,10 +39,13 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and its tokenizer on the device; weights: where they are from, for the manifest."""
+    """A model and its tokenizer on the device; weights: where they are from, for the manifest.
+
+    The tokenizer of a text-to-image model is its processor.
+    """
 
     model: nn.Module
-    tokenizer: nn.Module
+    tokenizer: Any
     weights: str
 
 

@@ -18,7 +18,7 @@ from engine.base import (
 )
 from models import llamagen, vq
 from models.gpt_images import GPTGenerator, GPTSampling
-from models.line_cache import LineARConfig
+from models.line_config import LineARConfig
 from util import checkpoint
 from util.config import FlagParser, Flags, setting
 from util.errors import UserError
@@ -182,8 +182,8 @@ class LlamaGenFamily(Family):
     def add_flags(self, parser: FlagParser) -> None:
         from_model = tuple({name for preset in PRESETS.values() for name in preset})
         shared: dict[str, Any] = {"owner": self.name, "from_model": from_model}
-        parser.add(GPTImageConfig, "LlamaGen", **shared)
-        parser.add(GPTSampling, "LlamaGen's sampling", **shared)
+        parser.add(GPTImageConfig, "LlamaGen and Janus", **shared)
+        parser.add(GPTSampling, "LlamaGen and Janus", **shared)
         parser.add(
             LineARConfig,
             "LineAR",
@@ -195,18 +195,23 @@ class LlamaGenFamily(Family):
 
     def host(self, model: str, flags: Flags, defaults: Preset) -> LlamaGenHost:
         images = flags.build(GPTImageConfig, defaults)
-        method = flags.value("line_method", "linear")
-        if method != "linear" and flags.value("line_ar"):
-            for name in LINEAR_ONLY:
-                if name in flags.given:
-                    raise UserError(f"--{name} is LineAR's, --line_method {method} has none")
-            defaults = {k: v for k, v in defaults.items() if k not in LINEAR_ONLY}
-        line_ar = flags.build_optional(LineARConfig, "line_ar", "LineAR", defaults, prefix="line_")
+        line_ar = build_line_ar(flags, defaults)
         try:
             if line_ar is not None:
                 line_ar.plan(images.grid)
-            sampling = replace(flags.build(GPTSampling, defaults), line_ar=line_ar)
         except ValueError as error:
             raise UserError(str(error)) from error
+        sampling = replace(flags.build(GPTSampling, defaults), line_ar=line_ar)
         resume = flags.build(WeightsConfig, defaults).resume
         return LlamaGenHost(model, images, sampling, resume)
+
+
+def build_line_ar(flags: Flags, defaults: Preset) -> LineARConfig | None:
+    """LineAR's settings, None without --line_ar. UserError for LineAR's flags with a rival method."""
+    method = flags.value("line_method", "linear")
+    if flags.value("line_ar") and method not in ("linear", "stratified"):
+        for name in LINEAR_ONLY:
+            if name in flags.given:
+                raise UserError(f"--{name} is LineAR's, --line_method {method} has none")
+        defaults = {k: v for k, v in defaults.items() if k not in LINEAR_ONLY}
+    return flags.build_optional(LineARConfig, "line_ar", "LineAR", defaults, prefix="line_")

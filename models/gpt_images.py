@@ -1,6 +1,6 @@
 """From labels and seeds to pictures: LlamaGen's GPT, then its tokenizer's decoder, then its resizing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
@@ -114,10 +114,17 @@ def generate(
         line_ar=sampling.line_ar,
         seeds=seeds,
     )
+    return pictures(tokenizer.decode, codes.unflatten(1, model.grid), size, vae_bsz)
+
+
+def pictures(
+    decode: Callable[[Tensor], Tensor], codes: Tensor, size: int, vae_bsz: int | None = None
+) -> Tensor:
+    """Pictures (B, 3, size, size) of codes (B, h, w), as `generate` says; `decode` is the tokenizer's."""
     parts = []
-    for part in codes.unflatten(1, model.grid).split(vae_bsz or max(1, len(codes))):
+    for part in codes.split(vae_bsz or max(1, len(codes))):
         broken = (part < 0).any((1, 2))[:, None, None, None]
-        images = tokenizer.decode(part.clamp(min=0)).float().masked_fill(broken, torch.nan)
+        images = decode(part.clamp(min=0)).float().masked_fill(broken, torch.nan)
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bicubic")
         parts.append(images)

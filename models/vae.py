@@ -173,23 +173,31 @@ class UpLevel(nn.Module):
 class Encoder(nn.Module):
     """Image to moments, (B, 3, H, W) => (B, 2*z, H/f, W/f), f = 2^(levels-1).
 
-    The blocks of the last level (16x16 positions for a 256-pixel image) carry attention.
+    variational=False: latents of z channels.
+
+    The blocks of the last level (16x16 positions for a 256-pixel image) carry attention if asked.
     """
 
     def __init__(
-        self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int
+        self,
+        ch: int,
+        ch_mult: tuple[int, ...],
+        num_res_blocks: int,
+        z_channels: int,
+        attention: bool = True,
+        variational: bool = True,
     ) -> None:
         super().__init__()
         widths = [ch] + [ch * m for m in ch_mult]
         last = len(ch_mult) - 1
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.ModuleList(
-            DownLevel(widths[i], widths[i + 1], num_res_blocks, attention=i == last, last=i == last)
+            DownLevel(widths[i], widths[i + 1], num_res_blocks, attention and i == last, i == last)
             for i in range(len(ch_mult))
         )
         self.mid = MidBlock(widths[-1])
         self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], (1 + variational) * z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)

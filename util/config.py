@@ -210,7 +210,8 @@ class FlagParser:
         defaults = {**(defaults or {}), **self._defaults}
         if switch:
             self._claim(switch[0], owner)
-            self._add(group, switch[0], bool, False, {"help": switch[1]})
+            if switch[0] not in self._names:
+                self._add(group, switch[0], bool, False, {"help": switch[1]})
         for flag in flags_of(config, prefix):
             self._claim(flag.name, owner)
             if flag.name in self._names:

@@ -5,9 +5,6 @@ digest of the tokenizer's file, because latents of another tokenizer train a mod
 """
 
 import json
-import struct
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,12 +14,10 @@ from torch import Tensor
 
 from util.errors import UserError
 from util.files import atomic_path, sha256_of, write_json
+from util.npz import read_arrays
 
 NOTE = "tokenizer.json"
 MOMENTS = ("moments", "moments_flip")  # names in the npz, as in the original
-# What numpy raises for a file that is no npz, not whole, or a bare array.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, struct.error)
-_UNREADABLE += (zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def write_moments(path: Path, moments: Tensor, moments_flip: Tensor) -> None:
@@ -39,11 +34,11 @@ def read_moments(
 
     UserError for a file that is none, or whose moments are not finite or of another `shape`.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = [file[name].astype(np.float32) for name in names]
-    except _UNREADABLE as error:
-        raise UserError(f"{path} is no cached latent: write it anew with main_cache.py") from error
+    remedy = "write it anew with main_cache.py"
+    found = read_arrays(Path(path), names, "cached latent", remedy)
+    if any(array.dtype.kind not in "fiu" for array in found.values()):
+        raise UserError(f"{path} is no cached latent (it holds no numbers): {remedy}")
+    arrays = [found[name].astype(np.float32) for name in names]
     for array in arrays:
         if array.shape != (shape or arrays[0].shape):
             raise UserError(
