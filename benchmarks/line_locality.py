@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import add_output, at_least, claim, markdown, origin, write_result
+from benchmarks.common import add_output, at_least, origin, prepare_output, write_result
 from benchmarks.line_common import PRESET, Run, load_tiny
 from models.line_cache import KVCache, KVLayer, LineARConfig, LinePlan
 from util.device import pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
+from util.markdown import markdown_table
 
 NEAR = 3  # lines in front of the present one that are not old
 COLUMNS = ("condition", "older", "coverage", "best")
@@ -193,7 +194,7 @@ def parse() -> argparse.Namespace:
         if not lines:
             raise UserError(f"{args.prompts} holds no prompt: write one on each line")
         args.texts = [lines[i % len(lines)] for i in range(args.num_images)]
-    claim(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 
@@ -221,8 +222,8 @@ def main() -> None:
         "device": str(device),
         "dtype": "float32",
     }
-    document: dict[str, object] = {"about": about, "rows": rows}
-    write_result(args.output, document, markdown(["line", *COLUMNS], body))
+    document = {"about": about, "rows": rows}
+    write_result(args.output, document, markdown_table(["line", *COLUMNS], body))
 
 
 def percent(share: float | None) -> str:

@@ -114,6 +114,12 @@ class Family(ABC):
         """The named model with the given flags; `defaults` fill the others. UserError: nonsense."""
 
 
+def bundled(name: str) -> str:
+    """Folder of a bundled model: below the working directory, else beside the installed packages."""
+    folder = Path("pretrained_models") / name
+    return str(folder if folder.is_dir() else Path(__file__).parents[1] / folder)
+
+
 def require_file(path: str, what: str, remedy: str) -> None:
     """UserError if a file is missing."""
     if not Path(path).is_file():

@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, require_file
+from engine.base import (
+    ComputeConfig,
+    Family,
+    Host,
+    Loaded,
+    Preset,
+    WeightsConfig,
+    bundled,
+    require_file,
+)
 from models import llamagen, vq
 from models.gpt_images import GPTGenerator, GPTSampling
 from models.line_config import LineARConfig
@@ -19,8 +28,7 @@ ROPE_TABLE = "freqs_cis"  # some published files hold it; ours is computed
 TOKENIZERS = {"vq16": vq.vq16, "vq_tiny": vq.vq_tiny}
 LINEAR_ONLY = ("line_anchors", "line_recent", "line_pooling")  # LineAR's; rivals have their own
 
-_TINY = "pretrained_models/gpt_tiny"
-_SHAPES = "pretrained_models/mar_tiny"
+_TINY, _SHAPES = bundled("gpt_tiny"), bundled("mar_tiny")
 _LLAMAGEN = "pretrained_models/llamagen"
 
 
