@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import add_output, at_least, origin, prepare_output, write_result
-from benchmarks.line_common import PRESET, Run, load_tiny
+from benchmarks.line_common import HOST, Run, load_tiny
 from models.line_cache import KVCache, KVLayer, LineARConfig, LinePlan
 from util.device import pick_device, pick_dtype
 from util.errors import UserError, run_main
@@ -122,7 +122,8 @@ def gpt_locality(config: LineARConfig, num_images: int, seed: int, device: torch
     model, _ = load_tiny(device, pick_dtype("float32", device))
     run = Run(num_images, seed, num_images)
     labels = torch.tensor(run.labels, device=device)
-    codes = model.sample_tokens(labels, PRESET.cfg, top_p=PRESET.top_p, seeds=run.seeds)
+    sampling = HOST.sampling
+    codes = model.sample_tokens(labels, sampling.cfg, top_p=sampling.top_p, seeds=run.seeds)
     lines, line = model.grid
     shares = Shares(config.plan((lines, line)))
     cache, rope = KVCache([WatchedLayer(shares) for _ in model.layers]), model.rope()
