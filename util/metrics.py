@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from util.device import pick_device
 from util.errors import UserError, run_main
+from util.evaluation.conditions import Condition, class_labels
 from util.evaluation.feature_weights import inception_weights, shapes_weights
 from util.evaluation.image_source import (
     ImageFiles,
@@ -183,10 +184,10 @@ class Scorer:
         request: ScoreRequest,
         num_images: int,
         device: str | torch.device,
-        labels: Sequence[int] | None = None,
+        conditions: Sequence[Condition] | None = None,
         batch_size: int = 64,
     ) -> None:
-        """labels (N,) of the whole run: adds an accuracy where the extractor knows them."""
+        """conditions (N,) of the whole run: class labels that the extractor knows add an accuracy."""
         self.request, self.device, self.batch_size = request, device, batch_size
         spatial = "sfid" in request.metrics
         self.extractor = Extractor(request.features, request.features_path, device, spatial)
@@ -194,7 +195,7 @@ class Scorer:
         layers = {"features": spec.feature_layer, "logits": spec.logits_layer}
         if spatial:
             layers["spatial"] = "spatial"
-        labels = labels if spec.knows_labels else None
+        labels = class_labels(conditions) if conditions is not None and spec.knows_labels else None
         self.sums = FeatureSums(num_images, layers, labels, request.needs_features, device)
 
     def update(self, indices: Sequence[int], images: torch.Tensor) -> None:
@@ -211,7 +212,7 @@ class Scorer:
                 bar.update(len(indices))
 
     def result(self) -> dict[str, object]:
-        """Those of util.score_request.SCORES that were asked for, and the reference.
+        """Those of util.evaluation.request.SCORES that were asked for, and the reference.
 
         Fewer images than IS_SPLITS would leave empty splits: IS is then taken over all images at once
         (is_splits 1, is_std 0). UserError unless all images are in.

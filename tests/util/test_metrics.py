@@ -183,10 +183,10 @@ def test_one_image_has_no_fid(tmp_path):
 def test_accuracy_is_the_share_of_images_that_show_their_label(tmp_path):
     stats = toy_stats(tmp_path / "stats.npz", pictures(30, seed=2))
     images = Pictures(pictures(10))
-    labels = features_of(images)["logits"].argmax(1)
+    labels = features_of(images)["logits"].argmax(1).tolist()
     assert toy_score(images, 10, stats, labels=labels)["accuracy"] == 1
-    labels[:3] += 1
-    assert toy_score(images, 10, stats, labels=labels)["accuracy"] == 0.7
+    wrong = [label + (i < 3) for i, label in enumerate(labels)]
+    assert toy_score(images, 10, stats, labels=wrong)["accuracy"] == 0.7
     assert "accuracy" not in toy_score(images, 10, stats)
 
 
