@@ -32,7 +32,7 @@ class LineARConfig:
     recent: int = 2
     method: str = "linear"
     pooling: str = "mean"
-    spaced: int = 2
+    spaced: int = 1
 
     def __post_init__(self) -> None:
         if self.method != NONE and self.method not in METHODS:

@@ -181,8 +181,10 @@ def add_line_ar(parser: argparse.ArgumentParser) -> None:
     )
     add("--line_anchors", type=int, help="first tokens that are never evicted (8)")
     add("--line_recent", type=int, help="newest lines that are never evicted (2) [model]")
-    add("--line_method", help="linear, none, streaming, h2o, rkv, snapkv or h2o_last (linear)")
+    methods = "linear, none, streaming, h2o, rkv, snapkv, h2o_last or stratified (linear)"
+    add("--line_method", help=methods)
     add("--line_pooling", help="of the attention of a line's queries: mean, max or last (mean)")
+    add("--line_spaced", type=int, help="tokens of each older line that stratified keeps (1)")
 
 
 def _budget(text: str) -> float:

@@ -47,8 +47,9 @@ MAR_ONLY: dict[str, object] = {
     **dict.fromkeys(("patch_size", "buffer_size", "diffloss_d", "diffloss_w")),
     **dict.fromkeys(("num_sampling_steps", "vae_embed_dim", "latent_scale")),
 }
-# LineAR's constants; its rivals have their own.
-LINEAR_ONLY = ("line_anchors", "line_recent", "line_pooling")
+# LineAR's constants; its rivals have their own. Those of "stratified" are the last three.
+LINE_SETTINGS = ("line_anchors", "line_recent", "line_pooling", "line_spaced")
+LINE_METHODS = {"linear": LINE_SETTINGS[:3], "stratified": LINE_SETTINGS[1:]}
 
 TRAINING_CFG = 1.0  # MAR's main_mar.py; eval.py takes the preset's
 
@@ -168,13 +169,15 @@ def resolve(args: argparse.Namespace, program: str, presets: Mapping[str, Preset
         args.resume = preset.resume
     if args.lazy_mar and args.head_interval is None:
         args.head_interval = preset.head_interval
-    if args.line_ar and args.line_method in (None, "linear"):
-        if args.line_recent is None:
+    if args.line_ar:
+        method = args.line_method or "linear"
+        known = LINE_METHODS.get(method, ())
+        for flag in LINE_SETTINGS:
+            if flag not in known and getattr(args, flag) is not None:
+                owner = "stratified's" if flag == "line_spaced" else "LineAR's"
+                raise UserError(f"--{flag} is {owner}, --line_method {method} has none")
+        if known and args.line_recent is None:
             args.line_recent = preset.line_recent
-    elif args.line_ar:
-        for flag in LINEAR_ONLY:
-            if getattr(args, flag) is not None:
-                raise UserError(f"--{flag} is LineAR's, --line_method {args.line_method} has none")
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not (least <= value < math.inf):
