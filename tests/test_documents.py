@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from models.lazy_mar import LazyMARConfig
-from tests.conftest import ROOT
-from tests.models.test_sampling import CLOSE, noise_of, sample, small_mar
+from tests.support import ROOT
 from tests.support.golden_data import relative_error
+from tests.support.sampling import CLOSE, noise_of, sample, small_mar
 
 NOTEBOOK = ROOT / "notebooks" / "lazymar.ipynb"
 

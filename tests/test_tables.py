@@ -11,7 +11,7 @@ from functools import cache
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support import ROOT
 from util import flops
 from util.published import ROWS, tflops_at_64
 
