@@ -45,7 +45,7 @@ from util.device import can_compile, pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
-from util.files import write_json
+from util.files import read_json, write_json
 from util.markdown import markdown_table
 
 GROUPS = tuple(groups(LazyMARConfig(), lambda row, config: None))
@@ -149,8 +149,8 @@ class Ablation:
         batch, device = self.request.settings.eval_bsz, str(self.device)
         about = {"eval_bsz": batch, "dtype": str(self.dtype), "device": device}
         file = self.folder(row) / "memory.json"
-        found = json.loads(file.read_text()) if file.exists() else {}
-        if not about.items() <= found.items():
+        found = read_json(file, dict, "remove it") if file.exists() else {}
+        if not about.items() <= found.items() or not isinstance(found.get("peak_gb"), float):
             host = self.host_of(row)
             sampling = host.model, row.config, row.num_iter, host.sampling.cfg
             geometry = tuple(asdict(host.geometry).items())

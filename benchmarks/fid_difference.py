@@ -11,7 +11,6 @@ The last line is one JSON document.
 import argparse
 import hashlib
 import json
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from util.evaluation.statistics import load_stats
 from util.evaluation.sums import Gaussian
 from util.files import atomic_path, sha256_of
 from util.markdown import markdown_table
+from util.npz import read_arrays
 
 FEATURES = "features.npz"
 Run = dict[str, object]
@@ -50,14 +50,11 @@ def features_of(run: Run, request: ScoreRequest, device: str, batch: int = 64) -
     folder, key = Path(str(run["path"])), key_of(run, request)
     path = folder / FEATURES
     if path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                if str(file["key"]) == key:
-                    return file["features"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): delete it, it is made again"
-            ) from error
+        found = read_arrays(
+            path, ("key", "features"), "file of features", "delete it, it is made again"
+        )
+        if str(found["key"]) == key:
+            return found["features"]
     if run["images_dir"] is None:
         raise UserError(f"{folder} has no images and no {FEATURES} of them: run eval.py again")
     extractor = metrics.Extractor(request.features, request.features_path, device)

@@ -1,6 +1,5 @@
 """The Janus family: text-to-image GPTs of transformers, with its full cache or LineAR's."""
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from util.config import FlagParser, Flags, setting
 from util.errors import UserError
 from util.evaluation.conditions import Conditions, Prompts
 from util.evaluation.generation import ImageGenerator
-from util.files import sha256_of
+from util.files import read_json, sha256_of
 
 _TINY = bundled("janus_tiny")
 _PUBLISHED: Preset = {"cfg": 5.0}  # Janus-Pro's generation_inference.py
@@ -184,7 +183,7 @@ def _describe(resume: str) -> str:
         return resume
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(read_json(index, dict, "download it again")["weight_map"].values()))
     else:
         files = ["model.safetensors"]
     return " ".join([folder.name, *(sha256_of(folder / name)[:16] for name in files)])

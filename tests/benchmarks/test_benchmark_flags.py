@@ -18,8 +18,8 @@ from benchmarks import (
     waterfall,
 )
 from benchmarks.common import prepare_output, write_result
-from tests.cli.test_run import snapshot
-from tests.conftest import ROOT
+from tests.support import ROOT
+from tests.support.runs import snapshot
 from util.errors import UserError
 
 SCRIPTS = (latency, waterfall, training, line_latency)

@@ -12,9 +12,9 @@ from benchmarks.redundancy import GROUPS, Observer, Request, lazy_strip, measure
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig, step_policies
 from models.plan import DecodingPlan
-from tests.cli.test_run import snapshot
-from tests.models.test_sampling import CLOSE, noise_of, sample, small_mar
 from tests.support.golden_data import relative_error
+from tests.support.runs import snapshot
+from tests.support.sampling import CLOSE, noise_of, sample, small_mar
 from util.errors import UserError
 from util.images import read_image
 
