@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import engine
 from benchmarks.mar_work import count, work_of
+from engine import cli
 from models import mar
 from models.flops import MARGeometry, Work, image_work
 from models.lazy_mar import CACHES, LazyMARConfig, step_policies
@@ -179,8 +179,8 @@ def test_guidance_costs_a_second_branch_and_every_cache_saves():
 def test_a_dry_run_counts_what_is_executed():
     with torch.device("meta"):
         base = mar.mar_base(diffloss_d=6, diffloss_w=1024)
-    sampling = engine.SamplingConfig(64, 3.0, "linear", 1.0, None)
-    assert engine.flops_per_image(base, sampling) == pytest.approx(13.927e12, rel=1e-4)
+    host = cli.named("mar_base", cfg=3.0, num_iter=64).host()
+    assert host.flops_per_image(base) == pytest.approx(13.927e12, rel=1e-4)
 
 
 # ---- the command -------------------------------------------------------------------------------------
