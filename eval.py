@@ -54,7 +54,7 @@ def main() -> None:
     compute, place = flags.build(ComputeConfig), cli.place(flags)
     with dist.Rendezvous(place.world, place.launch.dist_url, place.launch.patience) as rendezvous:
         if not settings.no_score:  # before minutes of loading and hours of sampling
-            metrics.check_ready(request)
+            metrics.check_ready(request, settings.num_images)
         if folder is not None:
             conditions = host.conditions(settings.prompts)
             results = evaluation.score_only(

@@ -139,8 +139,8 @@ def main() -> None:
 
 def run(command: Command, rendezvous: dist.Rendezvous) -> None:
     """Train or evaluate as the flags say, in this process of the run."""
-    if command.request is not None:
-        metrics.check_ready(command.request)
+    if command.request is not None and command.evaluation is not None:
+        metrics.check_ready(command.request, command.evaluation.num_images)
     if command.train.evaluate:
         evaluate_checkpoint(command, rendezvous)
     else:
@@ -196,7 +196,7 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
     geometry = host.geometry
     side = geometry.latent_side
     latent_shape = (geometry.vae_embed_dim, side, side)
-    shape = DataShape(geometry.img_size, latent_shape, geometry.class_num, host.tokenizer.vae_path)
+    shape = DataShape(geometry.img_size, latent_shape, geometry.class_num, host.tokenizer.files)
     data = open_data(data_config, shape, world)
     plan = BatchPlan(
         len(data), config.batch_size, config.seed, world.rank, world.size, config.accum_iter

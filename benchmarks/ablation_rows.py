@@ -1,4 +1,7 @@
-"""The rows of all ablations: what is sampled, and how. Names, integers and configurations only."""
+"""The rows of all ablations: what is sampled, and how. Names, integers and configurations only.
+
+python -m benchmarks.ablation_rows        # list the ablations
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -25,6 +28,18 @@ class Row:
 
 
 MAR = Row("MAR", None)
+ABOUT = {  # group -> what its rows compare
+    "caches": "all eight combinations of token, condition and head cache",
+    "interval": "refresh interval: decoding steps from one refresh to the next",
+    "warmup": "warm-up: refresh steps at the beginning",
+    "probe_layer": "probe layer: the decoder layer that tells which tokens changed",
+    "token_selection": "which tokens are recomputed: by similarity, and three controls",
+    "head_interval": "head interval: denoising steps from one full one to the next",
+    "head_skip": "which blocks of the diffusion head are skipped",
+    "keep": "keep schedule: the published ratios times a factor",
+    "steps": "MAR with fewer steps, at the cost of LazyMAR",
+    "frontier": "quality over cost of many settings, with a plot",
+}
 CHANGED = {  # group -> field of LazyMARConfig and its values; the default is among the rows anyway
     "interval": ("interval", (1, 3, 5, 9, 13, 18)),
     "warmup": ("warmup", (0, 1, 3, 5, 10, 20)),
@@ -143,3 +158,8 @@ def groups(base: LazyMARConfig, steps_at: StepsAt) -> dict[str, list[Row]]:
             first.setdefault(row.task, row)
         unique[name] = list(first.values())
     return unique
+
+
+if __name__ == "__main__":
+    for name, about in ABOUT.items():
+        print(f"{name:16} {about}")

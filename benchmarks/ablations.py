@@ -25,15 +25,12 @@ from tqdm import tqdm
 from benchmarks.ablation_rows import STEPS, Row, Series, frontier_series, groups, rivals
 from benchmarks.common import (
     OUTPUT,
-    markdown,
     origin,
-    refuse_foreign,
     timed,
     write_result,
-    write_text,
 )
 from benchmarks.memory import SampledBatch, peak_gb
-from benchmarks.svg_plot import xy_plot
+from benchmarks.plots import require_matplotlib, save_cost_plot
 from engine import cli
 from engine.base import ComputeConfig
 from engine.mar import MARHost
@@ -48,7 +45,8 @@ from util.device import can_compile, pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
-from util.files import write_json
+from util.files import read_json, write_json
+from util.markdown import markdown_table
 
 GROUPS = tuple(groups(LazyMARConfig(), lambda row, config: None))
 TINY_IMAGES = 300
@@ -56,7 +54,7 @@ QUALITY = ("", "FID", "IS", "accuracy", "PSNR to MAR, dB")
 NOT_PAIRED = {"psnr": None, "identical": None}
 CUDA_WARMUPS = 2  # one compiles, one records
 PEAK = {True: "of the device", False: "of a whole process, its head with 4 denoising steps"}
-COST = ("TFLOPs as published", "executed", "s / image", "speed-up", "peak GB")
+COST = ("TFLOPs as published", "TFLOPs executed", "s / image", "speed-up", "peak GB")
 Result = dict[str, object]
 
 
@@ -151,8 +149,8 @@ class Ablation:
         batch, device = self.request.settings.eval_bsz, str(self.device)
         about = {"eval_bsz": batch, "dtype": str(self.dtype), "device": device}
         file = self.folder(row) / "memory.json"
-        found = json.loads(file.read_text()) if file.exists() else {}
-        if not about.items() <= found.items():
+        found = read_json(file, dict, "remove it") if file.exists() else {}
+        if not about.items() <= found.items() or not isinstance(found.get("peak_gb"), float):
             host = self.host_of(row)
             sampling = host.model, row.config, row.num_iter, host.sampling.cfg
             geometry = tuple(asdict(host.geometry).items())
@@ -273,7 +271,7 @@ def table(rows: list[Result]) -> str:
             report.closeness_text(row, ".2f"),
         ]
         body.append([*quality, *costs, f"{row['speedup']:.2f}", row["peak_gb"]])
-    return markdown((*QUALITY, *COST), body)
+    return markdown_table((*QUALITY, *COST), body)
 
 
 def undominated(rows: list[Result], cost: str) -> list[Result]:
@@ -312,8 +310,8 @@ def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def draw(series: Series, rows: list[Result], base: LazyMARConfig) -> str:
-    """SVG of FID over operations and over seconds."""
+def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) -> None:
+    """Plot FID over operations and over seconds."""
     found = {(row["num_iter"], _key(row["lazy_mar"])): row for row in rows}
     named = {"MAR": rows[0], "LazyMAR": default_row(rows, base)}
     panels, marks = {}, {}
@@ -326,7 +324,7 @@ def draw(series: Series, rows: list[Result], base: LazyMARConfig) -> str:
             of = [found[r.num_iter, _key(r.config and asdict(r.config))] for r in line]
             panels[title][name] = [(row[cost], row["fid"]) for row in of]
         marks[title] = {name: (row[cost], row["fid"]) for name, row in named.items()}
-    return xy_plot("Quality over cost", "FID", panels, marks)
+    save_cost_plot(path, "Quality over cost", "FID", panels, marks)
 
 
 def _key(config: Mapping[str, object] | None) -> str:
@@ -387,11 +385,11 @@ def main() -> None:
     """Command line."""
     request = parse()
     place = request.place
+    if "frontier" in request.groups:
+        require_matplotlib()
     metrics.check_ready(request.scoring)
     with dist.Rendezvous(place.world, place.launch.dist_url, place.launch.patience) as rendezvous:
         ablation = Ablation(request)
-        for path in () if request.settings.overwrite else request.paths().values():
-            refuse_foreign(path, **ablation.settings)
         rows = [row for name in request.groups for row in ablation.groups[name]]
         seconds = ablation.run(rows, rendezvous)
     if not place.world.is_main:
@@ -407,9 +405,8 @@ def main() -> None:
         found = ablation.results(name)
         document = {"about": ablation.about(name), "rows": found}
         text = table(found)
-        path.parent.mkdir(parents=True, exist_ok=True)
         if name == "frontier":
-            write_text(path.with_suffix(".svg"), draw(ablation.series(), found, ablation.base))
+            draw(path.with_suffix(".png"), ablation.series(), found, ablation.base)
             document["conclusion"] = conclusion(found, ablation.base)
             text += "\n" + document["conclusion"]
         write_result(path, document, text)

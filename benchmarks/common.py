@@ -2,11 +2,10 @@
 
 import argparse
 import json
-import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +96,6 @@ def origin() -> dict[str, object]:
     return {**provenance(), "command": shlex.join(["python", "-m", module, *sys.argv[1:]])}
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table; floats with three significant digits."""
-
-    def text(cell: object) -> str:
-        if cell is None:
-            return ""
-        return f"{cell:.3g}" if isinstance(cell, float) and cell < 1000 else str(cell)
-
-    lines = [head, ["---"] * len(head), *([text(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically."""
     with atomic_path(path) as temporary:
@@ -116,12 +103,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
-    """The flags --output and --overwrite, for `claim` and `write_result`."""
+    """The flag --output, for `prepare_output` and `write_result`."""
     files = "write FILE.json and FILE.md" + (f" (default: {default})" if default else "")
     parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=files)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the result of another command"
-    )
 
 
 def with_ending(path: Path, ending: str) -> Path:
@@ -129,62 +113,26 @@ def with_ending(path: Path, ending: str) -> Path:
     return path.with_name(path.name.removesuffix(".json") + ending)
 
 
-def reserve_output(path: Path | None, overwrite: bool) -> None:
-    """Before anything is measured: make the folder of PATH.json, which is not overwritten unasked.
-
-    UserError if another command has written it, unless `overwrite`. Commands are the same if they
-    differ in --output and --overwrite alone, which change no number.
-    """
+def prepare_output(path: Path | None) -> None:
+    """Make the folder of PATH.json before anything is measured. UserError if that is not possible."""
     if path is None:
         return
     if not path.name:
         raise UserError(f"--output {path} names no file: give one, such as output_dir/result")
-    path = with_ending(path, ".json")
-    if not overwrite and (before := read_result(path)):
-        command = str(before["about"].get("command"))
-        if _settings(command) != _settings(origin()["command"]):
-            raise UserError(
-                f"{path} holds the result of `{command}`: give another --output, or --overwrite"
-            )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): give another --output") from error
 
 
-def _settings(command: str) -> str:
-    return re.sub(r" --(overwrite|output[ =]\S+)(?= |$)", "", command)
-
-
-def read_result(path: Path, flags: str = "--output") -> dict[str, Any] | None:
-    """The document of a file of results, None where there is no file.
-
-    UserError, naming the flags that write elsewhere, if it cannot be read or lacks its `about`.
-    """
+def stored_rows(path: Path, settings: Mapping[str, object]) -> list[dict[str, Any]]:
+    """Rows of PATH.json by an earlier call with the same settings, [] if there are none."""
+    path = with_ending(path, ".json")
     if not path.exists():
-        return None
-    remedy = f"give another {flags}, or --overwrite"
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a result ({error}): {remedy}") from error
-    if not (isinstance(document, dict) and isinstance(document.get("about"), dict)):
-        raise UserError(f"{path} has no `about` that says what made it: {remedy}")
-    return document
-
-
-def refuse_foreign(path: Path, **about: object) -> None:
-    """UserError if PATH.json holds a result that differs in one of these: it is not overwritten unasked."""
-    path, flags = with_ending(path, ".json"), "--output or --results"
-    before = read_result(path, flags)
-    if before is None:
-        return
-    for key, value in about.items():
-        if (found := before["about"].get(key)) != value:
-            raise UserError(
-                f"{path} holds a result of {key} {found}, this one has {value}: give another {flags}, "
-                "or --overwrite"
-            )
+        return []
+    stored = json.loads(path.read_text())
+    same = all(stored["about"].get(key) == value for key, value in settings.items())
+    return list(stored["rows"]) if same else []
 
 
 def write_result(path: Path | None, document: dict[str, object], text: str) -> None:
@@ -192,7 +140,7 @@ def write_result(path: Path | None, document: dict[str, object], text: str) -> N
     about = "\n".join(f"    {key}: {value}" for key, value in document["about"].items())
     text = f"{text.rstrip()}\n\n{about}\n"  # the empty line makes them a block of their own
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        prepare_output(path)
         write_text(with_ending(path, ".md"), text)
         write_json(with_ending(path, ".json"), document)
     print(text)

@@ -24,11 +24,10 @@ from benchmarks.common import (
     at_least,
     batch_sizes,
     default_dtype,
-    markdown,
     matrix_rate,
     origin,
+    prepare_output,
     read_rate,
-    reserve_output,
     timed,
     write_result,
 )
@@ -37,6 +36,7 @@ from benchmarks.memory import SampledBatch, peak_gb
 from models.sampler import Sampler
 from util.device import DTYPES, can_compile, device_name, pick_device
 from util.errors import UserError, run_main
+from util.markdown import markdown_table
 
 
 def sampling(
@@ -140,7 +140,7 @@ def parse() -> argparse.Namespace:
     for mode in args.modes.split(","):
         if mode not in MODES:
             raise UserError(f"--modes {mode} is unknown; use some of {','.join(MODES)}")
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     args.compile = not args.no_compile and can_compile(device, show=True)
     args.device = str(device)
     return args
@@ -171,7 +171,7 @@ def main() -> None:
     }
     head = ["model", "dtype", "batch", "mode", "s_per_image", "speedup", "tflop_per_image"]
     head += ["arithmetic_limit_s", "over_arithmetic", "limit_with_reads_s", "over_limit", "peak_gb"]
-    table = markdown(head, [[row[key] for key in head] for row in rows])
+    table = markdown_table(head, [[row[key] for key in head] for row in rows])
     write_result(args.output, {"about": about, "rows": rows}, table)
 
 

@@ -20,9 +20,8 @@ from benchmarks.common import (
     OUTPUT,
     add_output,
     at_least,
-    markdown,
     origin,
-    reserve_output,
+    prepare_output,
     with_ending,
     write_text,
 )
@@ -34,6 +33,7 @@ from util.checkpoint import describe
 from util.device import pick_device, pick_dtype
 from util.errors import run_main
 from util.files import write_json
+from util.markdown import markdown_table
 
 ANCHORS = (0, 1, 4, 8, 12, 24)
 RECENT = (1, 2, 3)
@@ -71,7 +71,7 @@ def table(rows: list[dict], key: tuple[str, ...]) -> str:
     for setting in settings:
         cells = [found.get((*setting, budget)) for budget in BUDGETS]
         body.append([*setting, *("-" if cell is None else f"{cell:.2f}" for cell in cells)])
-    return markdown([*key, *BUDGETS], body)
+    return markdown_table([*key, *BUDGETS], body)
 
 
 def parse() -> argparse.Namespace:
@@ -84,7 +84,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     at_least(args, 1, "num_images")
     at_least(args, 0, "seed")
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 

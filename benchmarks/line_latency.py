@@ -28,10 +28,9 @@ from benchmarks.common import (
     at_least,
     batch_sizes,
     clock_of,
-    markdown,
     origin,
+    prepare_output,
     read_rate,
-    reserve_output,
     timed,
     write_result,
 )
@@ -41,6 +40,7 @@ from models.line_methods import METHODS
 from models.llamagen import GPT
 from util.device import DTYPES, device_name, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
+from util.markdown import markdown_table
 
 HEAD = ["batch", "budget", "slots", "images_per_s", "speedup", "cache_gb", "cache_over_theory"]
 HEAD += ["workspace_gb", "peak_gb", "read_gb_per_s"]
@@ -161,7 +161,7 @@ def parse() -> argparse.Namespace:
         }
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"--budgets {args.budgets}: {error}") from error
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 
@@ -217,7 +217,7 @@ def main() -> None:
         }
     document = {"about": about, "rows": rows, "largest_batch": largest}
     head = [key for key in HEAD if key in rows[0]]
-    table = markdown(head, [[row[key] for key in head] for row in rows])
+    table = markdown_table(head, [[row[key] for key in head] for row in rows])
     if largest:
         found = ", ".join(f"{n} at budget {b}" for b, n in largest.items())
         table += f"\nLargest batch: {found}.\n"

@@ -3,9 +3,9 @@
     python -m benchmarks.line_quality --num_images 1000
 
 Every row has the labels and seeds of the first, so rows differ by the cache alone. A row is written
-when it is done, with the commit that made it; the same command goes on, and --overwrite begins anew.
-Results: output_dir/benchmarks/line_quality.{json,md,svg,png}, or where --output says; those of the
-documents are benchmarks/results/line_quality.{json,md,svg,png}.
+when it is done, with the commit that made it; the same command continues. Results:
+output_dir/benchmarks/line_quality.{json,md,png} and line_quality_fid.png, or where --output says;
+those of the documents are in benchmarks/results.
 """
 
 import argparse
@@ -21,15 +21,14 @@ from benchmarks.common import (
     OUTPUT,
     add_output,
     at_least,
-    markdown,
     origin,
-    read_result,
-    reserve_output,
+    prepare_output,
+    stored_rows,
     with_ending,
     write_text,
 )
 from benchmarks.line_common import BUDGETS, HOST, RECENT, Run, load_tiny
-from benchmarks.svg_plot import line_plot
+from benchmarks.plots import require_matplotlib, save_budget_plot
 from models.gpt_images import GPTSampling, generate
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS
@@ -40,6 +39,7 @@ from util.device import DTYPES, pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.files import write_json
 from util.images import save_png, side_by_side_sheet, to_uint8
+from util.markdown import markdown_table
 
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
@@ -75,7 +75,7 @@ def tables(rows: list[dict], about: dict) -> str:
             for name in METHODS
         ]
         head = [f"{title} (full cache: {format(full[key], form)})", *BUDGETS]
-        parts.append(markdown(head, body))
+        parts.append(markdown_table(head, body))
     text = "\n".join(parts)
     return text + "\n" + "\n".join(f"    {key}: {value}" for key, value in about.items()) + "\n"
 
@@ -85,8 +85,8 @@ def draw(rows: list[dict], output: Path) -> None:
     full = next(row for row in rows if row["method"] == FULL)
     found = {(row["method"], row["budget"]): row["fid"] for row in rows}
     series = {name: [found.get((name, budget)) for budget in BUDGETS] for name in METHODS}
-    plot = line_plot("FID over the budget of the cache", list(BUDGETS), series, (FULL, full["fid"]))
-    write_text(with_ending(output, ".svg"), plot)
+    title, level = "FID over the budget of the cache", (FULL, full["fid"])
+    save_budget_plot(with_ending(output, "_fid.png"), title, list(BUDGETS), series, level)
 
 
 def plans(methods: str, budgets: str, recent: int) -> list[tuple[str, str, LineARConfig | None]]:
@@ -106,20 +106,6 @@ def plans(methods: str, budgets: str, recent: int) -> list[tuple[str, str, LineA
             config.plan(GRID)
             rows.append((name, budget, config))
     return rows
-
-
-def rows_of_before(output: Path, about: dict) -> list[dict]:
-    """Rows of an earlier call. UserError if they are of other images."""
-    stored = read_result(output)
-    if stored is None:
-        return []
-    for key in SAME:
-        if (found := stored["about"].get(key)) != about[key]:
-            raise UserError(
-                f"{output} has rows with {key} {found}, this run has {about[key]}: give another "
-                "--output, or --overwrite"
-            )
-    return stored.get("rows", [])
 
 
 def picture(
@@ -161,13 +147,14 @@ def parse() -> argparse.Namespace:
         args.plans = plans(args.methods, args.budgets, args.recent)
     except ValueError as error:
         raise UserError(str(error)) from error
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 
 def main() -> None:
     """Command line."""
     args = parse()
+    require_matplotlib()
     output = with_ending(args.output, ".json")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
@@ -185,7 +172,7 @@ def main() -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-    rows = [] if args.overwrite else rows_of_before(output, about)
+    rows = stored_rows(output, {name: about[name] for name in SAME})
     done = {(row["method"], row["budget"]) for row in rows}
     for method, budget, config in args.plans:
         if (method, budget) in done:

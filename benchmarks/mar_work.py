@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.mar import DEFAULTS, PRESETS
 from models import mar
 from models.decoding import Decoding
+from models.head_config import HeadConfig
 from models.lazy_head import LazyDenoiser
 from models.lazy_mar import CACHES, LazyMARConfig
 from models.noise import ImageNoise
@@ -69,12 +70,15 @@ def count_work(
 
 
 def work_of(
-    model: mar.MAR, config: LazyMARConfig | None, plan: DecodingPlan, itemsize: int
+    model: mar.MAR,
+    config: LazyMARConfig | None,
+    plan: DecodingPlan,
+    itemsize: int,
+    head: HeadConfig | None = None,
 ) -> Work:
     """The work of one image by a model on the meta device, counted by torch's flop counter."""
-    decoding = Decoding(
-        sampling_copy(model, torch.float32, model.diffloss), 1, plan, config, temperature=1.0
-    )
+    copy = sampling_copy(model, torch.float32, model.diffloss)
+    decoding = Decoding(copy, 1, plan, config, temperature=1.0, head=head)
     heads: dict[object, float] = {}  # (rows of a run) -> operations
     flops = {"step": 0.0, "head": 0.0}
 
@@ -88,17 +92,15 @@ def work_of(
         flops["head"] += heads[key]
 
     decoding.run_step, decoding.run_head = run_step, run_head
-    steps = model.diffloss.num_sampling_steps
     with torch.device("meta"):
-        shape = (1, model.seq_len, steps + 1, model.token_dim)
+        shape = (1, model.seq_len, model.diffloss.num_sampling_steps + 1, model.token_dim)
         noise = ImageNoise(torch.zeros(1, model.seq_len, dtype=torch.long), torch.zeros(shape))
     first = count(lambda: decoding._prepare([0], noise))
     decoding._decode(noise, progress=False)
-    per_run = _head_weights(decoding, steps) * itemsize
     return Work(
         transformer_flops=flops["step"] + first,
         head_flops=flops["head"],
-        head_bytes=per_run * len(plan.steps),
+        head_bytes=sum(_head_weights(decoding, run.num_steps) for run in decoding.runs) * itemsize,
     )
 
 
@@ -110,7 +112,7 @@ def count(call: Callable[[], object]) -> float:
 
 
 def _head_weights(decoding: Decoding, steps: int) -> int:
-    """Weights that one denoising run reads if each of its steps reads what it needs."""
+    """Weights that a denoising run of `steps` reads if each of its steps reads what it needs."""
     net, denoiser = decoding.model.diffloss.net, decoding.denoiser
     width = net.cond_embed.weight.shape[0]
     always = net.input_proj.weight.numel() + net.final_layer.linear.weight.numel()
@@ -119,7 +121,8 @@ def _head_weights(decoding: Decoding, steps: int) -> int:
     if not isinstance(denoiser, LazyDenoiser):
         return steps * full
     unskipped = sum(not skipped for skipped, _ in denoiser.segments)
+    kinds = denoiser.runs[steps].kinds
     cold = always + denoiser.columns["cold"] * width**2
     warm = always + denoiser.columns["warm"] * width**2 + unskipped * mlp
     of = {"full": full, "warm": warm, "cold": cold}
-    return sum(of[kind] for kind in denoiser.kinds)
+    return sum(of[kind] for kind in kinds)

@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.common import OUTPUT, markdown, origin, reserve_output, with_ending, write_result
-from benchmarks.redundancy_figures import draw, require_matplotlib
+from benchmarks.common import OUTPUT, origin, prepare_output, with_ending, write_result
+from benchmarks.plots import require_matplotlib
+from benchmarks.redundancy_figures import draw
 from engine import cli
 from engine.mar import MARHost
 from models.decoding import Decoding
@@ -42,6 +43,7 @@ from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
 from util.evaluation.config import EvaluationConfig
 from util.images import to_uint8
+from util.markdown import markdown_table
 
 GROUPS = ("earlier", "previous", "now", "later")
 NOW, PREVIOUS, CHANGED, REUSED = "npc."  # what happened to a token, in the maps of the strip
@@ -245,7 +247,7 @@ def parse() -> tuple[cli.Selection, Path]:
     flags.given["lazy_mar"] = True
     selection = cli.select(flags, "redundancy")  # refuses GPT models, which LazyMAR does not know
     output = with_ending(output or OUTPUT / f"redundancy_{selection.model}", "")
-    reserve_output(output, flags.value("overwrite", False))
+    prepare_output(output)
     return selection, output
 
 
@@ -305,12 +307,12 @@ def summary(document: dict[str, dict]) -> str:
     """The numbers of the paragraphs, as Markdown tables."""
     layers = document["tokens"]["by_layer"]
     depth = len(layers["now"])
-    tokens = markdown(
+    tokens = markdown_table(
         ["decoder layer", *(f"decoded {group}" for group in GROUPS)],
         [[layer, *(f"{layers[group][layer]:.4f}" for group in GROUPS)] for layer in range(depth)],
     )
     error = document["guidance"]["error"]
-    guidance = markdown(
+    guidance = markdown_table(
         ["age in steps", "unconditional features kept", "residual kept", "no residual"],
         [
             [age, error["unconditional"][age - 1], error["residual"][age - 1], error["none"]]

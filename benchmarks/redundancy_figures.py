@@ -1,22 +1,17 @@
-"""The figures of benchmarks/redundancy.py: one style, colours that colour-blind eyes tell apart."""
+"""The figures of benchmarks/redundancy.py."""
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from util.errors import UserError
-from util.files import atomic_path
+from benchmarks.plots import BLACK, BLUE, GREEN, GREY, LIGHT, ORANGE, RED, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The palette of Okabe and Ito (2008).
-BLUE, ORANGE, GREEN, RED, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#000000"
-GREY, LIGHT = "#999999", "#EDEDED"
 GROUP_STYLES = {
     "earlier": ("decoded earlier", BLUE, "-"),
     "previous": ("decoded in the previous step", RED, "-"),
@@ -35,39 +30,18 @@ STATES = {
     ".": ("from the cache", LIGHT),
 }
 STRIP_STEPS, STRIP_COLUMNS = 64, 16  # maps shown at most; maps in a row
-DPI = 150
-
-
-def require_matplotlib() -> None:
-    """UserError without matplotlib, before minutes of measuring."""
-    if find_spec("matplotlib") is None:
-        raise UserError("figures need matplotlib: install it with `pip install '.[figures]'`")
 
 
 def draw(document: dict[str, dict], image: np.ndarray, prefix: Path) -> None:
     """Write PREFIX_tokens.png, PREFIX_guidance.png, PREFIX_strip.png; image uint8 (H, W, 3)."""
-    from matplotlib import rc_context
-
-    style = {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": LIGHT,
-        "axes.axisbelow": True,
-        "axes.titlesize": 10,
-        "legend.frameon": False,
-    }
-    with rc_context(style):
+    with style():
         figures = {
             "tokens": tokens_figure(document["tokens"]),
             "guidance": guidance_figure(document["guidance"]),
             "strip": strip_figure(document["strip"], image),
         }
-        prefix.parent.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            with atomic_path(prefix.with_name(f"{prefix.name}_{name}.png")) as temporary:
-                figure.savefig(temporary, format="png", dpi=DPI)
+            save(figure, prefix.with_name(f"{prefix.name}_{name}.png"))
 
 
 def tokens_figure(numbers: dict) -> "Figure":

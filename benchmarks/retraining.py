@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 from statistics import median
 
-from benchmarks.common import RESULTS, markdown, origin, write_text
+from benchmarks.common import RESULTS, origin, write_text
 from util.errors import UserError, run_main
+from util.markdown import markdown_table
 
 BUNDLED = "tiny_1000_mar_tiny-mar.json"
 RUNS = {"one": "again, one process", "two": "again, two processes"}
@@ -65,7 +66,7 @@ def report(folder: Path) -> str:
     apart = differences(*losses)
     steps = list(losses[0])
     commands = "\n".join(f"    {c}" for c in sorted({s["command"] for s in scores.values()}))
-    return f"""{markdown(("", "FID", "IS", "accuracy", "commit"), rows)}
+    return f"""{markdown_table(("", "FID", "IS", "accuracy", "commit"), rows)}
 {first["num_images"]:,} images each, {first["method"]}, {first["num_iter"]} steps, \
 guidance {first["cfg"]:g}, {first["dtype"]} on {first["device"]}, batch {first["eval_bsz"]}, scored by
 

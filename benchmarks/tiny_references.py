@@ -20,9 +20,8 @@ from benchmarks.common import (
     OUTPUT,
     add_output,
     at_least,
-    markdown,
     origin,
-    reserve_output,
+    prepare_output,
     write_result,
 )
 from benchmarks.line_common import Pictures
@@ -32,6 +31,7 @@ from models.linear_tokenizer import LinearTokenizer
 from util import metrics
 from util.device import device_name, set_threads
 from util.errors import run_main
+from util.markdown import markdown_table
 from util.shapes import CLASSES, HELD_OUT_START, label_of, render
 from util.tiny.assets import DEFAULT_IMAGES, batches, channel_spread, psnr, restore, to_float
 
@@ -97,7 +97,7 @@ def parse() -> argparse.Namespace:
     add_output(parser, OUTPUT / "tiny_references")
     args = parser.parse_args()
     at_least(args, 100, "num_images")
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 
@@ -147,7 +147,7 @@ def main() -> None:
         [title, *cells] for title, cells in zip(titles, zip(*columns, strict=True), strict=True)
     ]
     channels = ("channel", *(str(k) for k in range(len(spread))))
-    text = markdown(HEAD, scores) + "\n" + markdown(channels, latents)
+    text = markdown_table(HEAD, scores) + "\n" + markdown_table(channels, latents)
     spread = [dict(zip(("std", "largest", "kurtosis"), row, strict=True)) for row in spread]
     write_result(args.output, {"about": about, "rows": rows, "channels": spread}, text)
 

@@ -19,9 +19,8 @@ from benchmarks.common import (
     add_output,
     at_least,
     default_dtype,
-    markdown,
     origin,
-    reserve_output,
+    prepare_output,
     timed,
     write_result,
 )
@@ -32,6 +31,7 @@ from models import mar
 from models.noise import TrainingNoise
 from util.device import DTYPES, device_name, pick_device
 from util.errors import UserError, run_main
+from util.markdown import markdown_table
 from util.training import step as training
 from util.training.ema import EMA
 from util.training.optimizer import LRSchedule, make_optimizer
@@ -138,7 +138,7 @@ def parse() -> argparse.Namespace:
             raise UserError(f"--rows {row} is unknown; use some of {','.join(ROWS)}")
     at_least(args, 1, "batch", "repeats", "threads")
     at_least(args, 0, "warmup")
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 
@@ -154,7 +154,7 @@ def main() -> None:
         "seeds": "weights: torch.manual_seed(0); latents: 1; noise of step k: (0, k)",
     }
     head = ["model", "dtype", "batch", "step", "images_per_s", "speedup", "peak_gb"]
-    table = markdown(head, [[row[key] for key in head] for row in rows])
+    table = markdown_table(head, [[row[key] for key in head] for row in rows])
     write_result(args.output, {"about": about, "rows": rows}, table)
 
 

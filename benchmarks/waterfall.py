@@ -18,9 +18,8 @@ from benchmarks import eager_mar
 from benchmarks.common import (
     add_output,
     at_least,
-    markdown,
     origin,
-    reserve_output,
+    prepare_output,
     timed,
     write_result,
 )
@@ -33,6 +32,7 @@ from models.plan import DecodingPlan
 from models.sampler import Sampler
 from util.device import DTYPES, autocast, device_name, pick_device, pick_dtype
 from util.errors import run_main
+from util.markdown import markdown_table
 
 Call = Callable[[], object]
 
@@ -53,7 +53,7 @@ def rows_of(
     def ours(config: LazyMARConfig | None, fast: bool, eager_head: bool = False) -> Call:
         on_cuda = fast and device.type == "cuda"
         sampler = Sampler(model, dtype, compile=on_cuda)
-        decoding = Decoding(sampler.model, bsz, plan, config, 1.0, on_cuda, on_cuda)
+        decoding = Decoding(sampler.model, bsz, plan, config, 1.0, compile=on_cuda, graphs=on_cuda)
         if eager_head:
             decoding.denoiser = eager_mar.EagerDenoiser(sampler.model)
         return fresh(decoding)
@@ -103,7 +103,7 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     at_least(args, 1, "batch", "num_iter", "repeats", "threads")
     at_least(args, 0, "warmup")
-    reserve_output(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 
@@ -148,7 +148,7 @@ def main() -> None:
         "seeds": "0 .. batch - 1; weights: torch.manual_seed(0)",
     }
     document = {"about": about, "rows": [dict(zip(head, r, strict=True)) for r in rows]}
-    write_result(args.output, document, markdown(head, rows))
+    write_result(args.output, document, markdown_table(head, rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Noise schedules and respacing, in float64 numpy: no tensor, no device, known before any loop."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -53,3 +54,57 @@ def space_timesteps(num_steps: int, respacing: str) -> list[int]:
             position += stride
         start += length
     return sorted(set(kept))
+
+
+def clip_timesteps(kept: Sequence[int], first: int) -> list[int]:
+    """Ascending timesteps with all above `first` replaced by it, duplicates dropped (DiSA's clip).
+
+    The cosine schedule amplifies an error of epsilon 20,291 times at t = 999 and 13 times at 950.
+    """
+    return sorted({min(t, first) for t in kept})
+
+
+def log_snr_timesteps(betas: np.ndarray, count: int, first: int) -> list[int]:
+    """At most `count` ascending timesteps from 0 to `first`, evenly spaced in log(a / s).
+
+    Rounded to whole timesteps of the process with these betas; duplicates, which occur near 0, are
+    dropped.
+    """
+    abar = np.cumprod(1.0 - betas)
+    log_snr = 0.5 * np.log(abar / (1.0 - abar))  # falls with t
+    targets = np.linspace(log_snr[0], log_snr[first], count)
+    exact = np.interp(-targets, -log_snr, np.arange(len(betas)))
+    return sorted({int(t) for t in np.rint(exact)})
+
+
+def coupling(fine_abar: np.ndarray, coarse_abar: np.ndarray) -> np.ndarray:
+    """How a coarse denoising run takes its noise from that of a fine one: (N + 1, T + 1) weights.
+
+    fine_abar (T,), coarse_abar (N,), N <= T: abar of the kept steps, ascending timesteps. Rows and columns
+    are in the order of a run: initial noise, then that of each step; the last one is never read.
+
+    With u = x a / s^2 an ancestral step is u_next = u + (q_next - q) x_0 + sqrt(q_next - q) noise, where
+    q = a^2 / s^2: the noise is Brownian motion in q. So the noise of a step is that of the fine steps it
+    covers, weighted by the square roots of their spans of q, and divided by that of its own. Boundaries
+    of coarse steps are moved to the nearest fine ones, at least one fine step each: every row has
+    norm 1 and no two rows share a column, so coarse noise is exactly standard normal and independent.
+    """
+    steps, coarse_steps = len(fine_abar), len(coarse_abar)
+    if coarse_steps > steps:
+        raise ValueError(f"noise of {steps} denoising steps cannot serve a run of {coarse_steps}")
+    log_q, coarse_log_q = (np.log(a / (1.0 - a))[::-1] for a in (fine_abar, coarse_abar))
+    # In units of x_T: W(q) has variance q; log_q ascends, and span k leads to boundary k.
+    q = np.exp(log_q)
+    spans = np.diff(q, prepend=0.0)
+    # A boundary leaves at least one fine step to each coarse one before and behind it.
+    nearest = np.abs(coarse_log_q[:, None] - log_q).argmin(axis=1)
+    bounds: list[int] = []
+    for k, place in enumerate(nearest):
+        least = bounds[-1] + 1 if bounds else 0
+        bounds.append(int(np.clip(place, least, steps - coarse_steps + k)))
+    weights = np.zeros((coarse_steps + 1, steps + 1))
+    for k, (start, stop) in enumerate(zip([-1, *bounds], bounds, strict=False)):
+        covered = spans[start + 1 : stop + 1]
+        weights[k, start + 1 : stop + 1] = np.sqrt(covered / covered.sum())
+    weights[-1, -1] = 1.0
+    return weights

@@ -39,10 +39,13 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model and its tokenizer on the device; weights: where they are from, for the manifest."""
+    """A model and its tokenizer on the device; weights: where they are from, for the manifest.
+
+    The tokenizer of a text-to-image model is its processor.
+    """
 
     model: nn.Module
-    tokenizer: nn.Module
+    tokenizer: Any
     weights: str
 
 
@@ -113,6 +116,12 @@ class Family(ABC):
     @abstractmethod
     def host(self, model: str, flags: Flags, defaults: Preset) -> Host:
         """The named model with the given flags; `defaults` fill the others. UserError: nonsense."""
+
+
+def bundled(name: str) -> str:
+    """Folder of a bundled model: below the working directory, else beside the installed packages."""
+    folder = Path("pretrained_models") / name
+    return str(folder if folder.is_dir() else Path(__file__).parents[1] / folder)
 
 
 def require_file(path: str, what: str, remedy: str) -> None:

@@ -48,9 +48,9 @@ def make_parser(program: str, description: str = "") -> FlagParser:
     parser.add(EvaluationConfig, "evaluation")
     parser.add(ComputeConfig, "evaluation")
     parser.add(ScoreRequest, "scoring", from_model=from_model)
-    parser.add(TrainConfig, "training")
-    parser.add(OptimizerConfig, "optimizer")
-    parser.add(DataConfig, "data")
+    parser.add(TrainConfig, "training", hidden=not training)
+    parser.add(OptimizerConfig, "optimizer", hidden=not training)
+    parser.add(DataConfig, "data", hidden=not training)
     parser.add(DeviceConfig, "device")
     parser.add(dist.LaunchConfig, "processes")
     return parser

@@ -9,22 +9,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig
+from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, bundled
 from models import mar
+from models.fast_mar import PRESETS as FAST_PRESETS
+from models.fast_mar import FastMARConfig
 from models.flops import MARGeometry, image_work
+from models.head_config import HeadConfig
 from models.lazy_mar import LazyMARConfig
 from models.mar_config import MARConfig
 from models.noise import ImageNoise
+from models.order import OrderConfig
 from models.plan import DecodingPlan
 from models.sampler import Sampler
 from models.tokenizers import latent_scale_of, load_tokenizer
 from util import checkpoint
-from util.config import FlagParser, Flags, setting
+from util.config import FlagParser, Flags, flags_of, setting
 from util.device import DTYPES, autocast, can_compile, to_device
 from util.errors import UserError
 from util.files import sha256_of
 
-_TINY = "pretrained_models/mar_tiny"
+_TINY = bundled("mar_tiny")
+_DETOK = "pretrained_models/detok"
+
+# What --tokenizer implies where its other flags are not given.
+TOKENIZERS: dict[str, Preset] = {
+    "kl16": {},
+    "linear": {"latent_scale": None},  # its own file states it
+    "detok": {  # which normalises its latents by their statistics
+        "vae_path": f"{_DETOK}/detok-BB-gamm3.0-m0.7-decoder_tuned.pth",
+        "latent_stats": f"{_DETOK}/stats.safetensors",
+        "latent_scale": 1.0,
+    },
+}
+
+
+def _detok(name: str, depth: int, width: int, cfg: float) -> Preset:
+    """MAR on the latents of l-DeTok's tokenizer (Yang et al., arXiv 2507.15856; its README)."""
+    return {
+        "diffloss_d": depth,
+        "diffloss_w": width,
+        "cfg": cfg,
+        "no_dropout_in_mlp": True,
+        "tokenizer": "detok",
+        "resume": f"{_DETOK}/{name}.pth",
+        "trains": True,
+    }
+
 
 # What a model's name implies for eval.py. The training commands keep the original's defaults, except
 # for models with "trains": True.
@@ -32,13 +62,14 @@ PRESETS: dict[str, Preset] = {
     "mar_base": {"diffloss_d": 6, "diffloss_w": 1024, "resume": "pretrained_models/mar/mar_base"},
     "mar_large": {"diffloss_d": 8, "diffloss_w": 1280, "resume": "pretrained_models/mar/mar_large"},
     "mar_huge": {"resume": "pretrained_models/mar/mar_huge"},
+    "detok_mar_base": _detok("mar_base", 6, 1024, cfg=3.9),
+    "detok_mar_large": _detok("mar_large", 8, 1280, cfg=3.4),
     "mar_tiny": {
         **mar.TINY,
         "cfg": 3.0,
         "head_interval": 3,  # a head of 4 blocks changes faster from step to step: at 7 noise remains
         "tokenizer": "linear",
         "vae_path": f"{_TINY}/tokenizer.safetensors",
-        "latent_scale": None,
         "resume": f"{_TINY}/model.safetensors",
         "features": "shapes",
         "features_path": f"{_TINY}/classifier.safetensors",
@@ -60,17 +91,20 @@ TRAINING_CFG = 1.0  # MAR's main_mar.py
 class TokenizerConfig:
     """The autoencoder between images and latents."""
 
-    tokenizer: str = setting("kl16", "kind of the autoencoder", choices=("kl16", "linear"))
+    tokenizer: str = setting("kl16", "kind of the autoencoder", choices=tuple(TOKENIZERS))
     vae_path: str = setting("pretrained_models/vae/kl16.ckpt", "its weights", metavar="FILE")
     latent_scale: float | None = setting(  # 0.2325: MAR's code, for KL-16
         0.2325, "factor from its latents to the model's", least=1e-6
+    )
+    latent_stats: str | None = setting(
+        None, "detok: mean and std of its latents, safetensors", metavar="FILE"
     )
     vae_dtype: str | None = setting(None, "precision; default --dtype", choices=tuple(DTYPES))
 
     def open(self, embed_dim: int, stride: int, device: torch.device) -> nn.Module:
         """The tokenizer on the device. UserError if its file is missing or does not fit."""
         try:
-            tokenizer = load_tokenizer(self.tokenizer, self.vae_path, embed_dim)
+            tokenizer = load_tokenizer(self.tokenizer, self.vae_path, embed_dim, self.latent_stats)
         except (FileNotFoundError, ValueError) as error:
             raise UserError(f"--vae_path: {error}") from error
         if tokenizer.stride != stride:
@@ -79,6 +113,15 @@ class TokenizerConfig:
                 f"{stride}: give the tokenizer that the model was trained with"
             )
         return tokenizer.to(device)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that decide the latents."""
+        return (self.vae_path,) if self.latent_stats is None else (self.vae_path, self.latent_stats)
+
+    def digest(self) -> str:
+        """Kind and first digits of the sha256 of its files."""
+        return " ".join([self.tokenizer, *(sha256_of(path)[:16] for path in self.files)])
 
     def scale(self, tokenizer: nn.Module | None) -> float:
         """Factor from the tokenizer's latents to the model's. UserError if nothing states it."""
@@ -89,10 +132,62 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True)
+class PresetConfig:
+    """A named combination of the flags below."""
+
+    preset: str | None = setting(
+        None,
+        "lazymar, or faster: balanced, fast; other flags override it",
+        choices=tuple(FAST_PRESETS),
+    )
+
+
+def preset_flags(preset: FastMARConfig) -> dict[str, Any]:
+    """The flags that a preset stands for, by name."""
+    values: dict[str, Any] = {"num_iter": preset.num_iter, "lazy_mar": preset.lazy is not None}
+    published = LazyMARConfig()
+    for name, value in vars(preset.lazy or published).items():
+        if value != getattr(published, name):
+            values[name] = value
+    for config in (preset.head, preset.order):
+        for flag in flags_of(type(config)):
+            values[flag.name] = getattr(config, flag.field.name)
+    steps = preset.head.steps
+    if isinstance(steps, tuple):
+        values["diff_upper_steps"], values["diff_lower_steps"] = steps
+    elif steps is not None:
+        values["diff_upper_steps"] = steps
+    return values
+
+
+@dataclass(frozen=True)
 class EMAConfig:
     """Which of a checkpoint's two sets of weights to use."""
 
     no_ema: bool = setting(False, "use the weights of `model` instead of `model_ema`")
+
+
+@dataclass(frozen=True)
+class HeadSteps:
+    """Denoising steps of the head over the decoding steps (DiSA, arXiv 2505.20297)."""
+
+    upper: int | None = setting(
+        None,
+        "denoising steps at the first decoding step; default the model's",
+        flag="diff_upper_steps",
+        least=1,
+    )
+    lower: int | None = setting(
+        None, "at the last one; default the same", flag="diff_lower_steps", least=1
+    )
+
+    def steps(self) -> int | tuple[int, int] | None:
+        """HeadConfig.steps. UserError for a last number without a first."""
+        if self.lower is None:
+            return self.upper
+        if self.upper is None:
+            raise UserError("--diff_lower_steps needs --diff_upper_steps")
+        return self.upper, self.lower
 
 
 @dataclass(frozen=True)
@@ -104,24 +199,45 @@ class SamplingConfig:
     cfg_schedule: str = setting("linear", "guidance over steps", choices=("linear", "constant"))
     temperature: float = setting(1.0, "scale of the head's noise", least=0)
     lazy_mar: LazyMARConfig | None = None
+    head: HeadConfig | None = None
+    order: OrderConfig | None = None
 
     def __post_init__(self) -> None:
         DecodingPlan.create(1, self.num_iter, self.cfg, self.cfg_schedule)
 
     @property
+    def preset(self) -> str | None:
+        """Name of the preset that these settings are, "balanced" or "fast", else None."""
+        ours = FastMARConfig(
+            self.num_iter, self.order or OrderConfig(), self.head or HeadConfig(), self.lazy_mar
+        )
+        names = (name for name in ("balanced", "fast") if FAST_PRESETS[name]() == ours)
+        return next(names, None)
+
+    @property
     def method(self) -> str:
-        """MAR, LazyMAR, or LazyMAR with the constants that are not the published ones."""
-        if self.lazy_mar is None:
-            return "MAR"
-        published = asdict(LazyMARConfig())
-        changed = {k: v for k, v in asdict(self.lazy_mar).items() if v != published[k]}
-        return ", ".join(["LazyMAR", *(f"{name} {value}" for name, value in changed.items())])
+        """MAR, LazyMAR or a preset, and the constants that are not the published ones."""
+        if self.preset:
+            return self.preset
+        parts = ["MAR" if self.lazy_mar is None else "LazyMAR"]
+        for config, published in (
+            (self.lazy_mar, LazyMARConfig()),
+            (self.head, HeadConfig()),
+            (self.order, OrderConfig()),
+        ):
+            for name, value in vars(config).items() if config else ():
+                if value != getattr(published, name):
+                    parts.append(f"{name} {value}")
+        return ", ".join(parts)
 
     def run_name(self, model: str, num_images: int) -> str:
         """Folder name of a run, such as mar_huge-lazy_mar-iter64-cfg3.25-50000."""
         method = "mar" if self.lazy_mar is None else "lazy_mar"
-        if self.lazy_mar not in (None, LazyMARConfig()):
-            method += "_" + hashlib.sha256(repr(self.lazy_mar).encode()).hexdigest()[:6]
+        if self.preset:
+            method = self.preset
+        elif self.lazy_mar not in (None, LazyMARConfig()) or self.head or self.order:
+            settings = repr((self.lazy_mar, self.head, self.order))
+            method += "_" + hashlib.sha256(settings.encode()).hexdigest()[:6]
         parts = [model, method, f"iter{self.num_iter}", f"cfg{self.cfg:g}"]
         if self.cfg_schedule != "linear":
             parts.append(self.cfg_schedule)
@@ -191,7 +307,7 @@ class MARHost(Host):
             "img_size": self.geometry.img_size,
             "image_size_eval": self.geometry.img_size,
             "num_sampling_steps": self.geometry.num_sampling_steps,
-            "tokenizer": f"{self.tokenizer.tokenizer} {sha256_of(self.tokenizer.vae_path)[:16]}",
+            "tokenizer": self.tokenizer.digest(),
             "latent_scale": self.tokenizer.scale(loaded.tokenizer),
             "vae_dtype": str(self._vae_dtype(dtype)).removeprefix("torch."),
             **asdict(self.sampling),
@@ -223,7 +339,7 @@ class MARHost(Host):
 
 
 class MARFamily(Family):
-    """MAR-B, MAR-L, MAR-H and the bundled mar_tiny."""
+    """MAR-B, MAR-L, MAR-H, l-DeTok's MAR-B and MAR-L, and the bundled mar_tiny."""
 
     name = "MAR"
     presets = PRESETS
@@ -238,7 +354,11 @@ class MARFamily(Family):
         parser.add(MARConfig, "MAR", **shared)
         parser.add(TokenizerConfig, "tokenizer", **shared)
         parser.add(EMAConfig, "weights", **shared)
+        parser.add(PresetConfig, "sampling", **shared)
         parser.add(SamplingConfig, "sampling", **shared)
+        parser.add(OrderConfig, "sampling", **shared)
+        parser.add(HeadSteps, "diffusion head", **shared)
+        parser.add(HeadConfig, "diffusion head", **shared)
         parser.add(
             LazyMARConfig,
             "LazyMAR",
@@ -248,17 +368,32 @@ class MARFamily(Family):
         )
 
     def host(self, model: str, flags: Flags, defaults: Preset) -> MARHost:
-        flagged = {**DEFAULTS, **defaults}
+        tokenizer = flags.value("tokenizer", defaults.get("tokenizer", "kl16"))
+        flagged = {**DEFAULTS, **TOKENIZERS[tokenizer], **defaults}
+        if preset := flags.build(PresetConfig, defaults).preset:
+            flagged |= preset_flags(FAST_PRESETS[preset]())
         try:
-            geometry = replace(flags.build(MARConfig, flagged), **mar.SIZES[model])
+            geometry = replace(
+                flags.build(MARConfig, flagged), **mar.SIZES[model.removeprefix("detok_")]
+            )
         except UserError as error:
             raise UserError(f"--model {model}: {error}") from error
         lazy_mar = flags.build_optional(LazyMARConfig, "lazy_mar", "LazyMAR", flagged)
+        steps = flags.build(HeadSteps, flagged).steps()
+        order: OrderConfig | None = flags.build(OrderConfig, flagged)
+        try:
+            head: HeadConfig | None = replace(flags.build(HeadConfig, flagged), steps=steps)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        head = None if head == HeadConfig() else head
+        order = None if order == OrderConfig() else order
         return MARHost(
             model=model,
             geometry=geometry,
             tokenizer=flags.build(TokenizerConfig, flagged),
-            sampling=replace(flags.build(SamplingConfig, flagged), lazy_mar=lazy_mar),
+            sampling=replace(
+                flags.build(SamplingConfig, flagged), lazy_mar=lazy_mar, head=head, order=order
+            ),
             resume=flags.build(WeightsConfig, flagged).resume,
             no_ema=flags.build(EMAConfig, flagged).no_ema,
         )

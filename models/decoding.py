@@ -6,6 +6,7 @@ What passes between the calls lies in tensors made once, so that the calls can b
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from models.denoiser import PlainDenoiser
 from models.graphs import CudaGraphs, call_now
+from models.head_config import HeadConfig, denoising_runs
 from models.lazy_head import LazyDenoiser
 from models.lazy_mar import LazyMARConfig
 from models.lazy_predictor import LazyPredictor
@@ -34,6 +36,7 @@ class Decoding:
         plan: DecodingPlan,
         config: LazyMARConfig | None,
         temperature: float,
+        head: HeadConfig | None = None,
         compile: bool = False,
         graphs: bool = False,
     ) -> None:
@@ -44,14 +47,23 @@ class Decoding:
         self.model, self.bsz, self.plan, self.temperature = model, bsz, plan, temperature
         self.branches = 2 if plan.guided else 1
         rows, most = self.branches * bsz, max(step.stop - step.start for step in plan.steps)
-        net, diffusion = model.diffloss.net, model.diffloss.gen_diffusion
+        net, own = model.diffloss.net, model.diffloss.gen_diffusion
         like = model.fake_latent  # for device and dtype
         device, channels = like.device, model.token_dim
         self.order = torch.empty(rows, model.seq_len, dtype=torch.long, device=device)
         self.embedding = like.new_empty(rows, model.fake_latent.shape[1])
         self.tokens = torch.zeros(bsz, model.seq_len, channels, device=device)
         self.z = like.new_empty(rows * most, model.decoder_norm.normalized_shape[0])
-        self.noise = torch.empty(bsz * most, diffusion.num_timesteps + 1, channels, device=device)
+        self.runs = denoising_runs(head, own, plan)
+        runs = {run.num_steps: run for run in self.runs}
+        counts = [step.stop - step.start for step in plan.steps]
+        sizes = [n * (run.num_steps + 1) for n, run in zip(counts, self.runs, strict=True)]
+        self.noise = torch.empty(bsz * max(sizes) * channels, device=device)  # of one step
+        self.coupling = {  # by number of denoising steps
+            n: torch.tensor(run.coupling, dtype=torch.float32, device=device)
+            for n, run in runs.items()
+            if run.coupling is not None
+        }
         self.sampled = torch.empty(bsz * most, channels, device=device)
         self.cfg = torch.empty((), device=device)
         self.cfg_of = torch.tensor([step.cfg for step in plan.steps], device=device)
@@ -61,9 +73,9 @@ class Decoding:
         if config is not None:
             self.predictor = LazyPredictor(model, self.order, self.embedding, plan, config)
             self.first_fills = self.predictor.policies[plan.steps[0].index].fills
-        self.denoiser = PlainDenoiser(net, diffusion, compile)
+        self.denoiser = PlainDenoiser(net, [*runs.values()], compile)
         if config is not None and config.head_cache:
-            self.denoiser = LazyDenoiser(net, diffusion, config, compile)
+            self.denoiser = LazyDenoiser(net, [*runs.values()], config, own.num_timesteps, compile)
         self.first_z: dict[int | None, Tensor] = {}  # label -> z (L, D) of step 0, raster order
         # Heads come again and again, so they must not share memory with the steps.
         self.run_step = CudaGraphs() if graphs else call_now
@@ -71,24 +83,37 @@ class Decoding:
 
     @torch.no_grad()
     def __call__(
-        self, labels: Sequence[int] | None, noise: ImageNoise, progress: bool = False
+        self,
+        labels: Sequence[int] | None,
+        noise: ImageNoise,
+        progress: bool = False,
+        known: Tensor | None = None,
     ) -> Tensor:
-        """labels of the images, noise on the model's device -> tokens (B, L, c), raster order."""
-        self._prepare(labels, noise)
+        """labels of the images, noise on the model's device -> tokens (B, L, c), raster order.
+
+        known (B, L, c), raster order: holds the tokens that the plan takes as known.
+        """
+        self._prepare(labels, noise, known)
         self._decode(noise, progress)
         order = self.order[: self.bsz, :, None].expand_as(self.tokens)
         return torch.empty_like(self.tokens).scatter_(1, order, self.tokens)
 
-    def _prepare(self, labels: Sequence[int] | None, noise: ImageNoise) -> None:
+    def _prepare(
+        self, labels: Sequence[int] | None, noise: ImageNoise, known: Tensor | None = None
+    ) -> None:
         """What has to wait for the device: upload the batch, and z of the first step."""
         self.order.copy_(noise.orders.flip(1).repeat(self.branches, 1))  # their front comes last
-        classes = [None] * self.bsz if labels is None else list(labels)
-        classes += [None] * (self.bsz * (self.branches - 1))
         embeddings = [self.model.class_embedding(labels, self.bsz)]
         if self.branches == 2:
             embeddings.append(self.model.class_embedding(None, self.bsz))
         torch.cat(embeddings, out=self.embedding)
-        if not self.first_fills:
+        first = self.plan.steps[0]
+        if known is not None:
+            order = self.order[: self.bsz, : first.start, None]
+            self.tokens[:, : first.start] = known.gather(1, order.expand(-1, -1, known.shape[2]))
+        if not self.first_fills and first.start == 0:
+            classes = [None] * self.bsz if labels is None else list(labels)
+            classes += [None] * self.bsz if first.guided else []
             self._write_z(self._first_conditions(classes))
 
     def _decode(self, noise: ImageNoise, progress: bool) -> None:
@@ -96,27 +121,37 @@ class Decoding:
         for i, step in enumerate(tqdm(self.plan.steps, disable=not progress, leave=False)):
             if step.start > 0 or self.first_fills:
                 self.run_step(i, lambda step=step: self._write_z(self.predictor(step, self.tokens)))
-            n = self.bsz * (step.stop - step.start)
-            self._write_noise(step, noise.head)
+            n, steps = self.bsz * (step.stop - step.start), self.runs[i].num_steps
+            self._write_noise(step, noise.head, self._noise(n, steps))
             self.cfg.copy_(self.cfg_of[i])
             rows = n if step.cfg == 1.0 else self.branches * n
-            self.run_head((n, rows), lambda n=n, rows=rows: self._denoise(n, rows))
+            denoise = partial(self._denoise, n, rows, steps)
+            self.run_head((n, rows, steps), denoise)
             self.tokens[:, step.start : step.stop] = self.sampled[:n].unflatten(0, (self.bsz, -1))
 
     def _write_z(self, z: Tensor) -> None:
         """z (rows, n, D)."""
         self.z[: z.shape[0] * z.shape[1]] = z.flatten(0, 1)
 
-    def _write_noise(self, step: DecodingStep, noise: Tensor) -> None:
-        """noise (B, L, T+1, c) of the tokens of this step."""
-        n = step.stop - step.start
-        now = self.order[: self.bsz, step.start : step.stop, None, None]
-        now = now.expand(-1, -1, *noise.shape[2:])
-        self.noise[: self.bsz * n] = noise.gather(1, now).flatten(0, 1)
+    def _noise(self, n: int, steps: int) -> Tensor:
+        """Where the noise (n, N+1, c) of a step's denoising run lies."""
+        channels = self.tokens.shape[2]
+        return self.noise[: n * (steps + 1) * channels].view(n, steps + 1, channels)
 
-    def _denoise(self, n: int, rows: int) -> None:
-        """z (rows, D) and noise (n, T+1, c) -> sampled (n, c)."""
-        self.sampled[:n] = self.denoiser(self.z[:rows], self.noise[:n], self.cfg, self.temperature)
+    def _write_noise(self, step: DecodingStep, noise: Tensor, out: Tensor) -> None:
+        """noise (B, L, T+1, c) of the tokens of this step -> out (n, N+1, c)."""
+        now = self.order[: self.bsz, step.start : step.stop, None, None]
+        found = noise.gather(1, now.expand(-1, -1, *noise.shape[2:])).flatten(0, 1)
+        weights = self.coupling.get(out.shape[1] - 1)
+        if weights is None:
+            out.copy_(found)
+        else:
+            torch.matmul(weights, found, out=out)
+
+    def _denoise(self, n: int, rows: int, steps: int) -> None:
+        """z (rows, D) and noise (n, N+1, c) -> sampled (n, c)."""
+        noise = self._noise(n, steps)
+        self.sampled[:n] = self.denoiser(self.z[:rows], noise, self.cfg, self.temperature)
 
     def _first_conditions(self, classes: Sequence[int | None]) -> Tensor:
         """z (rows, n, D) of the first step, which depends on the class alone: computed once for each.
@@ -134,4 +169,4 @@ class Decoding:
                 self.first_z[name] = z[0]
         table = torch.stack([self.first_z[name] for name in names])  # (classes, L, D)
         rows = torch.tensor([names.index(label) for label in classes], device=self.order.device)
-        return table[rows[:, None], self.order[:, : self.plan.steps[0].stop]]
+        return table[rows[:, None], self.order[: len(classes), : self.plan.steps[0].stop]]

@@ -1,14 +1,15 @@
 """PlainDenoiser: denoising runs of the diffusion head, from z to tokens, every step in full."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.gaussian import GaussianDiffusion
 from models.adaln_mlp import SimpleMLPAdaLN
 from models.graphs import compiled
+from models.head_config import DenoisingRun, Solver
 from models.sampling_copy import sampling_linear
 
 # Rows per product of a modulation table: enough for the full rate, few enough to stay in cache.
@@ -28,7 +29,6 @@ class ModulationTable:
 
     def __init__(self, net: SimpleMLPAdaLN, times: Tensor, columns: Sequence[Column]) -> None:
         """times (T, w): embedded timesteps, for width and dtype. Columns read alone come first."""
-        self.times = times
         self.column = {column: place for place, column in enumerate(columns)}
         weights, biases = [], []
         for block, name in columns:
@@ -58,27 +58,41 @@ class PlainDenoiser:
     """Every denoising step in full; holds what all runs of one sampling share."""
 
     def __init__(
-        self, net: SimpleMLPAdaLN, diffusion: GaussianDiffusion, compile: bool = False
+        self, net: SimpleMLPAdaLN, runs: Sequence[DenoisingRun], compile: bool = False
     ) -> None:
-        """net: that of a sampling copy, or any other; compile: the network with torch.compile."""
+        """net: that of a sampling copy, or any other; runs of different numbers of steps.
+
+        compile: the network with torch.compile.
+        """
         self.net = net
-        self.diffusion = diffusion
-        times = time_table(net, diffusion)
-        self.times = times.flip(0)  # in the order of a run
+        self.runs = {run.num_steps: run for run in runs}
+        # In the order of a run: neighbouring steps with or without guidance, and their times.
+        self.phases: dict[int, list[tuple[bool, Tensor]]] = {}
+        for run in runs:
+            times = time_table(net, run.solver).flip(0)
+            phases = [(g, len([*steps])) for g, steps in groupby(reversed(run.guided))]
+            parts = times.split([count for _, count in phases])
+            self.phases[run.num_steps] = [
+                (guided, part) for (guided, _), part in zip(phases, parts, strict=True)
+            ]
         columns = [(b, name) for b in range(len(net.res_blocks)) for name in ADALN_OUTPUTS]
         self.modulations = ModulationTable(net, times, columns + FINAL_COLUMNS)
         self._network = compiled(self._step) if compile else self._step
 
     @torch.no_grad()
     def __call__(self, z: Tensor, noise: Tensor, cfg: float | Tensor, temperature: float) -> Tensor:
-        """z (n, D), or with guidance (2n, D); noise (n, T+1, C) -> tokens (n, C)."""
-        condition = self.net.cond_embed(z)
-        ahead = self.modulations.ahead(condition, self.times, len(self.modulations.column))
+        """z (n, D), or with guidance (2n, D); noise (n, N+1, C) of a run of N steps -> tokens (n, C)."""
+        condition, steps = self.net.cond_embed(z), noise.shape[1] - 1
+        count, n = len(self.modulations.column), len(noise)
+        ahead = chain.from_iterable(
+            self.modulations.ahead(condition if guided else condition[:n], times, count)
+            for guided, times in self.phases[steps]
+        )
 
         def model(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
             return guide(self._network(x.contiguous(), next(ahead)).float(), len(x), cfg)[:2]
 
-        return self.diffusion.sample(model, noise, temperature)
+        return self.runs[steps].solver.sample(model, noise, temperature)
 
     def _step(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x (n, C), modulation (r, columns, w) -> (r, 2C)."""
@@ -90,10 +104,10 @@ class PlainDenoiser:
         return self.net.final_layer.output(hidden, *columns[-2:])
 
 
-def time_table(net: SimpleMLPAdaLN, diffusion: GaussianDiffusion) -> Tensor:
-    """Embedded timesteps (T, w) of a sampling run, row i for step i."""
+def time_table(net: SimpleMLPAdaLN, solver: Solver) -> Tensor:
+    """Embedded timesteps (N, w) of a sampling run, row i for step i."""
     device = net.final_layer.linear.weight.device
-    return net.time_embed(torch.tensor(diffusion.timestep_map, device=device))
+    return net.time_embed(torch.tensor(solver.timestep_map, device=device))
 
 
 def guide(output: Tensor, rows: int, cfg: float | Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

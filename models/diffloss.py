@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from diffusion import create_diffusion
 from models.adaln_mlp import SimpleMLPAdaLN
 from models.denoiser import PlainDenoiser
+from models.head_config import DenoisingRun
 
 
 class DiffLoss(nn.Module):
@@ -75,4 +76,5 @@ class DiffLoss(nn.Module):
         if noise is None:
             shape = (rows, self.num_sampling_steps + 1, self.in_channels)
             noise = torch.randn(shape, device=z.device)
-        return PlainDenoiser(self.net, self.gen_diffusion)(z, noise, cfg, temperature)
+        run = DenoisingRun(self.gen_diffusion, (True,) * self.num_sampling_steps)
+        return PlainDenoiser(self.net, [run])(z, noise, cfg, temperature)

@@ -1,7 +1,7 @@
 """How much arithmetic an image takes, counted from geometry, plan and policy.
 
 Matrix products only, 2 operations per multiply-add, as torch.utils.flop_counter counts them; norms and
-activations (below 0.5%) and the tokenizer are left out. Two counts of the same image:
+activations (below 0.5%), coupled noise (below 0.1%) and the tokenizer are left out. Two counts:
 as published: MAR and LazyMAR as their code computes them, every layer for all positions and every
     denoising step with its own embeddings.
 as executed: what models/decoding.py computes. The last decoder block has the rows that are read, the
@@ -12,6 +12,8 @@ as executed: what models/decoding.py computes. The last decoder block has the ro
 
 from dataclasses import dataclass
 
+from diffusion import create_solver
+from models.head_config import DenoisingRun, HeadConfig, denoising_runs
 from models.lazy_mar import LazyMARConfig, StepPolicy, step_policies
 from models.mar import MAR
 from models.plan import DecodingPlan, DecodingStep
@@ -21,7 +23,8 @@ from models.plan import DecodingPlan, DecodingStep
 class MARGeometry:
     """Sizes of a MAR: L tokens of `token_dim` channels behind `buffer` class tokens.
 
-    encoder_mlp, decoder_mlp: hidden widths. frequencies: features of a timestep that the head embeds.
+    encoder_mlp, decoder_mlp: hidden widths. head_timesteps: those of the model's own sampling.
+    frequencies: features of a timestep that the head embeds.
     """
 
     seq_len: int
@@ -35,7 +38,7 @@ class MARGeometry:
     decoder_mlp: int
     head_width: int
     head_depth: int
-    head_steps: int
+    head_timesteps: tuple[int, ...]
     frequencies: int
 
     @classmethod
@@ -54,7 +57,7 @@ class MARGeometry:
             decoder_mlp=model.decoder_blocks[0].mlp.fc1.out_features,
             head_width=net.input_proj.out_features,
             head_depth=len(net.res_blocks),
-            head_steps=model.diffloss.num_sampling_steps,
+            head_timesteps=tuple(model.diffloss.gen_diffusion.timestep_map),
             frequencies=net.time_embed.mlp[0].in_features,
         )
 
@@ -82,21 +85,25 @@ def image_work(
     plan: DecodingPlan,
     config: LazyMARConfig | None = None,
     executed: bool = False,
+    head: HeadConfig | None = None,
 ) -> Work:
     """Operations for one image by MAR (no config) or LazyMAR, as published or as executed."""
     policies = step_policies(config, plan, geometry.buffer) if config else {}
-    branches = 2 if plan.guided else 1
-    heads = {b: head_work(geometry, b, config, executed) for b in (1, branches)}
+    runs = denoising_runs(head, create_solver(geometry.head_timesteps), plan)
+    per_token: dict[tuple[int, int], float] = {}  # branches, denoising steps -> operations
     work = Work()
-    for step in plan.steps:
+    for step, run in zip(plan.steps, runs, strict=True):
         policy = policies.get(step.index)
+        branches = 2 if step.guided else 1
         if config is None or policy.refresh:
-            rows = _rows_read(geometry, step, policy, config, branches) if executed else None
+            rows = _rows_read(geometry, step, policy, config) if executed else None
             work += _full_step(geometry, step, branches, rows)
         else:
             work += _lazy_step(geometry, step, branches, policy.kept, config, executed)
-        head = heads[1 if step.cfg == 1.0 else branches]
-        work += Work(head=(step.stop - step.start) * head)
+        key = (1 if step.cfg == 1.0 else branches, run.num_steps)
+        if key not in per_token:
+            per_token[key] = head_work(geometry, key[0], run, config, executed)
+        work += Work(head=(step.stop - step.start) * per_token[key])
     return work
 
 
@@ -105,12 +112,11 @@ def _rows_read(
     step: DecodingStep,
     policy: StepPolicy | None,
     config: LazyMARConfig | None,
-    branches: int,
 ) -> int:
     """Positions whose decoder output is read in a full step: those decoded, or with a residual more."""
     if step.start == 0 and not (policy and policy.fills):
         return g.seq_len
-    residual = config is not None and config.condition_cache and branches == 2
+    residual = config is not None and config.condition_cache and step.guided
     return (policy.residual_stop if residual else step.stop) - step.start
 
 
@@ -154,15 +160,20 @@ def _lazy_step(
     if not config.token_cache:
         return _full_step(g, step, branches, now if executed else None)
     tokens, known, total = step.start - step.previous, g.buffer + step.start, g.buffer + g.seq_len
-    new = g.buffer + tokens
+    new = (g.buffer if config.buffer_refresh else 0) + tokens
     encoder = 2 * tokens * g.token_dim * g.encoder_width
     encoder += g.encoder_depth * _block(new, new, known, new, g.encoder_width, g.encoder_mlp)
     decoder = 2 * new * g.encoder_width * g.decoder_width
+    sizes = g.decoder_width, g.decoder_mlp
+    if config.lazy_step == "local":
+        last = now if executed else kept
+        decoder += (g.decoder_depth - 1) * _block(kept, kept, total, kept, *sizes)
+        decoder += _block(last, kept, total, last, *sizes)
+        return Work(branches * encoder, branches * decoder)
     deeper = g.decoder_depth - config.probe_layer - 1
     if deeper < 0 or kept == total:
         decoder += _whole_decoder(g, now if executed else None)
         return Work(branches * encoder, branches * decoder)
-    sizes = g.decoder_width, g.decoder_mlp
     decoder += config.probe_layer * _block(total, total, total, total, *sizes)
     decoder += _block(kept if executed else total, total, total, kept, *sizes)
     if deeper:
@@ -173,9 +184,13 @@ def _lazy_step(
 
 
 def head_work(
-    g: MARGeometry, branches: int, config: LazyMARConfig | None, executed: bool = False
+    g: MARGeometry,
+    branches: int,
+    run: DenoisingRun,
+    config: LazyMARConfig | None,
+    executed: bool = False,
 ) -> float:
-    """The diffusion head for one token: all denoising steps."""
+    """The diffusion head for one token: all denoising steps of a run."""
     w, depth = g.head_width, g.head_depth
     one_modulation, mlp = 2 * w * w, 2 * 2 * w * w
     token = 2 * g.token_dim * w
@@ -183,23 +198,21 @@ def head_work(
     output = 2 * w * 2 * g.token_dim
     time = 2 * g.frequencies * w + 2 * w * w
     embedding = 0 if executed else time + condition  # of each row at each step
-
     full_row = embedding + depth * (3 * one_modulation + mlp) + 2 * one_modulation + output
-    full = branches * full_row + (token if executed else branches * token)
-    once = branches * condition if executed else 0
-    if config is None or not config.head_cache:
-        return once + g.head_steps * full
 
-    blocks = depth - len(set(config.head_skip) & set(range(depth)))
-    total = once
-    for i in range(g.head_steps):
-        if config.is_full(i, g.head_steps):
-            total += full
+    kinds = ["full"] * run.num_steps
+    if config is not None and config.head_cache:
+        kinds = config.head_kinds(run.guided, len(g.head_timesteps))
+    blocks = depth - len(set(config.head_skip) & set(range(depth))) if config else depth
+    total = branches * condition if executed else 0
+    for guided, kind in zip(run.guided, kinds, strict=True):
+        if kind == "full":
+            rows = branches if guided else 1
+            total += rows * full_row + (token if executed else rows * token)
             continue
-        warm = config.is_warm(i, g.head_steps)
-        modulations = 2 + blocks * (1 if executed and not warm else 3)
+        modulations = 2 + blocks * (1 if executed and kind == "cold" else 3)
         if config.head_reuse_adaln:
             modulations = 0
         total += token + embedding + modulations * one_modulation + output
-        total += blocks * mlp if warm else 0
+        total += blocks * mlp if kind == "warm" else 0
     return total

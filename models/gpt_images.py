@@ -1,6 +1,6 @@
 """From labels and seeds to pictures: LlamaGen's GPT, then its tokenizer's decoder, then its resizing."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from fractions import Fraction
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.line_cache import LineARConfig
+from models.line_config import LineARConfig
+from models.line_methods import METHODS
 from models.llamagen import GPT
 from models.token_sampling import check_settings
 from models.vq import VQModel
@@ -40,14 +41,13 @@ class GPTSampling:
             return "full cache"
         simple = Fraction(config.budget).limit_denominator(64)
         budget = simple if float(simple) == config.budget else f"{config.budget:g}"
-        if config.method != "linear":
-            return f"{config.method} {budget}"
+        name = "LineAR" if config.method == "linear" else config.method
         changed = [
-            f"{name} {getattr(config, name)}"
-            for name in ("anchors", "recent", "pooling")
-            if getattr(config, name) != getattr(LineARConfig(), name)
+            f"{field} {getattr(config, field)}"
+            for field in METHODS[config.method].settings
+            if getattr(config, field) != getattr(LineARConfig(), field)
         ]
-        return ", ".join([f"LineAR {budget}", *changed])
+        return ", ".join([f"{name} {budget}", *changed])
 
     def run_name(self, model: str, num_images: int) -> str:
         """Folder name of a run, such as gpt_xl-line_ar_1-6-cfg1.75-50000."""
@@ -114,10 +114,17 @@ def generate(
         line_ar=sampling.line_ar,
         seeds=seeds,
     )
+    return pictures(tokenizer.decode, codes.unflatten(1, model.grid), size, vae_bsz)
+
+
+def pictures(
+    decode: Callable[[Tensor], Tensor], codes: Tensor, size: int, vae_bsz: int | None = None
+) -> Tensor:
+    """Pictures (B, 3, size, size) of codes (B, h, w), as `generate` says; `decode` is the tokenizer's."""
     parts = []
-    for part in codes.unflatten(1, model.grid).split(vae_bsz or max(1, len(codes))):
+    for part in codes.split(vae_bsz or max(1, len(codes))):
         broken = (part < 0).any((1, 2))[:, None, None, None]
-        images = tokenizer.decode(part.clamp(min=0)).float().masked_fill(broken, torch.nan)
+        images = decode(part.clamp(min=0)).float().masked_fill(broken, torch.nan)
         if images.shape[-2:] != (size, size):
             images = F.interpolate(images, size=(size, size), mode="bicubic")
         parts.append(images)

@@ -108,12 +108,13 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        mlp_drop: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.attn = Attention(dim, num_heads, attn_drop, proj_drop)
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), mlp_drop)
 
     def forward(
         self, x: Tensor, update: KVUpdate | None = None, rows: slice | None = None

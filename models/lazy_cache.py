@@ -4,7 +4,6 @@ Sequences are in decoding order behind the buffer, so the encoder's cache only e
 The methods that take (k, v) are KVUpdates for models.layers.Attention.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,18 +20,24 @@ class KVCache:
     def refill(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Remember the first `rows` rows of k, v (B, H, n, d); attend to k, v as they are."""
         self._allocate(k)
-        self.k[:, :, : k.shape[2]] = k[: self.rows]
-        self.v[:, :, : v.shape[2]] = v[: self.rows]
+        rows = min(self.rows, len(k))
+        self.k[:rows, :, : k.shape[2]] = k[:rows]
+        self.v[:rows, :, : v.shape[2]] = v[:rows]
         return k, v
 
-    def append(self, buffer_size: int, end: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Renew the buffer and append the new tokens so that they end at `end`; attend to all."""
+    def renew(
+        self, buffer_size: int, end: int, known: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Renew the first buffer_size positions and those that end at `end`, by k, v (B, H, n, d).
+
+        B may be less than `rows`. Attend to the first `known` positions.
+        """
         self._allocate(k)  # the first of all, where without a buffer nothing was known before
-        start = end - (k.shape[2] - buffer_size)
+        rows, start = len(k), end - (k.shape[2] - buffer_size)
         for cached, new in ((self.k, k), (self.v, v)):
-            cached[:, :, :buffer_size] = new[:, :, :buffer_size]
-            cached[:, :, start:end] = new[:, :, buffer_size:]
-        return self.k[:, :, :end], self.v[:, :, :end]
+            cached[:rows, :, :buffer_size] = new[:, :, :buffer_size]
+            cached[:rows, :, start:end] = new[:, :, buffer_size:]
+        return self.k[:rows, :, :known], self.v[:rows, :, :known]
 
     def _allocate(self, k: Tensor) -> None:
         if self.k is None:
@@ -41,10 +46,8 @@ class KVCache:
 
     def scatter(self, index: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Renew the positions index (rows, n) by k, v (rows, H, n, d); attend to all positions."""
-        at = index[:, None, :, None].expand_as(k)
-        self.k.scatter_(2, at, k)
-        self.v.scatter_(2, at, v)
-        return self.k, self.v
+        at, rows = index[:, None, :, None].expand_as(k), len(k)
+        return self.k[:rows].scatter_(2, at, k), self.v[:rows].scatter_(2, at, v)
 
     @property
     def nbytes(self) -> int:
@@ -62,16 +65,18 @@ class ProbeCache:
     def refill(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Remember the first `rows` rows of v; attend to k, v as they are."""
         if self.v is None:
-            self.v = torch.empty_like(v[: self.rows])
-        self.v.copy_(v[: self.rows])
+            self.v = v.new_empty(self.rows, *v.shape[1:])
+        rows = min(self.rows, len(v))
+        self.v[:rows] = v[:rows]
         return k, v
 
     def similarity(self, v: Tensor) -> Tensor:
         """Cosine similarity (rows, n), averaged over heads, of each position's new value v
         (rows, H, n, d) to the remembered one (LazyMAR, section 3.2); remembers v.
         """
-        similarity = F.cosine_similarity(v.float(), self.v.float(), dim=-1).mean(dim=1)
-        self.v.copy_(v)
+        before = self.v[: len(v)]
+        similarity = F.cosine_similarity(v.float(), before.float(), dim=-1).mean(dim=1)
+        before.copy_(v)
         return similarity
 
     @property

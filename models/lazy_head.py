@@ -5,14 +5,15 @@ reached. Stands in for models.denoiser.PlainDenoiser and drives the same, untouc
 """
 
 from collections.abc import Sequence
+from itertools import chain, groupby
 
 import torch
 from torch import Tensor
 
-from diffusion.gaussian import GaussianDiffusion
 from models.adaln_mlp import SimpleMLPAdaLN
 from models.denoiser import ADALN_OUTPUTS, FINAL_COLUMNS, ModulationTable, guide, time_table
 from models.graphs import compiled
+from models.head_config import DenoisingRun
 from models.lazy_mar import LazyMARConfig
 
 Segment = tuple[bool, list[int]]  # (skipped, blocks)
@@ -26,6 +27,49 @@ class HeadCache:
         self.parts: list[Tensor] = []
         self.modulation: Tensor | None = None  # of the last full step (n, columns, w)
         self.residual: Tensor | None = None  # eps_c - eps_u (n, C)
+        # Of the full step before the last one, for a forecast.
+        self.parts_before: list[Tensor] = []
+        self.residual_before: Tensor | None = None
+
+    def forecast(
+        self, segments: Sequence[Segment], age: float
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Parts and residual of a lazy step: those remembered, or extrapolated by LazyRun.ages."""
+        parts, residual = self.parts, self.residual
+        if age:
+            both = zip(segments, self.parts_before, self.parts, strict=True)
+            parts = [
+                torch.lerp(before, last, 1.0 + age) if skipped else last
+                for (skipped, _), before, last in both
+            ]
+            if residual is not None and self.residual_before is not None:
+                residual = torch.lerp(self.residual_before, residual, 1.0 + age)
+        return parts, residual
+
+
+class LazyRun:
+    """What each denoising step i of a run computes.
+
+    ages: of a lazy step, its distance from the last full step over that from the one before it to the
+    last; 0 without a forecast, and as long as there is but one full step.
+    """
+
+    def __init__(
+        self, run: DenoisingRun, config: LazyMARConfig, own_steps: int, times: Tensor
+    ) -> None:
+        """own_steps: the model's number of denoising steps; times (N, w): embedded timesteps."""
+        self.solver, self.guided = run.solver, run.guided
+        self.kinds = config.head_kinds(run.guided, own_steps)
+        self.times: dict[str, Tensor] = {}
+        for kind in ("full", "warm", "cold"):
+            steps = [i for i in reversed(range(len(self.kinds))) if self.kinds[i] == kind]
+            self.times[kind] = times[torch.tensor(steps, dtype=torch.long, device=times.device)]
+        # Full steps without guidance come before and behind those with it.
+        full = [g for g, kind in zip(run.guided, self.kinds, strict=True) if kind == "full"][::-1]
+        phases = [(g, len([*steps])) for g, steps in groupby(full)]
+        parts = self.times["full"].split([count for _, count in phases])
+        self.full_phases = [(g, part) for (g, _), part in zip(phases, parts, strict=True)]
+        self.ages = _ages(self.kinds) if config.forecast_order else [0.0] * len(self.kinds)
 
 
 class LazyDenoiser:
@@ -34,13 +78,16 @@ class LazyDenoiser:
     def __init__(
         self,
         net: SimpleMLPAdaLN,
-        diffusion: GaussianDiffusion,
+        runs: Sequence[DenoisingRun],
         config: LazyMARConfig,
+        own_steps: int,
         compile: bool = False,
     ) -> None:
-        """As PlainDenoiser; config says which steps and blocks are read from the cache."""
+        """As PlainDenoiser; config says which steps and blocks are read from the cache.
+
+        own_steps: the model's number of denoising steps, to which head_interval belongs.
+        """
         self.net = net
-        self.diffusion = diffusion
         self.segments = _segments(len(net.res_blocks), config.head_skip)
 
         # A lazy step reads a prefix of the columns: gates, and while warm shifts and scales too.
@@ -50,16 +97,13 @@ class LazyDenoiser:
         warm = gates + [(b, name) for b in kept for name in ("shift", "scale")]
         full = warm + [(b, name) for b in rest for name in ADALN_OUTPUTS]
         self.reuse_adaln = config.head_reuse_adaln
-        times = time_table(net, diffusion)
-        self.modulations = ModulationTable(net, times, full)
-
-        steps = diffusion.num_timesteps
-        self.kinds: list[str] = []  # of step i
-        for i in range(steps):
-            lazy = "warm" if config.is_warm(i, steps) else "cold"
-            self.kinds.append("full" if config.is_full(i, steps) else lazy)
         self.columns = {"full": len(full), "warm": len(warm), "cold": len(gates)}
-        self.times = {kind: _times_of(kind, self.kinds, times) for kind in self.columns}
+        tables = [time_table(net, run.solver) for run in runs]
+        self.modulations = ModulationTable(net, tables[0], full)
+        self.runs = {
+            run.num_steps: LazyRun(run, config, own_steps, times)
+            for run, times in zip(runs, tables, strict=True)
+        }
         self._full_step, self._lazy_step = self._full, self._lazy
         if compile:
             self._full_step = compiled(self._full)
@@ -67,32 +111,48 @@ class LazyDenoiser:
 
     @torch.no_grad()
     def __call__(self, z: Tensor, noise: Tensor, cfg: float | Tensor, temperature: float) -> Tensor:
-        """z (n, D), or with guidance (2n, D); noise (n, T+1, C) -> tokens (n, C)."""
-        n = len(noise)
+        """z (n, D), or with guidance (2n, D); noise (n, N+1, C) of a run of N steps -> tokens (n, C)."""
+        n, run = len(noise), self.runs[noise.shape[1] - 1]
         condition = self.net.cond_embed(z)
-        rows = {"full": condition, "warm": condition[:n], "cold": condition[:n]}
         ahead = {
-            kind: self.modulations.ahead(rows[kind], self.times[kind], count)
-            for kind, count in self.columns.items()
+            kind: self.modulations.ahead(condition[:n], run.times[kind], self.columns[kind])
+            for kind in ("warm", "cold")
         }
+        ahead["full"] = chain.from_iterable(
+            self.modulations.ahead(
+                condition if guided else condition[:n], times, self.columns["full"]
+            )
+            for guided, times in run.full_phases
+        )
         cache = HeadCache()
 
         def model(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-            kind, x = self.kinds[i], x.contiguous()
+            kind, x = run.kinds[i], x.contiguous()
             reused = self.reuse_adaln and kind != "full"
             modulation = cache.modulation if reused else next(ahead[kind])
             if kind == "full":
                 cache.modulation = modulation[:n]
+                cache.parts_before, cache.residual_before = cache.parts, cache.residual
                 output, cache.parts = self._full_step(x, modulation)
                 epsilon, fraction, cache.residual = guide(output.float(), n, cfg)
                 return epsilon, fraction
-            output, cache.parts = self._lazy_step(x, modulation, cache.parts, kind == "warm")
+            parts, residual = cache.forecast(self.segments, run.ages[i])
+            output, parts = self._lazy_step(x, modulation, parts, kind == "warm")
+            if (
+                kind == "warm"
+            ):  # MLPs were renewed; changes of skipped blocks stay those of full steps
+                cache.parts = [
+                    old if skipped else new
+                    for (skipped, _), old, new in zip(
+                        self.segments, cache.parts, parts, strict=True
+                    )
+                ]
             epsilon, fraction = output.float().chunk(2, dim=-1)
-            if cache.residual is not None:  # eps_u = eps_c - residual
-                epsilon = epsilon + (cfg - 1.0) * cache.residual
+            if residual is not None and run.guided[i]:  # eps_u = eps_c - residual
+                epsilon = epsilon + (cfg - 1.0) * residual
             return epsilon, fraction
 
-        return self.diffusion.sample(model, noise, temperature)
+        return run.solver.sample(model, noise, temperature)
 
     def _full(self, x: Tensor, modulation: Tensor) -> tuple[Tensor, list[Tensor]]:
         """x (n, C), all columns (r, columns, w), both branches -> (r, 2C) and what to remember."""
@@ -133,10 +193,15 @@ class LazyDenoiser:
         return self.net.final_layer.output(hidden, modulation[:, 0], modulation[:, 1])
 
 
-def _times_of(kind: str, kinds: Sequence[str], times: Tensor) -> Tensor:
-    """Rows of times (T, w) of the steps of this kind, in the order of a run."""
-    steps = [i for i in reversed(range(len(kinds))) if kinds[i] == kind]
-    return times[torch.tensor(steps, dtype=torch.long, device=times.device)]
+def _ages(kinds: Sequence[str]) -> list[float]:
+    """LazyRun.ages of the steps of these kinds."""
+    ages, full = [0.0] * len(kinds), []
+    for i in reversed(range(len(kinds))):
+        if kinds[i] == "full":
+            full.append(i)
+        elif len(full) > 1:
+            ages[i] = (full[-1] - i) / (full[-2] - full[-1])
+    return ages
 
 
 def _segments(depth: int, skip: tuple[int, ...]) -> list[Segment]:

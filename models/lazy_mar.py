@@ -7,7 +7,7 @@ everything and fills the caches, a *lazy* step reads them.
 """
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from models.plan import DecodingPlan
@@ -28,6 +28,7 @@ CACHES = ("token", "condition", "head")
 # Which positions a lazy step computes behind the probe layer, besides those always kept. The paper's is
 # similarity; the others are controls: the least changed, those not computed for longest, any.
 TOKEN_SELECTIONS = ("similarity", "inverse_similarity", "oldest", "random")
+LAZY_STEPS = ("probe", "local")
 
 
 def parse_keep(text: str) -> tuple[tuple[float, float], ...]:
@@ -48,21 +49,38 @@ def parse_blocks(text: str) -> tuple[int, ...]:
         raise ValueError(f"{text!r} is not a list of blocks like 1,2,3") from error
 
 
+def parse_progress(text: str) -> tuple[float, ...]:
+    """Shares of the decoding steps: 0,0.25 is (0.0, 0.25)."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a list of shares like 0,0.25,0.5") from error
+
+
 @dataclass(frozen=True)
 class LazyMARConfig:
     """Constants of LazyMAR; the defaults are the published ones.
 
     warmup, interval: step s is a refresh if s < warmup or (s - warmup) % interval == 0.
+    refresh_steps: instead of these two, the progress s/T of each refresh, such as an offline calibration
+        finds (not in the paper).
+    lazy_step: probe, the paper's, or local: every decoder layer computes only the positions decoded in
+        this step and in the previous one, and the buffer (ReCAP, arXiv 2505.19089).
+    buffer_refresh: lazy steps recompute the buffer; without, it stays as the last refresh left it.
     probe_layer: the decoder layer whose values tell which positions changed; all are computed up
         to it, only the kept ones behind it.
     keep: (progress, ratio) pairs; from progress s/T on, at least this share of all positions is kept.
     keep_floor: positions kept besides those decoded in this step and in the previous one.
     token_selection: which these are, one of TOKEN_SELECTIONS.
     token_cache, condition_cache, head_cache: each switched off alone computes its part exactly.
-    head_interval: denoising step i is full if i is the first one or i % head_interval == 0.
+    head_interval: denoising step i is full if i is the first one or i % head_interval == 0. It counts
+        steps of the model's own number; shorter runs divide it in proportion and round down, so that at
+        1 all steps are full.
     head_skip: head blocks (from 0) that other denoising steps replace by their last change.
     head_warm: share of the denoising steps above which MLPs of the other blocks are recomputed.
     head_reuse_adaln: such steps also take the last full step's modulations (not in the paper).
+    forecast_order: 0 reuses the last change of skipped blocks and the last guidance residual; 1
+        extrapolates them linearly from the last two full steps (TaylorSeer, arXiv 2503.06923).
     """
 
     warmup: int = setting(5, "refresh steps at the beginning")
@@ -89,6 +107,19 @@ class LazyMARConfig:
     )
     head_warm: float = setting(0.9, "share of steps above which other blocks are recomputed")
     head_reuse_adaln: bool = setting(False, "reuse modulations too (not in the paper)")
+    refresh_steps: tuple[float, ...] | None = setting(
+        None,
+        "progress s/T of each refresh, instead of warmup and interval",
+        parse=parse_progress,
+        metavar="P,...",
+    )
+    lazy_step: str = setting(
+        "probe", "what lazy steps compute: probe (the paper's) or local", choices=LAZY_STEPS
+    )
+    buffer_refresh: bool = setting(True, "recompute the buffer in lazy steps")
+    forecast_order: int = setting(
+        0, "extrapolate the head's cache: 0 reuses it, 1 linearly", least=0, most=1
+    )
 
     def __post_init__(self) -> None:
         least = {"warmup": 0, "interval": 1, "probe_layer": 0, "keep_floor": 0, "head_interval": 1}
@@ -107,6 +138,15 @@ class LazyMARConfig:
             raise ValueError(
                 f"token_selection is {self.token_selection!r}; use one of {', '.join(TOKEN_SELECTIONS)}"
             )
+        if self.lazy_step not in LAZY_STEPS:
+            raise ValueError(f"lazy_step is {self.lazy_step!r}; use one of {', '.join(LAZY_STEPS)}")
+        if self.forecast_order not in (0, 1):
+            raise ValueError(f"forecast_order is {self.forecast_order!r}; it must be 0 or 1")
+        if self.refresh_steps is not None:
+            steps = tuple(sorted({float(p) for p in self.refresh_steps}))
+            if not all(0 <= p < 1 for p in steps):
+                raise ValueError(f"refresh_steps are {steps}; each is a progress in [0, 1)")
+            object.__setattr__(self, "refresh_steps", steps)
         if any(block < 0 for block in self.head_skip):
             raise ValueError(f"head_skip is {self.head_skip}; head blocks count from 0")
         if not 0 <= self.head_warm <= 1:
@@ -127,17 +167,36 @@ class LazyMARConfig:
         """The same constants with these of CACHES on, and the others off."""
         return replace(self, **{f"{name}_cache": name in names for name in CACHES})
 
-    def is_refresh(self, index: int) -> bool:
-        """Whether step `index` computes everything."""
+    def is_refresh(self, index: int, num_iter: int) -> bool:
+        """Whether step `index` of num_iter computes everything."""
+        if self.refresh_steps is not None:
+            return index in {round(progress * num_iter) for progress in self.refresh_steps}
         return index < self.warmup or (index - self.warmup) % self.interval == 0
 
     def keep_ratio(self, index: int, num_iter: int) -> float:
         """The keep schedule at progress index / num_iter."""
         return [ratio for progress, ratio in self.keep if index / num_iter >= progress][-1]
 
-    def is_full(self, i: int, num_steps: int) -> bool:
-        """Whether denoising step i = num_steps-1 .. 0 computes both branches through all blocks."""
-        return i == num_steps - 1 or i % self.head_interval == 0
+    def is_full(self, i: int, num_steps: int, own_steps: int | None = None) -> bool:
+        """Whether denoising step i = num_steps-1 .. 0 computes both branches through all blocks.
+
+        own_steps: the model's number of denoising steps, if this run has another.
+        """
+        interval = max(1, self.head_interval * num_steps // (own_steps or num_steps))
+        return i == num_steps - 1 or i % interval == 0
+
+    def head_kinds(self, guided: Sequence[bool], own_steps: int) -> list[str]:
+        """What each denoising step i does: full, or lazily warm or cold.
+
+        guided: of step i. The first guided step is full, for its residual.
+        """
+        steps = len(guided)
+        kinds = ["warm" if self.is_warm(i, steps) else "cold" for i in range(steps)]
+        for i in range(steps):
+            first_guided = i < steps - 1 and guided[i] and not guided[i + 1]
+            if first_guided or self.is_full(i, steps, own_steps):
+                kinds[i] = "full"
+        return kinds
 
     def is_warm(self, i: int, num_steps: int) -> bool:
         """Whether a lazy denoising step i still recomputes the MLPs of blocks it does not skip."""
@@ -150,7 +209,7 @@ class StepPolicy:
 
     refresh: computes everything. fills: a lazy step follows before the next refresh, so the caches
     will be read. residual_stop: ranks up to here will need the guidance residual of this refresh.
-    kept: positions computed behind the probe layer of a lazy step.
+    kept: positions computed behind the probe layer of a lazy step, or by all of a local one.
     """
 
     refresh: bool
@@ -162,15 +221,22 @@ class StepPolicy:
 def step_policies(
     config: LazyMARConfig, plan: DecodingPlan, buffer_size: int
 ) -> dict[int, StepPolicy]:
-    """The policy of every step of the plan, by step index."""
+    """The policy of every step of the plan, by step index.
+
+    The first step of all is a refresh, and so is the first one with guidance.
+    """
     total = buffer_size + plan.seq_len
     policies: dict[int, StepPolicy] = {}
     lazy_stop = 0  # rank up to which the lazy steps behind this one predict; 0: a refresh follows
-    for step in reversed(plan.steps):
-        refresh = config.is_refresh(step.index) or step is plan.steps[0]
-        always = (step.stop - step.previous) + config.keep_floor
-        share = math.floor(total * config.keep_ratio(step.index, plan.num_iter))
-        kept = min(total, max(always, share))
+    for before, step in reversed([*zip([None, *plan.steps], plan.steps, strict=False)]):
+        refresh = config.is_refresh(step.index, plan.num_iter)
+        refresh = refresh or before is None or (step.guided and not before.guided)
+        changed = step.stop - step.previous
+        if config.lazy_step == "local":
+            kept = changed + (buffer_size if config.buffer_refresh else 0)
+        else:
+            share = math.floor(total * config.keep_ratio(step.index, plan.num_iter))
+            kept = min(total, max(changed + config.keep_floor, share))
         policies[step.index] = StepPolicy(refresh, lazy_stop > 0, max(step.stop, lazy_stop), kept)
         lazy_stop = 0 if refresh else max(step.stop, lazy_stop)
     return policies

@@ -19,7 +19,7 @@ class LazyPredictor:
     """Holds everything that outlives a decoding step; a refresh renews all that later steps read.
 
     Rows are conditional first, then unconditional. With the condition cache, caches and lazy steps
-    know the conditional rows only.
+    know the conditional rows only. A step without guidance has these alone, too.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class LazyPredictor:
         self.residual_start = 0
 
         self.token_cache = config.token_cache
+        self.local = config.lazy_step == "local"
+        self.lazy_buffer = model.buffer_size if config.buffer_refresh else 0  # in lazy steps
         total = model.buffer_size + plan.seq_len
         lazy_starts = [s.start for s in plan.steps if not self.policies[s.index].refresh]
         known = model.buffer_size + max(lazy_starts, default=0)
@@ -53,16 +55,17 @@ class LazyPredictor:
         if self.selection == "oldest":
             chosen = oldest_positions(plan, self.policies, model.buffer_size)
             self.oldest = {s: torch.tensor(kept, device=order.device) for s, kept in chosen.items()}
-        deeper = range(self.probe_layer + 1, len(model.decoder_blocks))
+        first = 0 if self.local else self.probe_layer + 1
+        deeper = range(first, len(model.decoder_blocks))
         self.decoder_caches = {i: KVCache(self.rows, total) for i in deeper}
         self.decoder_input: Tensor | None = None  # (rows, total, D), position embeddings added
 
     def __call__(self, step: DecodingStep, tokens: Tensor) -> Tensor:
-        """Tokens (B, L, c), known up to step.start -> z (branches * B, stop - start, D)."""
+        """Tokens (B, L, c), known up to step.start -> z (R, stop - start, D); unguided (B, ., D)."""
         policy = self.policies[step.index]
         compute = self._refresh if policy.refresh else self._lazy
         x = compute(step, policy, tokens)
-        return self.model.to_condition(x, self.order[:, step.start : step.stop])
+        return self.model.to_condition(x, self.order[: len(x), step.start : step.stop])
 
     @property
     def nbytes(self) -> int:
@@ -72,16 +75,18 @@ class LazyPredictor:
         return sum(cache.nbytes for cache in caches) + sum(held)
 
     def _refresh(self, step: DecodingStep, policy: StepPolicy, tokens: Tensor) -> Tensor:
-        """Everything, both branches -> decoder output (branches * B, n, D)."""
+        """Everything, all branches -> decoder output (branches * B, n, D)."""
         fill = policy.fills and self.token_cache
-        x = self._encode_all(step, tokens, self.branches, fill)
-        if fill:
+        x = self._encode_all(step, tokens, self.branches if step.guided else 1, fill)
+        if fill and not self.local:
             if self.decoder_input is None:
-                self.decoder_input = torch.empty_like(x[: self.rows])
-            self.decoder_input.copy_(x[: self.rows])
-        stop = policy.residual_stop if self.use_residual else step.stop
+                self.decoder_input = x.new_empty(self.rows, *x.shape[1:])
+            rows = min(self.rows, len(x))
+            self.decoder_input[:rows] = x[:rows]
+        use_residual = self.use_residual and step.guided
+        stop = policy.residual_stop if use_residual else step.stop
         x = self._decode_all(x, step.start, stop, fill)
-        if policy.fills and self.use_residual:
+        if policy.fills and use_residual:
             conditional, unconditional = x.chunk(2)
             self.residual = unconditional - conditional
             self.residual_start = step.start
@@ -89,13 +94,16 @@ class LazyPredictor:
 
     def _lazy(self, step: DecodingStep, policy: StepPolicy, tokens: Tensor) -> Tensor:
         """What changed, conditional rows -> decoder output (branches * B, n, D)."""
-        branches = 1 if self.use_residual else self.branches
-        if self.token_cache:
-            x = self._decode_changed(self._encode_new(step, tokens, branches), step, policy.kept)
-        else:
+        branches = self.branches if step.guided and not self.use_residual else 1
+        if not self.token_cache:
             x = self._encode_all(step, tokens, branches, fill=False)
             x = self._decode_all(x, step.start, step.stop, fill=False)
-        if self.use_residual:
+        elif self.local:
+            x = self._decode_new(self._encode_new(step, tokens, branches, step.stop), step)
+        else:
+            x = self._encode_new(step, tokens, branches, step.start)
+            x = self._decode_changed(self._renewed_input(x, step), step, policy.kept)
+        if self.use_residual and step.guided:
             base = self.residual_start
             x = torch.cat([x, x + self.residual[:, step.start - base : step.stop - base]])
         return x
@@ -113,22 +121,39 @@ class LazyPredictor:
         buffer = self.model.buffer_size
         updates = None
         if fill:
-            updates = [None] * self.probe_layer + [self.probe.refill]
-            updates += [cache.refill for cache in self.decoder_caches.values()]
+            first = [] if self.local else [None] * self.probe_layer + [self.probe.refill]
+            updates = first + [cache.refill for cache in self.decoder_caches.values()]
         return self.model.decode(x, slice(buffer + start, buffer + stop), updates)
 
-    def _encode_new(self, step: DecodingStep, tokens: Tensor, branches: int) -> Tensor:
-        """Buffer and tokens of the previous step -> decoder input (rows, total, D), renewed there."""
-        buffer = self.model.buffer_size
+    def _encode_new(self, step: DecodingStep, tokens: Tensor, branches: int, stop: int) -> Tensor:
+        """Buffer and tokens of the previous step -> their decoder input (rows, m, D).
+
+        Behind them, mask tokens of the ranks up to `stop`; without the buffer if it is not renewed.
+        """
+        buffer, renewed = self.model.buffer_size, self.lazy_buffer
         new = tokens[:, step.previous : step.start].repeat(branches, 1, 1)
-        order = self.order[: self.rows, step.previous : step.start]
-        x = self.model.embed_known(new, order, self.embedding[: self.rows])
-        end = buffer + step.start
-        updates = [partial(cache.append, buffer, end) for cache in self.encoder_caches]
-        x = self.model.embed_decoder(self.model.encode(x, updates), order)
-        self.decoder_input[:, :buffer] = x[:, :buffer]
-        self.decoder_input[:, buffer + step.previous : end] = x[:, buffer:]
-        return self.decoder_input
+        rows, end = len(new), buffer + step.start
+        order = self.order[:rows, step.previous : stop]
+        x = self.model.embed_known(new, order[:, : new.shape[1]], self.embedding[:rows])
+        updates = [partial(cache.renew, renewed, end, end) for cache in self.encoder_caches]
+        x = self.model.encode(x[:, buffer - renewed :], updates)
+        return self.model.embed_decoder(x, order, buffer=renewed > 0)
+
+    def _renewed_input(self, x: Tensor, step: DecodingStep) -> Tensor:
+        """Decoder input (rows, total, D), renewed at the buffer and the previous step's tokens by x."""
+        buffer, renewed = self.model.buffer_size, self.lazy_buffer
+        cached = self.decoder_input[: len(x)]
+        cached[:, :renewed] = x[:, :renewed]
+        cached[:, buffer + step.previous : buffer + step.start] = x[:, renewed:]
+        return cached
+
+    def _decode_new(self, x: Tensor, step: DecodingStep) -> Tensor:
+        """Decoder input (rows, m, D) of positions that end at step.stop -> output (rows, n, D)."""
+        buffer = self.model.buffer_size
+        end, total = buffer + step.stop, buffer + self.order.shape[1]
+        caches = self.decoder_caches.values()
+        updates = [partial(cache.renew, self.lazy_buffer, end, total) for cache in caches]
+        return self.model.decode(x, slice(x.shape[1] - (step.stop - step.start), None), updates)
 
     def _decode_changed(self, x: Tensor, step: DecodingStep, kept: int) -> Tensor:
         """Decoder input (rows, total, D) -> decoder output (rows, n, D), deep layers on kept rows."""
@@ -152,10 +177,10 @@ class LazyPredictor:
     def select(self, v: Tensor, step: DecodingStep, kept: int) -> Tensor:
         """The probe layer's values v (rows, H, total, d) -> positions to compute (rows, kept)."""
         if self.selection == "oldest":
-            return self.oldest[step.index].expand(self.rows, -1)
+            return self.oldest[step.index].expand(len(v), -1)
         buffer = self.model.buffer_size
         if self.selection == "random":
-            score = random_score(self.order[: self.rows], buffer, step.index)
+            score = random_score(self.order[: len(v)], buffer, step.index)
         else:
             score = self.probe.similarity(v)
             score = score if self.selection == "similarity" else -score

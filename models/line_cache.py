@@ -11,161 +11,69 @@ order of slots means nothing: the new line's rows move into the slots of evicted
 live slots are always a prefix of the buffer, attended to as a view, without a mask.
 """
 
-import math
-from dataclasses import dataclass
-from fractions import Fraction
-from numbers import Real
-
 import torch
 from torch import Tensor
 
-from models.line_methods import METHODS, POOLINGS, LineView, Method
-from util.config import setting
+from models.line_config import LineARConfig
+from models.line_methods import METHODS, LineView
+from models.line_plan import LinePlan
 
-NONE = "none"  # the full cache, whatever the budget
-CONDITION = 1  # positions in front of the image: the class token
+__all__ = [
+    "KVCache",
+    "KVLayer",
+    "LineARConfig",
+    "LineLayer",
+    "LinePlan",
+    "make_cache",
+    "make_layer",
+]
+
 MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign
 
 
-@dataclass(frozen=True)
-class LinePlan:
-    """Every count of a run: of image tokens, but for `condition`.
+class KVLayer:
+    """Keys and values of one layer, (rows, H, slots, d) each, allocated once in the model's dtype.
 
-    line, lines: the grid. budget: tokens kept when a line begins. anchors, recent: the first and
-    the newest ones, never evicted; `budget - anchors - recent` others are kept by their score.
+    Per call of the layer: `append`, then `remember` the queries, and `advance` when the attention is
+    computed.
     """
 
-    line: int
-    lines: int
-    budget: int
-    anchors: int
-    recent: int
-    condition: int = CONDITION
-
-    @property
-    def slots(self) -> int:
-        """Rows of the buffer per head; the image's last token is never fed."""
-        tokens = self.line * self.lines - 1
-        return self.condition + min(tokens, self.budget + self.line)
-
-
-def parse_budget(text: str) -> float:
-    """1/6, 0.25 or 4."""
-    try:
-        return float(Fraction(text))
-    except (ValueError, ArithmeticError) as error:
-        raise ValueError(f"{text!r} is not a budget like 1/6, 0.25 or 4") from error
-
-
-@dataclass(frozen=True)
-class LineARConfig:
-    """How the cache is compressed.
-
-    budget: share of the image's tokens in (0, 1], rounded to whole lines (the nearest, half
-        upwards, at least one), or a number of lines above 1. All lines are the full cache.
-    anchors: first image tokens that are never evicted. recent: newest lines that are never evicted,
-        the completed one included. Both are LineAR's; the other methods have their own.
-    method: "linear", "none" (the full cache), or a rival, see models/line_methods.py.
-    pooling: of the attention over the queries of a line: "mean", "max" or "last".
-
-    The paper gives no anchors, recent lines or pooling; benchmarks/line_ablation.py measures them.
-    """
-
-    budget: float = setting(
-        1 / 6,
-        "image tokens kept: a share such as 1/6, or a number of lines above 1",
-        parse=parse_budget,
-        metavar="SHARE|LINES",
-    )
-    anchors: int = setting(8, "first tokens that are never evicted")
-    recent: int = setting(2, "newest lines that are never evicted")
-    method: str = setting("linear", f"{', '.join((NONE, *METHODS))}", metavar="NAME")
-    pooling: str = setting(
-        "mean", f"pooling over a line's queries: {', '.join(POOLINGS)}", metavar="NAME"
-    )
-
-    def __post_init__(self) -> None:
-        if self.method != NONE and self.method not in METHODS:
-            known = ", ".join((NONE, *METHODS))
-            raise ValueError(f"the method of LineAR is {self.method!r}; use one of {known}")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling is {self.pooling!r}; use one of {', '.join(POOLINGS)}")
-        number = isinstance(self.budget, Real) and not isinstance(self.budget, bool)
-        whole = number and self.budget > 1 and float(self.budget).is_integer()
-        if not (number and 0 < self.budget <= 1 or whole):
-            raise ValueError(
-                f"budget is {self.budget!r}; it must be a share in (0, 1] or a whole number of lines"
-            )
-        for name, least in (("anchors", 0), ("recent", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number from {least}")
-
-    @classmethod
-    def of(cls, line_ar: "LineARConfig | bool | None") -> "LineARConfig":
-        """The argument of sample_tokens: None or False is the full cache, True the defaults."""
-        if line_ar is None or line_ar is False:
-            return cls(method=NONE)
-        if line_ar is True:
-            return cls()
-        if not isinstance(line_ar, cls):
-            raise ValueError(f"line_ar is {line_ar!r}; give a LineARConfig, True, False or None")
-        return line_ar
-
-    def plan(self, grid: tuple[int, int]) -> LinePlan:
-        """The counts on a grid of (lines, tokens per line). ValueError if the budget is too small."""
-        lines, line = grid
-        kept = self.budget if self.budget > 1 else math.floor(self.budget * lines + 0.5)
-        kept = min(lines, max(1, int(kept)))
-        if self.method == NONE or kept == lines:
-            return LinePlan(line, lines, lines * line, 0, lines * line)
-        budget = kept * line
-        method = METHODS[self.method]
-        anchors, recent = method.protected(self.anchors, self.recent, line, budget)
-        if anchors + recent > budget:
-            raise ValueError(
-                f"the budget of {budget} tokens ({kept} lines of {line}) is too small for "
-                f"{anchors} anchors and {recent} recent tokens of method {self.method}: "
-                "raise the budget or lower anchors and recent"
-            )
-        return LinePlan(line, lines, budget, anchors, recent)
-
-
-class KVCache:
-    """Keys and values of all layers, (rows, H, slots, d) each, allocated once in the model's dtype.
-
-    `update` is called by every layer for each position, then `advance` once.
-    """
-
-    def __init__(self, layers: int, slots: int) -> None:
+    def __init__(self, slots: int) -> None:
         self.slots = slots
         self.live = 0  # slots in use: a prefix
-        self.k: list[Tensor | None] = [None] * layers
-        self.v: list[Tensor | None] = [None] * layers
+        self.count = 0  # positions seen, the condition included
+        self.k = self.v = torch.empty(0)  # until the first call
 
-    def update(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep k, v (rows, H, 1, d) of the next position; what to attend to: views of the live slots."""
-        if self.k[layer] is None:
-            self._allocate(layer, k)
-        stop = self.live + 1
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k, v (rows, H, m, d) of the next m positions; what to attend to: views of the live slots."""
+        if self.k.numel() == 0:
+            self._allocate(k)
+        stop = self.live + k.shape[2]
         if stop > self.slots:
             raise ValueError(f"the cache is full: it has {self.slots} slots")
-        self.k[layer][:, :, self.live : stop] = k
-        self.v[layer][:, :, self.live : stop] = v
-        return self.k[layer][:, :, :stop], self.v[layer][:, :, :stop]
+        self.k[:, :, self.live : stop] = k
+        self.v[:, :, self.live : stop] = v
+        return self.k[:, :, :stop], self.v[:, :, :stop]
 
-    def advance(self) -> None:
-        """All layers have seen this position."""
-        self.live += 1
+    def remember(self, q: Tensor) -> None:
+        """See the queries (rows, heads, m, d) of the positions just appended."""
 
-    def _allocate(self, layer: int, k: Tensor) -> None:
+    def hide(self, hidden: Tensor) -> None:
+        """Of the first positions those that nobody attends to, padding: hidden (rows, m) bool."""
+
+    def advance(self, positions: int = 1) -> None:
+        """The appended positions have been attended to."""
+        self.live += positions
+        self.count += positions
+
+    def _allocate(self, k: Tensor) -> None:
         shape = (k.shape[0], k.shape[1], self.slots, k.shape[3])
-        self.k[layer], self.v[layer] = k.new_empty(shape), k.new_empty(shape)
+        self.k, self.v = k.new_empty(shape), k.new_empty(shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
-        return sum(t.nbytes for t in (*self.k, *self.v) if t is not None)
+        return self.k.nbytes + self.v.nbytes
 
     @property
     def workspace_nbytes(self) -> int:
@@ -173,67 +81,76 @@ class KVCache:
         return 0
 
 
-class LineCache(KVCache):
-    """A cache that is compressed to its budget whenever a line is complete."""
+class LineLayer(KVLayer):
+    """A layer that is compressed to its budget whenever a line is complete.
 
-    def __init__(self, layers: int, plan: LinePlan, method: Method, pooling: str) -> None:
-        super().__init__(layers, plan.slots)
+    Query heads that share a key head (grouped-query attention) decide together.
+    """
+
+    def __init__(self, slots: int, plan: LinePlan, config: LineARConfig) -> None:
+        super().__init__(slots)
         self.plan = plan
-        self.method = method
-        self.pooling = pooling
-        self.count = 0  # positions seen, the condition included
-        self.queries: list[Tensor | None] = [None] * layers  # (rows, H, line, d), of this line
-        self.positions: list[Tensor | None] = [None] * layers  # (rows, H, slots): which token it is
-        self.scores: list[Tensor | None] = [None] * layers  # (rows, H, slots), if they accumulate
+        self.method = METHODS[config.method]
+        self.pooling = config.pooling
+        self.queries = torch.empty(0)  # (rows, H, line * groups, d), of this line
+        self.positions = torch.empty(0)  # (rows, H, slots): which token it is
+        self.scores = torch.empty(0)  # (rows, H, slots), if they accumulate
+        self.hidden: Tensor | None = None  # (rows, 1, slots), if the condition is padded
 
-    def update(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        kv = super().update(layer, q, k, v)
+    def remember(self, q: Tensor) -> None:
+        if not self.method.needs_queries:
+            return
+        heads, groups = self.k.shape[1], q.shape[1] // self.k.shape[1]
+        if self.queries.numel() == 0:
+            self.queries = q.new_empty(len(q), heads, self.plan.line * groups, q.shape[3])
         token = self.count - self.plan.condition
-        if token >= 0 and self.method.needs_queries:
-            self.queries[layer][:, :, token % self.plan.line] = q[:, :, 0]
-        return kv
+        if token >= 0:
+            start = token % self.plan.line * groups
+            self.queries[:, :, start : start + groups] = q[:, :, 0].unflatten(1, (heads, groups))
 
-    def advance(self) -> None:
-        super().advance()
-        self.count += 1
+    def hide(self, hidden: Tensor) -> None:
+        self.hidden = hidden.new_zeros(len(hidden), 1, self.slots)
+        self.hidden[:, 0, : hidden.shape[1]] = hidden
+
+    def advance(self, positions: int = 1) -> None:
+        super().advance(positions)
         tokens = self.count - self.plan.condition
         if tokens > 0 and tokens % self.plan.line == 0:
-            full = self.live == self.plan.condition + self.plan.budget + self.plan.line
-            for layer in range(len(self.k)):
-                self._end_line(layer, full)
-            if full:
-                self.live -= self.plan.line
+            self._end_line()
 
-    def _allocate(self, layer: int, k: Tensor) -> None:
-        super()._allocate(layer, k)
-        rows, heads, _, width = k.shape
-        shape = (rows, heads, self.slots)
-        last = self.plan.condition + self.plan.line * self.plan.lines
+    def _allocate(self, k: Tensor) -> None:
+        super()._allocate(k)
+        rows, heads = k.shape[:2]
+        last = self.plan.condition + self.plan.line * (self.plan.lines + 1)
         dtype = torch.int16 if last <= torch.iinfo(torch.int16).max else torch.int32
         index = torch.arange(self.slots, device=k.device, dtype=dtype)
-        self.positions[layer] = index.repeat(rows, heads, 1)  # until the first eviction
-        if self.method.needs_queries:
-            self.queries[layer] = k.new_empty(rows, heads, self.plan.line, width)
+        self.positions = index.repeat(rows, heads, 1)  # until the first eviction
         if self.method.cumulative:
-            self.scores[layer] = torch.zeros(shape, device=k.device)
+            self.scores = torch.zeros(rows, heads, self.slots, device=k.device)
 
-    def _end_line(self, layer: int, full: bool) -> None:
-        """Score the live tokens of a layer where that is needed; if it is full, evict one line."""
+    def _end_line(self) -> None:
+        """Score the live tokens where that is needed; if the buffer is full, evict one line."""
         line, live = self.plan.line, self.live
-        position = self.positions[layer]
-        newest = torch.arange(self.count - line, self.count, device=position.device)
-        position[:, :, live - line : live] = newest
+        full = live == self.plan.condition + self.plan.budget + line
+        newest = torch.arange(self.count - line, self.count, device=self.positions.device)
+        self.positions[:, :, live - line : live] = newest
         if not (full or self.method.cumulative):
             return
         view = LineView(
-            self.queries[layer], self.k[layer][:, :, :live], position[:, :, :live], self.pooling
+            self.queries,
+            self.k[:, :, :live],
+            self.positions[:, :, :live],
+            self.pooling,
+            self.plan,
+            None if self.hidden is None else self.hidden[:, :, :live],
         )
-        with torch.autocast(position.device.type, enabled=False):
+        with torch.autocast(self.k.device.type, enabled=False):
             score = self.method.score(view)
         if self.method.cumulative:
-            score = self.scores[layer][:, :, :live].add_(score)
+            score = self.scores[:, :, :live].add_(score)
         if full:
-            self._evict(layer, self._holes(score, view.positions))
+            self._evict(self._holes(score, view.positions))
+            self.live -= line
 
     def _holes(self, score: Tensor, position: Tensor) -> Tensor:
         """Slots (rows, H, line) of the tokens to evict: the worst ones that nothing protects.
@@ -248,29 +165,74 @@ class LineCache(KVCache):
         rank = (bits.long() << 32) | position
         return rank.topk(self.plan.line, dim=-1, largest=False).indices
 
-    def _evict(self, layer: int, holes: Tensor) -> None:
+    def _evict(self, holes: Tensor) -> None:
         """Move the rows of the newest line into the holes; its own slots are free then."""
-        buffers = [self.k[layer], self.v[layer], self.positions[layer]]
+        start, stop = self.live - self.plan.line, self.live
+        buffers = [self.k, self.v, self.positions]
         if self.method.cumulative:
-            buffers.append(self.scores[layer])
+            buffers.append(self.scores)
         for buffer in buffers:
-            newest = buffer[:, :, -self.plan.line :]
+            newest = buffer[:, :, start:stop]
             at = holes if buffer.dim() == 3 else holes[..., None].expand_as(newest)
             buffer.scatter_(2, at, newest.clone())
         if self.method.cumulative:
-            self.scores[layer][:, :, -self.plan.line :] = 0
+            self.scores[:, :, start:stop] = 0
 
     @property
     def workspace_nbytes(self) -> int:
         """Bytes of the line's queries, the positions and the accumulated scores."""
-        held = (*self.queries, *self.positions, *self.scores)
-        return sum(t.nbytes for t in held if t is not None)
+        held = self.queries.nbytes + self.positions.nbytes + self.scores.nbytes
+        return held + (0 if self.hidden is None else self.hidden.nbytes)
+
+
+class KVCache:
+    """The layers of one call of GPT.sample_tokens.
+
+    `update` is called by every layer for each position, then `advance` once.
+    """
+
+    def __init__(self, layers: list[KVLayer]) -> None:
+        self.layers = layers
+
+    def update(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep k, v (rows, H, 1, d) of the next position; what to attend to: views of the live slots."""
+        kv = self.layers[layer].append(k, v)
+        self.layers[layer].remember(q)
+        return kv
+
+    def advance(self) -> None:
+        """All layers have seen this position."""
+        for layer in self.layers:
+            layer.advance()
+
+    @property
+    def slots(self) -> int:
+        """Rows of the buffers per head."""
+        return self.layers[0].slots
+
+    @property
+    def live(self) -> int:
+        """Rows in use."""
+        return self.layers[0].live
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes held besides."""
+        return sum(layer.workspace_nbytes for layer in self.layers)
+
+
+def make_layer(config: LineARConfig, plan: LinePlan, slots: int) -> KVLayer:
+    """An empty layer: compressed, unless the plan keeps all lines."""
+    return LineLayer(slots, plan, config) if plan.compressed else KVLayer(slots)
 
 
 def make_cache(line_ar: LineARConfig | bool | None, grid: tuple[int, int], layers: int) -> KVCache:
     """An empty cache for one call. ValueError if the budget does not fit the grid."""
     config = LineARConfig.of(line_ar)
     plan = config.plan(grid)
-    if plan.budget == plan.line * plan.lines:
-        return KVCache(layers, plan.slots)
-    return LineCache(layers, plan, METHODS[config.method], config.pooling)
+    return KVCache([make_layer(config, plan, plan.slots) for _ in range(layers)])

@@ -6,29 +6,43 @@ two, and a line in METHODS. All see the same moments (a complete line), the same
 layer, sequence and head.
 """
 
+import math
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.line_plan import LinePlan
 
 POOLINGS = ("mean", "max", "last")
 
 
 @dataclass(frozen=True)
 class LineView:
-    """What a method may look at: queries (rows, H, line, d) of the completed line; keys (rows, H, live, d)
-    and positions (rows, H, live) of all live tokens in no particular order."""
+    """What a method may look at, when a line is complete.
 
-    queries: Tensor | None
+    queries: (rows, H, line * groups, d), of the line; `groups` query heads share a key head; empty for
+    a method that needs none.
+    keys, positions: (rows, H, live, d) and (rows, H, live), of all live tokens in no particular
+    order. hidden: (rows, 1, live), true for padding; None if there is none.
+    """
+
+    queries: Tensor
     keys: Tensor
     positions: Tensor
     pooling: str
+    plan: LinePlan
+    hidden: Tensor | None = None
 
     def attention(self) -> Tensor:
-        """softmax(q k / sqrt d) over all live keys, (rows, H, line, live) float32."""
+        """softmax(q k / sqrt d) over all live keys, mean of a group: (rows, H, line, live) float32."""
         scale = self.keys.shape[-1] ** -0.5
         logits = self.queries.float() * scale @ self.keys.float().transpose(-1, -2)
-        return logits.softmax(dim=-1)
+        if self.hidden is not None:
+            logits = logits.masked_fill(self.hidden[:, :, None], -torch.inf)
+        attention = logits.softmax(dim=-1).unflatten(2, (self.plan.line, -1))
+        return attention.mean(3) if attention.shape[3] > 1 else attention.squeeze(3)
 
     def pooled(self) -> Tensor:
         """The attention pooled over the queries of the line, (rows, H, live)."""
@@ -39,10 +53,16 @@ class LineView:
 
 
 class Method:
-    """What the cache needs to know of a method; `cumulative`: scores of all lines are added up."""
+    """What the cache needs to know of a method.
+
+    cumulative: scores of all lines are added up. stratified: tokens of every line are always kept.
+    settings: the fields of LineARConfig, beside the budget, that make a difference.
+    """
 
     needs_queries = True
     cumulative = False
+    stratified = False
+    settings: tuple[str, ...] = ()
 
     def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
         """First and newest tokens that are never evicted, at least one line of the newest.
@@ -59,11 +79,35 @@ class Method:
 class LineAR(Method):
     """Attention of the line just completed (Qin et al., arXiv 2512.04857): inter-line attention."""
 
+    settings = ("anchors", "recent", "pooling")
+
     def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
         return anchors, recent * line
 
     def score(self, view: LineView) -> Tensor:
         return view.pooled()
+
+
+class Stratified(LineAR):
+    """LineAR's score, but evenly spaced tokens of every line are never evicted. Ours.
+
+    Where attention to old lines is spread out, the score alone forgets all of some lines. The spaced
+    tokens of the first line replace all of LineAR's anchors but one.
+    """
+
+    stratified = True
+    settings = ("recent", "pooling", "spaced")
+    ANCHORS = 1  # the first token, which heads attend to whatever it is (arXiv 2309.17453)
+
+    def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
+        return self.ANCHORS, recent * line
+
+    def score(self, view: LineView) -> Tensor:
+        line, spaced = view.plan.line, view.plan.spaced
+        columns = [math.floor((i + 0.5) * (line - 1) / spaced + 0.5) for i in range(spaced)]
+        column = (view.positions - view.plan.condition) % line
+        kept = torch.isin(column, column.new_tensor(columns))
+        return super().score(view).masked_fill(kept, torch.inf)
 
 
 class StreamingLLM(Method):
@@ -136,8 +180,14 @@ class RKV(Method):
 
     def score(self, view: LineView) -> Tensor:
         direction = F.normalize(view.keys.float(), dim=-1)
+        live: int | Tensor = view.keys.shape[2]
+        if view.hidden is not None:
+            direction = direction.masked_fill(view.hidden[..., None], 0)
+            live = (~view.hidden).sum(-1, keepdim=True)
         total = direction.sum(dim=2, keepdim=True)  # mean_j cos(i, j) = k_i . sum_j k_j / live
-        similarity = ((direction * total).sum(-1) - 1) / direction.shape[2]
+        similarity = ((direction * total).sum(-1) - 1) / live
+        if view.hidden is not None:
+            similarity = similarity.masked_fill(view.hidden, -torch.inf)
         attention = view.attention().mean(dim=2)
         return self.LAMBDA * attention - (1 - self.LAMBDA) * similarity.softmax(dim=-1)
 
@@ -149,4 +199,5 @@ METHODS: dict[str, Method] = {
     "rkv": RKV(),
     "snapkv": SnapKV(),
     "h2o_last": H2OLast(),
+    "stratified": Stratified(),
 }

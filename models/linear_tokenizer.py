@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.vae import LOGVAR_MIN, DiagonalGaussianDistribution
+from util.weights import check_weights, read_safetensors
 
 COLOURS = 3
 NEIGHBOURHOOD = 3  # latents on a side that the decoder sees: +3.4 dB over 1 on util.shapes, C = 8
@@ -84,23 +84,17 @@ class LinearTokenizer(nn.Module):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no tokenizer file at {path}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is damaged or not a safetensors file ({error}); fetch or make it again"
-            ) from error
+        weights, metadata = read_safetensors(path)
         try:
             channels, stride, latent_scale = (
                 json.loads(metadata[key]) for key in ("channels", "stride", "latent_scale")
             )
             tokenizer = cls(channels, stride, latent_scale)
-            tokenizer.load_state_dict(weights)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            check_weights(tokenizer, weights, path)
+        except (KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path} is not a linear tokenizer's file: {reason}") from error
+        tokenizer.load_state_dict(weights)
         return tokenizer
 
 

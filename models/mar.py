@@ -15,9 +15,11 @@ from scipy.stats import truncnorm
 from torch import Tensor
 
 from models.diffloss import DiffLoss
+from models.head_config import HeadConfig
 from models.lazy_mar import LazyMARConfig
 from models.mar_config import MARConfig
 from models.noise import ImageNoise, TrainingNoise
+from models.order import OrderConfig
 from models.sampler import Sampler
 from models.sampling_copy import sampling_dtype
 from models.transformer import MaskedTransformer
@@ -130,17 +132,25 @@ class MAR(MaskedTransformer):
         *,
         lazy_mar: LazyMARConfig | bool | None = None,
         noise: ImageNoise | None = None,
+        head: HeadConfig | None = None,
+        order: OrderConfig | str | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
     ) -> Tensor:
         """Generate latents (bsz, C, H, W) of labels (bsz,), or of no class (None).
 
         num_iter steps; guidance cfg by cfg_schedule "linear" or "constant"; temperature scales the
         noise of the head. lazy_mar: None or False plain, True LazyMAR's defaults, or a
         LazyMARConfig. noise: the images' own randomness (None: seeds from torch's generator).
+        head: steps, solver and guidance of the head; order: random, halton, gtr or an OrderConfig
+        (None: MAR's). Editing: latents known (bsz, C, H, W) are kept where known_mask (bsz, g, g) bool,
+        over the grid of tokens, is true; the others are generated, in as many of the num_iter steps as
+        a whole image takes from there on.
         Raises ValueError for arguments that do not fit.
         """
         return Sampler(self, sampling_dtype(self)).sample_tokens(
             bsz, num_iter, cfg, cfg_schedule, labels, temperature, progress,
-            lazy_mar=lazy_mar, noise=noise,
+            lazy_mar=lazy_mar, noise=noise, head=head, order=order, known=known, known_mask=known_mask,
         )  # fmt: skip
 
 

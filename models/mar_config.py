@@ -16,7 +16,8 @@ class MARConfig:
     """Arguments of `models.mar.MAR`. Raises ValueError for a geometry that does not work.
 
     L = (img_size / vae_stride / patch_size)^2 tokens of vae_embed_dim * patch_size^2 channels.
-    Three fields are ours, for short trainings of small models; their defaults change nothing:
+    no_dropout_in_mlp is l-DeTok's. Three fields are ours, for short trainings of small models; their
+    defaults change nothing:
     masked_keep: share of the masked tokens that a training step decodes (CrossMAE, Fu et al. 2024).
     pos_init: "sincos" starts the position tables as 2-D sines (MAE, He et al. 2022).
     aux_weight: weight of a squared error that asks z for the token itself, read out through the
@@ -41,6 +42,7 @@ class MARConfig:
     class_num: int = setting(1000, "number of classes", least=1)
     attn_dropout: float = setting(0.1, "dropout of the attention", least=0, most=1)
     proj_dropout: float = setting(0.1, "dropout of the projections", least=0, most=1)
+    no_dropout_in_mlp: bool = setting(False, "dropout in the attention alone, as l-DeTok's MAR")
     buffer_size: int = setting(64, "class tokens in front of the image tokens", least=0)
     diffloss_d: int = setting(3, "residual blocks of the diffusion head", least=1)
     diffloss_w: int = setting(1024, "width of the diffusion head", least=1)

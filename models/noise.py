@@ -5,12 +5,15 @@ chance contributes to an image that is sampled. Drawn from the image's own seed 
 independent of its batch, of the number of processes and of caching.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from models.order import OrderConfig, halton_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +56,32 @@ class ImageNoise:
     def to(self, device: torch.device | str) -> "ImageNoise":
         """The same noise on a device."""
         return ImageNoise(self.orders.to(device), self.head.to(device))
+
+    def select(self, images: Sequence[int]) -> "ImageNoise":
+        """That of some images."""
+        rows = torch.tensor(images, device=self.orders.device)
+        return ImageNoise(self.orders[rows], self.head[rows])
+
+    def arranged(self, order: OrderConfig, known: Tensor | None = None) -> "ImageNoise":
+        """The same images in another decoding order; with known (B, L) bool, raster, known tokens first.
+
+        Each image's own random order decides what the arrangement leaves open.
+        """
+        decoding = self.orders.flip(1)  # tokens in the order in which they are decoded
+        length = decoding.shape[1]
+        grid = math.isqrt(length)
+        if order.kind == "halton":
+            base = torch.tensor(halton_order(grid), device=decoding.device)
+            first = decoding[:, :1]
+            rows = (base // grid - base[0] // grid + first // grid) % grid
+            decoding = rows * grid + (base - base[0] + first) % grid  # (B, L)
+        stages = order.stage_of(grid)
+        keys = torch.zeros(length, dtype=torch.long) if stages is None else torch.tensor(stages)
+        keys = keys.to(decoding.device).expand_as(decoding)
+        if known is not None:
+            keys = keys.masked_fill(known, -1)
+        sort = keys.gather(1, decoding).argsort(dim=1, stable=True)
+        return ImageNoise(decoding.gather(1, sort).flip(1), self.head)
 
     def check(self, batch: int, seq_len: int, num_sampling_steps: int, channels: int) -> None:
         """Raise ValueError unless the shapes are those that the model needs."""

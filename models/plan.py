@@ -9,6 +9,8 @@ import math
 import operator
 from dataclasses import dataclass
 
+from models.order import OrderConfig
+
 CFG_SCHEDULES = ("linear", "constant")
 
 
@@ -17,7 +19,8 @@ class DecodingStep:
     """One step that predicts ranks start..stop of the decoding order.
 
     index: the step s of T; previous: where the step before started, so that ranks
-    previous..start were decoded by it; cfg: guidance of this step.
+    previous..start were decoded by it; cfg: guidance of this step; guided: whether it has an
+    unconditional branch.
     """
 
     index: int
@@ -25,13 +28,14 @@ class DecodingStep:
     start: int
     stop: int
     cfg: float
+    guided: bool
 
 
 @dataclass(frozen=True)
 class DecodingPlan:
     """The steps of one run over `seq_len` tokens; `num_iter` is T, `steps` those that predict.
 
-    guided: whether there is an unconditional branch.
+    guided: whether any step has an unconditional branch.
     """
 
     seq_len: int
@@ -41,12 +45,21 @@ class DecodingPlan:
 
     @classmethod
     def create(
-        cls, seq_len: int, num_iter: int, cfg: float = 1.0, cfg_schedule: str = "linear"
+        cls,
+        seq_len: int,
+        num_iter: int,
+        cfg: float = 1.0,
+        cfg_schedule: str = "linear",
+        *,
+        guidance_start: float = 0.0,
+        order: OrderConfig | None = None,
+        known: int = 0,
     ) -> "DecodingPlan":
-        """Cosine masking (MaskGIT's schedule, as in MAR's code) with its guidance schedule.
+        """The counts of an order (None: MAR's random order) with MAR's guidance schedule.
 
-        After step s, floor(L cos(pi/2 (s+1)/T)) tokens stay masked: at least 1, at most one fewer
-        than before, and 0 after the last. Where T exceeds L some steps predict nothing; they are left out.
+        guidance_start: steps before this progress s/T are not guided. known: ranks that are known from
+        the beginning; the run then starts at the step that predicts the next one. Where T exceeds L
+        some steps predict nothing; they are left out.
         Raises ValueError for num_iter < 1 or an unknown schedule.
         """
         if isinstance(num_iter, bool) or operator.index(num_iter) < 1:
@@ -56,18 +69,15 @@ class DecodingPlan:
         if cfg_schedule not in CFG_SCHEDULES:
             raise ValueError(f"cfg_schedule is {cfg_schedule!r}; use one of {CFG_SCHEDULES}")
         steps: list[DecodingStep] = []
-        masked = seq_len
-        for s in range(num_iter):
-            left = math.floor(seq_len * math.cos(math.pi / 2 * (s + 1) / num_iter))
-            left = max(1, min(masked - 1, left))
+        start = previous = known
+        for s, left in enumerate((order or OrderConfig()).masked_after(seq_len, num_iter)):
             step_cfg = cfg
-            if cfg_schedule == "linear":
-                step_cfg = 1 + (cfg - 1) * (seq_len - left) / seq_len
-            if s == num_iter - 1:
-                left = 0
-            if left < masked:
-                start = seq_len - masked
-                previous = steps[-1].start if steps else 0
-                steps.append(DecodingStep(s, previous, start, seq_len - left, step_cfg))
-            masked = left
-        return cls(seq_len, num_iter, cfg != 1.0, tuple(steps))
+            if cfg_schedule == "linear":  # at the last step, too, with one token left
+                step_cfg = 1 + (cfg - 1) * (seq_len - max(1, left)) / seq_len
+            guided = cfg != 1.0 and s >= guidance_start * num_iter
+            stop = seq_len - left
+            if stop > start:
+                step_cfg = step_cfg if guided else 1.0
+                steps.append(DecodingStep(s, previous, start, stop, step_cfg, guided))
+                previous, start = start, stop
+        return cls(seq_len, num_iter, any(step.guided for step in steps), tuple(steps))

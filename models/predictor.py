@@ -16,7 +16,7 @@ class PlainPredictor:
         self.embedding = embedding
 
     def __call__(self, step: DecodingStep, tokens: Tensor) -> Tensor:
-        """Tokens (B, L, c), known up to step.start -> z (R, stop - start, D)."""
-        branches = len(self.order) // len(tokens)
-        known = tokens[:, : step.start].repeat(branches, 1, 1)
-        return self.model.predict(known, self.order, step.stop, self.embedding)
+        """Tokens (B, L, c), known up to step.start -> z (R, stop - start, D); unguided (B, ., D)."""
+        rows = len(self.order) if step.guided else len(tokens)
+        known = tokens[:, : step.start].repeat(rows // len(tokens), 1, 1)
+        return self.model.predict(known, self.order[:rows], step.stop, self.embedding[:rows])

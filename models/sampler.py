@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from models.decoding import Decoding
 from models.graphs import compiled
+from models.head_config import HeadConfig
 from models.lazy_mar import LazyMARConfig
 from models.noise import ImageNoise
+from models.order import OrderConfig
 from models.plan import DecodingPlan
 from models.sampling_copy import sampling_copy
 
@@ -56,12 +59,21 @@ class Sampler:
         *,
         lazy_mar: LazyMARConfig | bool | None = None,
         noise: ImageNoise | None = None,
+        head: HeadConfig | None = None,
+        order: OrderConfig | str | None = None,
+        known: Tensor | None = None,
+        known_mask: Tensor | None = None,
     ) -> Tensor:
         """MAR.sample_tokens: latents (bsz, C, H, W). Raises ValueError for what does not fit."""
-        model = self.model
+        model, order = self.model, OrderConfig.of(order)
         if bsz < 1:
             raise ValueError(f"bsz is {bsz}; at least one image can be sampled")
-        plan = DecodingPlan.create(model.seq_len, num_iter, cfg, cfg_schedule)
+        start = 0.0 if head is None else head.guidance_start
+        plans = partial(
+            DecodingPlan.create, model.seq_len, num_iter, cfg, cfg_schedule,
+            guidance_start=start, order=order,
+        )  # fmt: skip
+        plan = plans()
         model.check_labels(labels)
         if noise is None:
             noise = model.image_noise(torch.randint(0, 2**32, (bsz,)).tolist())
@@ -73,11 +85,66 @@ class Sampler:
                     f"labels have shape {tuple(labels.shape)}; this batch needs ({bsz},)"
                 )
             labels = labels.tolist()
-        what = (bsz, plan, LazyMARConfig.of(lazy_mar), temperature)
+        noise = noise.to(self.device)
+        settings = (LazyMARConfig.of(lazy_mar), temperature, head)
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with on_device, torch.autocast(self.device.type, enabled=False):
-            if self._last is None or self._last[0] != what:
-                self._last = None  # free its memory first
-                self._last = what, Decoding(model, *what, self.compile, self.graphs)
-            tokens = self._last[1](labels, noise.to(self.device), progress)
+            if known is None and known_mask is None:
+                if order.kind != "random":
+                    noise = noise.arranged(order)
+                tokens = self._decoding(bsz, plan, *settings)(labels, noise, progress)
+                return model.unpatchify(tokens)
+            tokens, mask = check_known(model, bsz, known, known_mask)
+            noise = noise.arranged(order, mask)
+            for count, images in images_by_count(mask).items():
+                plan = plans(known=count)
+                if plan.steps:
+                    some = None if labels is None else [labels[i] for i in images]
+                    decoding = self._decoding(len(images), plan, *settings)
+                    tokens[images] = decoding(some, noise.select(images), progress, tokens[images])
         return model.unpatchify(tokens)
+
+    def _decoding(
+        self,
+        bsz: int,
+        plan: DecodingPlan,
+        lazy_mar: LazyMARConfig | None,
+        temperature: float,
+        head: HeadConfig | None,
+    ) -> Decoding:
+        """A Decoding of these; that of the last call, if it is the same."""
+        what = (bsz, plan, lazy_mar, temperature, head)
+        if self._last is None or self._last[0] != what:
+            self._last = None  # free its memory first
+            decoding = Decoding(self.model, *what, compile=self.compile, graphs=self.graphs)
+            self._last = what, decoding
+        return self._last[1]
+
+
+def check_known(
+    model: torch.nn.Module, bsz: int, known: Tensor | None, known_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """known (B, C, H, W), known_mask (B, g, g) -> a copy as tokens (B, L, c), mask (B, L) bool.
+
+    Raises ValueError for what does not fit.
+    """
+    grid, side = model.grid_size, model.grid_size * model.patch_size
+    want = (bsz, model.vae_embed_dim, side, side), (bsz, grid, grid)
+    if known is None or known_mask is None:
+        raise ValueError("known and known_mask come together: give both, or none")
+    if (tuple(known.shape), tuple(known_mask.shape)) != want or known_mask.dtype != torch.bool:
+        raise ValueError(
+            f"known is {tuple(known.shape)} and known_mask {tuple(known_mask.shape)} "
+            f"{known_mask.dtype}; this call needs {want[0]} and {want[1]} of torch.bool"
+        )
+    device = model.fake_latent.device
+    tokens = model.patchify(known.to(device, torch.float32)).clone()
+    return tokens, known_mask.to(device).flatten(1)
+
+
+def images_by_count(mask: Tensor) -> dict[int, list[int]]:
+    """mask (B, L): number of known tokens -> the images that know as many."""
+    images: dict[int, list[int]] = {}
+    for i, count in enumerate(mask.sum(dim=1).tolist()):
+        images.setdefault(count, []).append(i)
+    return images

@@ -51,6 +51,7 @@ class MaskedTransformer(nn.Module):
             mlp_ratio=config.mlp_ratio,
             attn_drop=config.attn_dropout,
             proj_drop=config.proj_dropout,
+            mlp_drop=0.0 if config.no_dropout_in_mlp else config.proj_dropout,
         )
         self.z_proj = nn.Linear(self.token_dim, encoder_width)
         self.z_proj_ln = nn.LayerNorm(encoder_width, eps=LAYER_NORM_EPS)
@@ -128,18 +129,20 @@ class MaskedTransformer(nn.Module):
             return x
         return self.encoder_norm(self._run(self.encoder_blocks, x, updates))
 
-    def embed_decoder(self, encoded: Tensor, order: Tensor) -> Tensor:
+    def embed_decoder(self, encoded: Tensor, order: Tensor, buffer: bool = True) -> Tensor:
         """Decoder input (B, buffer + L, D): encoded (B, buffer + n, D'), mask tokens behind it.
 
-        order (B, L): the positions of all tokens, the n known ones first.
+        order (B, L): the positions of all tokens, the n known ones first. buffer False: without it.
         """
         x = self.decoder_embed(encoded)
-        masked = self.buffer_size + order.shape[1] - x.shape[1]
-        mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], masked, -1)
+        size = self.buffer_size if buffer else 0
+        mask_tokens = self.mask_token.to(x.dtype).expand(
+            len(x), size + order.shape[1] - x.shape[1], -1
+        )
         table = self.decoder_pos_embed_learned[0]
-        buffer = table[: self.buffer_size].expand(x.shape[0], -1, -1)
+        first = table[:size].expand(len(x), -1, -1)
         positions = F.embedding(order, table[self.buffer_size :])
-        return torch.cat([x, mask_tokens], dim=1) + torch.cat([buffer, positions], dim=1)
+        return torch.cat([x, mask_tokens], dim=1) + torch.cat([first, positions], dim=1)
 
     def decode(
         self, x: Tensor, rows: slice | None = None, updates: LayerUpdates | None = None

@@ -5,12 +5,13 @@ position; `decode` is the way back. Architecture: Rombach et al., "High-Resoluti
 with Latent Diffusion Models" (CVPR 2022), section 3.1; parameter names are those of its weights.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from util.weights import load_into
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
@@ -172,23 +173,31 @@ class UpLevel(nn.Module):
 class Encoder(nn.Module):
     """Image to moments, (B, 3, H, W) => (B, 2*z, H/f, W/f), f = 2^(levels-1).
 
-    The blocks of the last level (16x16 positions for a 256-pixel image) carry attention.
+    variational=False: latents of z channels.
+
+    The blocks of the last level (16x16 positions for a 256-pixel image) carry attention if asked.
     """
 
     def __init__(
-        self, ch: int, ch_mult: tuple[int, ...], num_res_blocks: int, z_channels: int
+        self,
+        ch: int,
+        ch_mult: tuple[int, ...],
+        num_res_blocks: int,
+        z_channels: int,
+        attention: bool = True,
+        variational: bool = True,
     ) -> None:
         super().__init__()
         widths = [ch] + [ch * m for m in ch_mult]
         last = len(ch_mult) - 1
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.down = nn.ModuleList(
-            DownLevel(widths[i], widths[i + 1], num_res_blocks, attention=i == last, last=i == last)
+            DownLevel(widths[i], widths[i + 1], num_res_blocks, attention and i == last, i == last)
             for i in range(len(ch_mult))
         )
         self.mid = MidBlock(widths[-1])
         self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * z_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], (1 + variational) * z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
@@ -264,7 +273,13 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * z_channels, (1 + use_variational) * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         if ckpt_path is not None:
-            self.load_state_dict(_read_weights(Path(ckpt_path), self.state_dict()))
+            if not Path(ckpt_path).is_file():
+                raise FileNotFoundError(
+                    f"Tokenizer weights {ckpt_path} not found: fetch them with "
+                    "`python -m util.download vae`."
+                )
+            # latent diffusion keeps its discriminator and perceptual network in the same file
+            load_into(self, ckpt_path, use_ema=False, surplus=("loss.",))
 
     def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
         """(B, 3, H, W) in [-1, 1] => Gaussians over latents (B, embed_dim, H/f, W/f)."""
@@ -284,45 +299,3 @@ class AutoencoderKL(nn.Module):
         posterior = self.encode(x)
         z = posterior.sample() if sample_posterior else posterior.mode()
         return self.decode(z), posterior
-
-
-def _read_weights(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The "model" entry of a published file, checked key by key against `expected`."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Tokenizer weights {path} not found: fetch them with `python -m util.download vae`."
-        )
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises almost anything
-        raise ValueError(
-            f"Tokenizer weights {path} cannot be read ({type(error).__name__}): the file is "
-            "damaged or holds more than tensors; delete it and run `python -m util.download vae`."
-        ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(
-            f'{path} holds no dictionary named "model", so it is no tokenizer file of MAR; '
-            "`python -m util.download vae` fetches the published one."
-        )
-    weights = content["model"]
-    misfits = _misfits(weights, expected)
-    if misfits:
-        raise ValueError(
-            f"The weights in {path} do not fit this AutoencoderKL: {misfits[0]} ({len(misfits)} "
-            "in all); check embed_dim, ch, ch_mult and num_res_blocks."
-        )
-    return weights
-
-
-def _misfits(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    misfits = []
-    for key in sorted(weights.keys() | expected.keys()):
-        if key not in weights:
-            misfits.append(f"{key} is missing")
-        elif key not in expected:
-            misfits.append(f"{key} is not a parameter of it")
-        elif weights[key].shape != expected[key].shape:
-            found, wanted = tuple(weights[key].shape), tuple(expected[key].shape)
-            misfits.append(f"{key} is {found} instead of {wanted}")
-    return misfits

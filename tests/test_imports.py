@@ -11,7 +11,10 @@ LAYERS = ("diffusion", "models", "util", "engine")
 # Modules of util that know nothing of ours but each other; models may use them.
 LEAVES = {
     f"util.{name}"
-    for name in ("checkpoint", "config", "device", "dist", "download", "errors", "files", "images")
+    for name in (
+        *("checkpoint", "config", "data.latent_stats", "device", "dist", "download", "errors"),
+        *("files", "images", "markdown", "npz", "streams", "weights"),
+    )
 }
 AVERAGED = "util.training.ema"  # what a checkpoint of a training holds; it imports nothing of ours
 

@@ -1,188 +1,65 @@
-"""Weights on disk: the official `checkpoint-last.pth`, bare state dicts, safetensors; read safely.
+"""Training checkpoints, and weights to share; reading itself is in util/weights.py.
 
 An official checkpoint is dict(model, model_ema, optimizer, epoch, scaler, args); evaluation uses
-`model_ema`. Nothing is unpickled but tensors and plain containers; every file is written under a
-temporary name and then renamed. For sharing, `python -m util.checkpoint convert SRC DST` writes one set of
-weights: DST.safetensors with DST.json beside it, or a DST.pth that the original loads.
+`model_ema`. Every file is written under a temporary name and then renamed. For sharing,
+`python -m util.checkpoint convert SRC DST` writes one set of weights: DST.safetensors with DST.json
+beside it, or a DST.pth that the original loads. It also turns l-DeTok's latent statistics, a
+STATS.pkl, into a DST.safetensors.
 """
 
 import argparse
-import hashlib
-import json
-import os
-import pickle
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from util.download import name_of
+from util.data.latent_stats import convert_statistics
 from util.errors import UserError, run_main
-from util.files import atomic_path, sha256_of, write_json
+from util.files import read_json, sha256_of, write_json
 from util.training.ema import EMA
+from util.weights import (
+    LAST,
+    check_weights,
+    describe,
+    digest_of,
+    find_checkpoint,
+    load_into,
+    load_state_dict_file,
+    read_pickle,
+    save_safetensors,
+    weights_in,
+    write_whole,
+)
 
-LAST = "checkpoint-last.pth"
+__all__ = [
+    "LAST",
+    "check_weights",
+    "convert",
+    "describe",
+    "digest_of",
+    "find_checkpoint",
+    "load_into",
+    "load_state_dict_file",
+    "read_pickle",
+    "restore_checkpoint",
+    "save_checkpoint",
+    "save_safetensors",
+]
+
 # Flags whose values are words and still no paths; what is shared names no folder of its author's.
 SHARED_WORDS = ("model", "tokenizer", "num_sampling_steps", "lr_schedule", "pos_init")
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """The file itself, or the checkpoint inside a directory. UserError if there is none."""
-    path = Path(path)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        for name in (LAST, "model.safetensors"):
-            if (path / name).is_file():
-                return path / name
-        raise UserError(f"{path} holds neither {LAST} nor model.safetensors")
-    raise UserError(
-        f"no checkpoint at {path}: get the published one with `python -m util.download {name_of(path)}` "
-        "or give --resume a file that exists"
-    )
-
-
-def _refuse_foreign(path: Path) -> None:
-    with path.open("rb") as file:
-        head = file.read(256).lstrip()
-    if not head:
-        raise UserError(f"{path} is empty: download it again")
-    if head[:1] == b"<":
-        raise UserError(f"{path} is an HTML page, not a checkpoint: download it again")
-
-
-def read_pickle(path: Path, mmap: bool = True) -> object:
-    """Tensors and plain containers of a .pth file, on the CPU; nothing else is ever unpickled.
-
-    With mmap the tensors are views of the file, which must not be overwritten in place meanwhile.
-    """
-    _refuse_foreign(path)
-    with path.open("rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is not a checkpoint that can be read safely") from error
-    except Exception as error:  # a damaged pickle raises almost anything
-        raise UserError(f"{path} is truncated, damaged or not a PyTorch file") from error
-
-
-def _read_safetensors(path: Path, use_ema: bool) -> dict[str, Tensor]:
-    _refuse_foreign(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated, damaged or not a safetensors file") from error
-    if use_ema and metadata.get("weights") == "model":
-        raise UserError(f"{path} holds the weights of the last step, not the averaged ones (EMA)")
-    return weights
-
-
-def load_state_dict_file(path: str | Path, use_ema: bool = True) -> dict[str, Tensor]:
-    """Weights by name from any supported file, on the CPU.
-
-    Args:
-        path: a directory with checkpoint-last.pth or model.safetensors, or a .pth, .pt, .ckpt or
-            .safetensors file. A bare state dict is taken as it is.
-        use_ema: from a training checkpoint take `model_ema` (evaluation), else `model`.
-
-    Raises:
-        UserError: missing, foreign, truncated file, or no averaged weights although asked for.
-    """
-    path = find_checkpoint(path)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, use_ema)
-    content = read_pickle(path)
-    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
-        key = "model_ema" if use_ema else "model"
-        if key not in content:
-            raise UserError(
-                f"{path} has no averaged weights (model_ema); ask for the plain ones instead"
-            )
-        content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path} holds no weights by name")
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise UserError(
-                f"{path} holds no weights by name: '{name}' is a {type(value).__name__}"
-            )
-    return dict(content)
-
-
-def describe(path: str | Path, use_ema: bool) -> str:
-    """Which weights these are: the file's name, the first digits of its sha256, averaged or not."""
-    file = find_checkpoint(path)
-    return f"{file.name} {sha256_of(file)[:16]} {'model_ema' if use_ema else 'model'}"
-
-
-def digest_of(model: nn.Module) -> str:
-    """First 16 digits of the sha256 of a model's weights."""
-    digest = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """UserError naming the first name or shape in which `weights` differ from those of `model`."""
-    own = model.state_dict()
-    for name, tensor in own.items():
-        if name not in weights:
-            raise UserError(f"{source} lacks '{name}', which the model has: it is of another model")
-        if weights[name].shape != tensor.shape:
-            theirs, ours = tuple(weights[name].shape), tuple(tensor.shape)
-            raise UserError(
-                f"'{name}' is {theirs} in {source} but {ours} in the model: check the model's flags"
-            )
-    for name in weights:
-        if name not in own:
-            raise UserError(f"{source} has '{name}', which the model lacks: it is of another model")
-
-
-def load_into(
-    model: nn.Module, path: str | Path, use_ema: bool = True, surplus: Collection[str] = ()
-) -> None:
-    """Copy the weights of a file into `model`; UserError unless all names and shapes agree.
-
-    `surplus`: names that the file may have besides.
-    """
-    weights = load_state_dict_file(path, use_ema)
-    for name in surplus:
-        weights.pop(name, None)
-    check_weights(model, weights, path)
-    model.load_state_dict(weights)
-
-
-def _write(path: Path, save: Callable[[BinaryIO], None]) -> None:
-    """Atomically, and on the disk before the old file goes. UserError if it cannot be written."""
-    with atomic_path(path) as temporary:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            try:
-                save(file)
-            except RuntimeError as error:  # torch's writer says this when the file refuses
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def save_safetensors(
-    path: str | Path, state_dict: Mapping[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write weights by name as safetensors, atomically."""
-    tensors = {name: t.detach().cpu().contiguous() for name, t in state_dict.items()}
-    # save_file would make a file that only its owner can read
-    _write(Path(path), lambda file: file.write(save(tensors, metadata)))
+PICKLED_STATISTICS = (".pkl", ".pickle")
+RESUMED: dict[str, tuple[type, ...]] = {
+    "model": (Mapping,),
+    "model_ema": (Mapping, Sequence),
+    "optimizer": (Mapping,),
+    "epoch": (Integral,),
+}
+PROGRESS = ("step", "step_in_epoch", "images_per_step")  # what a resumed run cannot do without
 
 
 def save_checkpoint(
@@ -213,7 +90,7 @@ def save_checkpoint(
         "args": args,
         "progress": progress,
     }
-    _write(Path(path), lambda file: torch.save(content, file))
+    write_whole(Path(path), lambda file: torch.save(content, file))
 
 
 def restore_checkpoint(
@@ -230,23 +107,91 @@ def restore_checkpoint(
     state, or of another model.
     """
     path = find_checkpoint(path)
+    content = _training_state(path)
+    epochs = int(content["epoch"]) + 1
+    progress = _progress(content, path)
+    weights = weights_in(content, path, use_ema=False)
+    averages = weights_in(content, path, use_ema=True, like=model)
+    check_weights(model, weights, path)
+    check_weights(model, averages, path)
+    model.load_state_dict(weights)
+    ema.load_state_dict(averages)
+    steps = progress.get("step", epochs) - progress.get("skipped", 0)
+    _restore_optimizer(optimizer, content["optimizer"], path, trained=steps > 0)
+    if scaler.is_enabled() and content.get("scaler"):
+        try:
+            scaler.load_state_dict(content["scaler"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise _broken(path, "scaler", f"is incomplete ({error!r})") from error
+    return epochs, progress
+
+
+def _training_state(path: Path) -> Mapping[str, Any]:
+    """A whole checkpoint; UserError if one of the entries that resuming needs is missing or none."""
     content = read_pickle(path, mmap=False) if path.suffix != ".safetensors" else {}
-    for key in ("model", "model_ema", "optimizer", "epoch"):
-        if not isinstance(content, Mapping) or key not in content:
+    content = content if isinstance(content, Mapping) else {}
+    for key, kind in RESUMED.items():
+        if key not in content:
             raise UserError(
                 f"{path} cannot be resumed: it has no '{key}', so it is no training checkpoint"
             )
-    check_weights(model, content["model"], path)
-    check_weights(model, content["model_ema"], path)
-    model.load_state_dict(content["model"])
-    ema.load_state_dict(content["model_ema"])
+        if not isinstance(content[key], kind):
+            raise _broken(path, key, f"is {_kind_of(content[key])}")
+    return content
+
+
+def _kind_of(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _broken(path: Path, entry: str, fault: str) -> UserError:
+    return UserError(
+        f"{path} cannot be resumed: its '{entry}' {fault}; use a whole training checkpoint, or "
+        "remove --resume to start at step 0"
+    )
+
+
+def _progress(content: Mapping[str, object], path: Path) -> dict[str, int]:
+    """The entry of our trainer, {} where the original wrote none. UserError if it is incomplete."""
+    progress = content.get("progress", {})
+    if not isinstance(progress, Mapping):
+        raise _broken(path, "progress", f"is {_kind_of(progress)}")
+    for name in PROGRESS if progress else ():
+        if name not in progress:
+            raise _broken(path, "progress", f"lacks '{name}'")
+    for name, value in progress.items():
+        if not isinstance(value, Integral):
+            raise _broken(path, "progress", f"has {_kind_of(value)} as '{name}'")
+    return {name: int(value) for name, value in progress.items()}
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, state: Mapping[str, object], path: Path, trained: bool
+) -> None:
+    """Load Adam's moments. UserError unless all parameters have them, or none before the first step."""
+    options = [set(group) for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(content["optimizer"])
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path}: its optimizer state is of another model ({error})") from error
-    if scaler.is_enabled() and content.get("scaler"):
-        scaler.load_state_dict(content["scaler"])
-    return content["epoch"] + 1, dict(content.get("progress", {}))
+        optimizer.load_state_dict(dict(state))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise _broken(
+            path, "optimizer", f"is incomplete or of another model ({error!r})"
+        ) from error
+    for group, wanted in zip(optimizer.param_groups, options, strict=True):
+        if missing := sorted(wanted - set(group)):
+            raise _broken(path, "optimizer", f"lacks '{missing[0]}'")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fitting = sum(_fits(optimizer.state[p], p) for p in parameters if p in optimizer.state)
+    if (trained or optimizer.state) and fitting < len(parameters):
+        raise _broken(
+            path, "optimizer", f"has the moments of {fitting} of {len(parameters)} parameters"
+        )
+
+
+def _fits(moments: object, parameter: Tensor) -> bool:
+    if not isinstance(moments, Mapping) or not isinstance(moments.get("step"), Tensor | Real):
+        return False
+    averages = [moments.get(name) for name in ("exp_avg", "exp_avg_sq")]
+    return all(isinstance(a, Tensor) and a.shape == parameter.shape for a in averages)
 
 
 def _has_averages(path: Path, asked: bool | None) -> bool:
@@ -254,7 +199,7 @@ def _has_averages(path: Path, asked: bool | None) -> bool:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             stated = (file.metadata() or {}).get("weights")
-        known = {"model_ema": True, "model": False}.get(stated)
+        known = {"model_ema": True, "model": False}.get(stated or "")
         if known is not None and asked not in (None, known):
             raise UserError(f"{path} holds {stated}: leave out {'--ema' if asked else '--no_ema'}")
         asked = known if asked is None else asked
@@ -266,21 +211,21 @@ def _has_averages(path: Path, asked: bool | None) -> bool:
     return asked
 
 
-def _about(path: Path) -> dict[str, object]:
+def _about(path: Path) -> dict[str, Any]:
     """What a checkpoint tells of its weights besides them: epoch, step and the numbers of its flags."""
     if path.suffix == ".safetensors":
         sidecar = path.with_suffix(".json")
-        try:
-            found = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
-            return {name: found[name] for name in ("epoch", "step", "args") if name in found}
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{sidecar} cannot be read ({error}): restore or remove it") from error
+        found = read_json(sidecar, dict, "restore or remove it") if sidecar.is_file() else {}
+        return {name: found[name] for name in ("epoch", "step", "args") if name in found}
     content = read_pickle(path)
-    about = {}
-    if isinstance(content.get("epoch"), int):
-        about["epoch"] = content["epoch"]
-    if "progress" in content:
-        about["step"] = content["progress"]["step"]
+    about: dict[str, Any] = {}
+    if not isinstance(content, Mapping):
+        return about
+    progress = content.get("progress")
+    step = progress.get("step") if isinstance(progress, Mapping) else None
+    for name, value in (("epoch", content.get("epoch")), ("step", step)):
+        if isinstance(value, Integral):
+            about[name] = int(value)
     if isinstance(content.get("args"), argparse.Namespace):
         about["args"] = {
             name: value
@@ -323,12 +268,12 @@ def convert(
         digest = sha256_of(target)
         write_json(targets[1], {"weights": key, "parameters": numbers, "sha256": digest, **about})
     else:
-        content = {"model": weights, key: weights}
+        content: dict[str, object] = {"model": weights, key: weights}
         if "epoch" in about:
             content["epoch"] = about["epoch"]
         if "args" in about:
             content["args"] = argparse.Namespace(**about["args"])
-        _write(target, lambda file: torch.save(content, file))
+        write_whole(target, lambda file: torch.save(content, file))
     return targets
 
 
@@ -337,7 +282,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m util.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("convert", help="write one set of weights of SRC as DST")
-    command.add_argument("source", metavar="SRC", help="checkpoint file or directory")
+    command.add_argument(
+        "source", metavar="SRC", help="checkpoint file or directory, or statistics (*.pkl)"
+    )
     command.add_argument("target", metavar="DST", help="*.safetensors (and *.json) or *.pth")
     which = command.add_mutually_exclusive_group()
     which.add_argument("--ema", action="store_const", const=True, help="the averaged weights")
@@ -345,7 +292,11 @@ def main() -> None:
         "--no_ema", action="store_const", const=False, dest="ema", help="those of the last step"
     )
     command.add_argument("--overwrite", action="store_true", help="replace DST")
+    command.add_argument("--key", help="which statistics, where a *.pkl holds several")
     args = parser.parse_args()
+    if Path(args.source).suffix in PICKLED_STATISTICS:
+        print(f"wrote {convert_statistics(args.source, args.target, args.key, args.overwrite)}")
+        return
     for path in convert(args.source, args.target, args.ema, args.overwrite):
         print(f"wrote {path}")
 

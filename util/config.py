@@ -145,7 +145,7 @@ class Flags:
         prefix: str = "",
     ) -> Config | None:
         """The config if the flag `switch` is on, else None. UserError for its flags without it."""
-        if self.value(switch, False):
+        if self.value(switch, (defaults or {}).get(switch, False)):
             return self.build(config, defaults, prefix)
         for flag in flags_of(config, prefix):
             if flag.name in self.given:
@@ -193,6 +193,7 @@ class FlagParser:
         owner: str | None = None,
         from_model: Sequence[str] = (),
         defaults: Mapping[str, Any] | None = None,
+        hidden: bool = False,
     ) -> None:
         """A group of flags, one per field of `config`.
 
@@ -202,6 +203,7 @@ class FlagParser:
             owner: family of models that these flags are for; None: for all commands and families.
             from_model: flags whose value follows from --model where they are not given.
             defaults: values that the help shows instead of the class's own.
+            hidden: accepted, but not in the help: the flags mean nothing to this command.
         """
         group = self._groups.get(title)
         if group is None:
@@ -210,7 +212,8 @@ class FlagParser:
         defaults = {**(defaults or {}), **self._defaults}
         if switch:
             self._claim(switch[0], owner)
-            self._add(group, switch[0], bool, False, {"help": switch[1]})
+            if switch[0] not in self._names:
+                self._add(group, switch[0], bool, False, {"help": switch[1]})
         for flag in flags_of(config, prefix):
             self._claim(flag.name, owner)
             if flag.name in self._names:
@@ -218,7 +221,8 @@ class FlagParser:
             default = defaults.get(flag.name, flag.field.default)
             if flag.name in from_model:
                 default = "model"
-            self._add(group, flag.name, flag.type, default, flag.field.metadata)
+            metadata = {**flag.field.metadata, "hidden": hidden}
+            self._add(group, flag.name, flag.type, default, metadata)
 
     def _claim(self, name: str, owner: str | None) -> None:
         if owner is None:
@@ -237,7 +241,7 @@ class FlagParser:
         self._names.add(name)
         shown = "" if default is None or default is False or default == "" else default
         text = f"{metadata['help']} [{_as_text(shown)}]" if shown != "" else metadata["help"]
-        text = text.replace("%", "%%")
+        text = argparse.SUPPRESS if metadata.get("hidden") else text.replace("%", "%%")
         if kind is bool:
             group.add_argument(f"--{name}", nargs="?", type=_boolean, const=True, help=text)
             if default is not False:

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import re
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ PATIENCE = 120.0  # seconds without a sign of life until a process counts as dea
 _BEAT_EVERY = 2.0  # seconds
 _POLL_EVERY = 0.1  # seconds
 _FAILURE_WITHIN = 5.0  # seconds in which a process that stops says why
+_QUIET_FOR = 10.0  # seconds of waiting for the other processes without a word
 _STORE_TIMEOUT = 600.0  # seconds to find the store, in which the other machines may start up
 
 Json = object  # what json.dumps takes
@@ -56,23 +59,64 @@ class World:
         return self.rank == 0
 
 
-def world_from_env(open_mpi: bool = False, stated_size: int = 1) -> World:
-    """The place that torchrun (or Open MPI) sets in the environment; one process without it.
+# What launchers set in each process: its rank, their number, its rank on its machine. The first that
+# has set both numbers wins, because launchers start each other: torchrun in a step of SLURM.
+_LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    "Open MPI": tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK")),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    # The step decides: a batch script has no STEP_NUM_TASKS, whatever the NTASKS of its job.
+    "SLURM": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+}
 
-    UserError if a launcher was promised by --dist_on_itp or --world_size and there is none.
+
+def world_from_env(open_mpi: bool = False, stated_size: int = 1) -> World:
+    """The place that a launcher (torchrun, MPI, srun) set in the environment; one process without it.
+
+    An empty variable counts as unset. UserError for values that make no sense, and if a launcher was
+    promised by --dist_on_itp or --world_size and there is none.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if open_mpi:
-        names = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK"))
-    values = [os.environ.get(name) for name in names]
-    if None in values[:2]:
-        if open_mpi or stated_size > 1:
+    launchers = ["Open MPI"] if open_mpi else list(_LAUNCHERS)
+    partial = None  # names of a variable that is set and of one that is not
+    for launcher in launchers:
+        rank_name, size_name, local_name = _LAUNCHERS[launcher]
+        rank, size = _number_in_env(rank_name), _number_in_env(size_name)
+        if rank is None or size is None:
+            is_batch_script = launcher == "SLURM" and rank == 0
+            if rank != size and not is_batch_script:
+                names = (rank_name, size_name) if size is None else (size_name, rank_name)
+                partial = partial or names
+            continue
+        if rank >= size:
             raise UserError(
-                f"{stated_size} processes are stated (--world_size, --dist_on_itp), but "
-                f"{names[1]} is not set: start them with torchrun --nproc_per_node=N"
+                f"{rank_name} is {rank}, but {size_name} is {size}: ranks go from 0 to {size_name} - 1"
             )
-        return World()
-    return World(*(int(value or 0) for value in values))
+        local_rank = _number_in_env(local_name) or 0
+        if launcher != "torchrun" and (gpus := torch.cuda.device_count()):
+            local_rank %= gpus  # a task may see its own GPU alone
+        return World(rank, size, local_rank)
+    if partial:
+        raise UserError(
+            f"{partial[0]} is set, but {partial[1]} is not: start the processes with torchrun "
+            f"--nproc_per_node=N, or unset {partial[0]} for a single one"
+        )
+    if open_mpi or stated_size > 1:
+        raise UserError(
+            f"{stated_size} processes are stated (--world_size, --dist_on_itp), but "
+            f"{_LAUNCHERS[launchers[0]][1]} is not set: start them with torchrun --nproc_per_node=N"
+        )
+    return World()
+
+
+def _number_in_env(name: str) -> int | None:
+    """A whole number from 0 in the environment, None where it is unset or empty."""
+    text = os.environ.get(name, "").strip()
+    if text and not (text.isascii() and text.isdigit()):
+        raise UserError(
+            f"{name} is {text!r} in the environment; it must be a whole number from 0: unset it, or "
+            "start the processes with torchrun --nproc_per_node=N"
+        )
+    return int(text) if text else None
 
 
 class Rendezvous:
@@ -195,6 +239,11 @@ def _read(store: dist.Store, key: str) -> str | None:
 
 
 def _open_store(world: World, url: str) -> dist.Store:
+    url = _slurm_url() if url == "env://" and not os.environ.get("MASTER_ADDR") else url
+    text = f"note: process {world.rank} of {world.size} waits for the others at {url}"
+    waiting = threading.Timer(_QUIET_FOR, lambda: print(text, file=sys.stderr, flush=True))
+    waiting.daemon = True
+    waiting.start()
     try:
         timeout = timedelta(seconds=_STORE_TIMEOUT)
         store, _, _ = next(rendezvous_at(url, world.rank, world.size, timeout=timeout))
@@ -204,7 +253,23 @@ def _open_store(world: World, url: str) -> dist.Store:
             f"process {world.rank} of {world.size} cannot reach the others at {url} ({reason}): start "
             "them with torchrun"
         ) from error
+    finally:
+        waiting.cancel()
     return dist.PrefixStore("rendezvous", store)
+
+
+def _slurm_url() -> str:
+    """Where the tasks of a SLURM step meet: on its first node, at a port that its numbers give.
+
+    "env://", which asks for MASTER_ADDR, where there is no step.
+    """
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "")  # such as gpu[03-07,12],other
+    first = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^,]*))?", nodes)
+    if first is None:
+        return "env://"
+    numbers = [_number_in_env(f"SLURM_{name}") or 0 for name in ("JOB_ID", "STEP_ID")]
+    port = os.environ.get("MASTER_PORT") or 20000 + sum(numbers) % 10000
+    return f"tcp://{''.join(part or '' for part in first.groups())}:{port}"
 
 
 def start(rendezvous: Rendezvous, device: torch.device) -> None:

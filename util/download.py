@@ -11,6 +11,7 @@ import os
 import ssl
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -39,6 +40,8 @@ class Item:
     sha256: str | None
     licence: str
     source: str  # the page of whoever publishes the file
+    hub: bool = False  # fetched by huggingface_hub
+    also: Sequence[str] = ()  # items without which this one is of no use
 
     @property
     def target(self) -> Path:
@@ -77,27 +80,43 @@ def download(name: str, overwrite: bool = False) -> Path:
     items = read_manifest()
     if name not in items:
         raise UserError(f"There is no download named {name!r}: choose from {', '.join(items)}.")
+    for needed in items[name].also:
+        fetch(items[needed], overwrite)
     return fetch(items[name], overwrite)
+
+
+def _keep_or_fetch(name: str, overwrite: bool) -> Path:
+    """As the original's functions do: an existing file stays; an unexpected size is only noted."""
+    item = read_manifest()[name]
+    if overwrite or not item.target.exists():
+        return fetch(item, overwrite)
+    size = item.target.stat().st_size
+    if item.bytes not in (None, size):
+        print(
+            f"{item.target} has {size} bytes instead of {item.bytes} and is left as it is",
+            file=sys.stderr,
+        )
+    return item.target
 
 
 def download_pretrained_vae(overwrite: bool = False) -> Path:
     """KL-16, MAR's tokenizer (254 MiB)."""
-    return download("vae", overwrite)
+    return _keep_or_fetch("vae", overwrite)
 
 
 def download_pretrained_marb(overwrite: bool = False) -> Path:
     """MAR-B (1.6 GiB)."""
-    return download("mar_base", overwrite)
+    return _keep_or_fetch("mar_base", overwrite)
 
 
 def download_pretrained_marl(overwrite: bool = False) -> Path:
     """MAR-L (about 3.6 GiB)."""
-    return download("mar_large", overwrite)
+    return _keep_or_fetch("mar_large", overwrite)
 
 
 def download_pretrained_marh(overwrite: bool = False) -> Path:
     """MAR-H (about 7.0 GiB)."""
-    return download("mar_huge", overwrite)
+    return _keep_or_fetch("mar_huge", overwrite)
 
 
 def fetch(
@@ -123,6 +142,8 @@ def fetch(
                 f"with `python -m util.download {item.name} --overwrite`."
             )
         return target
+    if item.hub:
+        return _fetch_from_hub(item, overwrite)
     part = target.with_name(target.name + ".part")
     print(f"{item.name}: {item.url} to {target}, licence {item.licence}", file=sys.stderr)
     try:
@@ -147,6 +168,34 @@ def fetch(
     return target
 
 
+def _fetch_from_hub(item: Item, overwrite: bool) -> Path:
+    """Let huggingface_hub bring a file of https://huggingface.co/REPOSITORY/resolve/REVISION/NAME."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise UserError(
+            f"{item.name} comes from the Hugging Face Hub: pip install huggingface_hub, {item.by_hand}."
+        ) from error
+    repository, _, rest = item.url.removeprefix("https://huggingface.co/").partition("/resolve/")
+    revision, _, filename = rest.partition("/")
+    print(f"{item.name}: {item.url} to {item.target}, licence {item.licence}", file=sys.stderr)
+    try:
+        hf_hub_download(
+            repository,
+            filename,
+            revision=revision,
+            local_dir=item.target.parent,
+            force_download=overwrite,
+        )
+    except Exception as error:  # errors of httpx, requests, the Hub or the disk, by its version
+        reason = (str(error) or repr(error)).strip().splitlines()[0]
+        raise UserError(
+            f"{item.name} could not be fetched ({reason}): try again, {item.by_hand}."
+        ) from error
+    _verify(item, item.target)
+    return item.target
+
+
 def _validator(part: Path) -> Path:
     """The file that remembers which version of the remote file `part` is the start of.
 
@@ -164,8 +213,9 @@ def _continue(item: Item, part: Path, timeout: float) -> None:
     headers = {"User-Agent": "lazymar-download"}
     if have:
         headers["Range"] = f"bytes={have}-"
-        if _validator(part).exists() and (validator := _validator(part).read_text()):
-            headers["If-Range"] = validator
+        validator = _validator(part).read_bytes() if _validator(part).exists() else b""
+        if validator.isascii() and validator.decode("ascii").isprintable() and validator:
+            headers["If-Range"] = validator.decode("ascii")
     try:
         # a new opener each time, because urlopen's keeps the proxies of its first call
         with build_opener().open(Request(item.url, headers=headers), timeout=timeout) as response:

@@ -3,18 +3,62 @@
 import sys
 from collections.abc import Callable
 
+from util import streams
+
+# Part of what an error says (type and message, in lower case) -> what to do about it.
+_REMEDIES = {
+    "bus error": "shared memory is full: use --num_workers 0, or enlarge /dev/shm",
+    **dict.fromkeys(
+        ("exited unexpectedly", "is killed by signal"),  # "DataLoader worker (pid 7) ..."
+        "a process that reads data has died, often because memory ran out: use fewer --num_workers "
+        "(0 reads in this process) or a smaller batch",
+    ),
+    "too many open files": "use fewer --num_workers, or raise `ulimit -n`",
+    "ancdata": "too many files are open: use fewer --num_workers, or raise `ulimit -n`",
+    "can't start new thread": "use fewer --num_workers, or raise `ulimit -u`",
+    "resource temporarily unavailable": "use fewer --num_workers, or raise `ulimit -u`",
+    **dict.fromkeys(
+        (
+            *("memoryerror", "outofmemoryerror", "out of memory", "alloc_failed"),
+            *("not enough memory", "can't allocate memory", "cannot allocate memory"),
+        ),
+        "memory ran out: use a smaller batch (--batch_size or --eval_bsz, --vae_bsz), fewer "
+        "--num_workers, or a lower precision",
+    ),
+}
+
 
 class UserError(Exception):
     """Bad input, missing file, impossible combination. The message says what, which value, what to do."""
 
 
+class WeightsError(UserError, ValueError):
+    """A file of weights or statistics that does not fit; a ValueError for the library's own users."""
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """What a user should read of an error; None for a defect of ours, which needs its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    text = " ".join([type(error).__name__, *str(error).split()])
+    for mark, remedy in _REMEDIES.items():
+        if mark in text.lower():
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            return f"{reason.rstrip('.: ')}: {remedy}"
+    return None
+
+
 def run_main(main: Callable[[], None]) -> None:
-    """Run a command; turn UserError into one line on stderr and exit code 2."""
+    """Run a command with secured streams; an error that sentence_of knows is one line, exit code 2."""
+    streams.secure()
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(2)

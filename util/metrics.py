@@ -35,20 +35,27 @@ from tqdm import tqdm
 
 from util.device import pick_device
 from util.errors import UserError, run_main
-from util.evaluation.conditions import Condition, class_labels
-from util.evaluation.feature_weights import inception_weights, shapes_weights
+from util.evaluation.conditions import Condition
+from util.evaluation.feature_weights import inception_weights, prompts_weights, shapes_weights
 from util.evaluation.image_source import (
-    ImageFiles,
     ImageSource,
     Pictures,
     image_batches,
+    open_reference,
     open_source,
 )
 from util.evaluation.request import ScoreRequest
-from util.evaluation.statistics import FidStatistics, load_images, load_stats, save_stats
-from util.evaluation.sums import FeatureSums, Gaussian
-from util.images import list_images
+from util.evaluation.statistics import (
+    FidStatistics,
+    check_images,
+    load_images,
+    load_stats,
+    save_stats,
+)
+from util.evaluation.sums import FeatureSums, Gaussian, Judge
+from util.tiny.captions import parse
 from util.tiny.classifier import IMAGE_SIZE, ShapeClassifier
+from util.tiny.prompt_classifier import PromptClassifier, compare, scenes_of
 
 KID_SUBSET = 1000  # images per subset, torch-fidelity's default; fewer where there are fewer
 _SPATIAL_CHANNELS = 7  # ADM's evaluator: the first 7 channels of mixed_6/conv, 17 x 17 each
@@ -56,6 +63,8 @@ _SPATIAL_CHANNELS = 7  # ADM's evaluator: the first 7 channels of mixed_6/conv, 
 
 class ShapesFeatureExtractor(FeatureExtractorBase):
     """The small classifier of the bundled 64x64 shapes data, as torch-fidelity wants to see it."""
+
+    network: type[ShapeClassifier] | type[PromptClassifier] = ShapeClassifier
 
     def __init__(
         self,
@@ -65,7 +74,8 @@ class ShapesFeatureExtractor(FeatureExtractorBase):
         **_: object,
     ) -> None:
         super().__init__(name, list(features_list))
-        self.classifier = ShapeClassifier.from_file(feature_extractor_weights_path)
+        assert feature_extractor_weights_path is not None
+        self.classifier = self.network.from_file(feature_extractor_weights_path)
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -97,15 +107,15 @@ class FeatureSpec:
 
     `find_weights` maps the user's path, or None, to the file that the extractor loads, or raises
     UserError that says how to get it.
-    `knows_labels`: its logits are over the labels of the data set, so they give an accuracy.
+    `judge`: says of logits and the images' conditions what is right, which gives an accuracy.
     `spatial_module`: the module whose output (B, C, h, w) sFID looks at, if there is one.
     """
 
     feature_layer: str
     feature_dim: int
     logits_layer: str
-    knows_labels: bool
     find_weights: Callable[[str | None], str]
+    judge: Judge | None = None
     spatial_module: str | None = None
 
 
@@ -113,7 +123,11 @@ _FEATURES: dict[str, FeatureSpec] = {
     # 1008 outputs in the order of the 2015 TensorFlow graph, not in ImageNet's order; that graph's
     # mixed_6/conv is torchvision's Mixed_6d.branch1x1.
     "inception-v3-compat": FeatureSpec(
-        "2048", 2048, "logits_unbiased", False, inception_weights, "Mixed_6d.branch1x1"
+        "2048",
+        2048,
+        "logits_unbiased",
+        inception_weights,
+        spatial_module="Mixed_6d.branch1x1",
     ),
 }
 
@@ -124,8 +138,38 @@ def register_features(name: str, spec: FeatureSpec, extractor: type[FeatureExtra
     _FEATURES[name] = spec
 
 
+def _judge_labels(logits: torch.Tensor, conditions: Sequence[Condition]) -> list[dict[str, bool]]:
+    """accuracy: the largest logit is the label."""
+    found = logits.argmax(1).tolist()
+    pairs = zip(found, conditions, strict=True)
+    return [{"accuracy": a == b} if isinstance(b, int) else {} for a, b in pairs]
+
+
 register_features(
-    "shapes", FeatureSpec("64", 64, "logits", True, shapes_weights), ShapesFeatureExtractor
+    "shapes", FeatureSpec("64", 64, "logits", shapes_weights, _judge_labels), ShapesFeatureExtractor
+)
+
+
+class PromptFeatureExtractor(ShapesFeatureExtractor):
+    """The classifier of the captioned shapes, as torch-fidelity wants to see it."""
+
+    network = PromptClassifier
+
+
+def _judge_prompts(logits: torch.Tensor, conditions: Sequence[Condition]) -> list[dict[str, bool]]:
+    """accuracy: everything that a prompt states is right; agreement_X: its shape, colour, ..."""
+    verdicts = []
+    for found, prompt in zip(scenes_of(logits), conditions, strict=True):
+        right = compare(parse(str(prompt)), found)
+        shares = {f"agreement_{name}": value for name, value in right.items()}
+        verdicts.append({"accuracy": all(right.values()), **shares})
+    return verdicts
+
+
+register_features(
+    "prompts",
+    FeatureSpec("64", 64, "logits", prompts_weights, _judge_prompts),
+    PromptFeatureExtractor,
 )
 
 
@@ -187,7 +231,7 @@ class Scorer:
         conditions: Sequence[Condition] | None = None,
         batch_size: int = 64,
     ) -> None:
-        """conditions (N,) of the whole run: class labels that the extractor knows add an accuracy."""
+        """conditions (N,) of the whole run: adds an accuracy where the extractor can judge them."""
         self.request, self.device, self.batch_size = request, device, batch_size
         spatial = "sfid" in request.metrics
         self.extractor = Extractor(request.features, request.features_path, device, spatial)
@@ -195,8 +239,9 @@ class Scorer:
         layers = {"features": spec.feature_layer, "logits": spec.logits_layer}
         if spatial:
             layers["spatial"] = "spatial"
-        labels = class_labels(conditions) if conditions is not None and spec.knows_labels else None
-        self.sums = FeatureSums(num_images, layers, labels, request.needs_features, device)
+        self.sums = FeatureSums(
+            num_images, layers, conditions, spec.judge, request.needs_features, device
+        )
 
     def update(self, indices: Sequence[int], images: torch.Tensor) -> None:
         """Add images (B, 3, H, W) uint8, on any device, and their indices in the run."""
@@ -231,8 +276,7 @@ class Scorer:
         if "isc" in request.metrics:
             mean, deviation = sums.inception_score()
             result |= {"is_mean": mean, "is_std": deviation, "is_splits": sums.splits}
-        if sums.labels is not None:
-            result["accuracy"] = sums.accuracy()
+        result |= sums.verdicts()
         if "sfid" in request.metrics:
             theirs = Gaussian(reference.mu_s, reference.sigma_s)
             result["sfid"] = _frechet(sums.gaussian("spatial"), theirs)
@@ -256,11 +300,15 @@ class Scorer:
             result = {"kid_mean": kid[KEY_METRIC_KID_MEAN], "kid_std": kid[KEY_METRIC_KID_STD]}
             result["kid_subset"] = subset
         if "pr" in self.request.metrics:
-            if min(len(ours), len(theirs)) <= 3:  # torch-fidelity's default neighbourhood
-                raise UserError("precision and recall need more than 3 images on either side")
+            _check_neighbours(len(ours), len(theirs))
             pr = prc_features_to_metric(ours, theirs, save_cpu_ram=True, verbose=False)
             result["precision"], result["recall"] = pr[KEY_METRIC_PRECISION], pr[KEY_METRIC_RECALL]
         return result
+
+
+def _check_neighbours(*counts: int) -> None:
+    if min(counts) <= 3:  # torch-fidelity's default neighbourhood
+        raise UserError("precision and recall need more than 3 images on either side")
 
 
 def _frechet(ours: Gaussian, theirs: Gaussian) -> float:
@@ -298,10 +346,22 @@ def _load_stats_for(request: ScoreRequest) -> FidStatistics:
     return stats
 
 
-def check_ready(request: ScoreRequest) -> None:
-    """Raise UserError if scoring cannot work; to be called before anything is generated."""
-    _load_stats_for(request)
-    Extractor(request.features, request.features_path, "cpu", "sfid" in request.metrics)
+def check_ready(request: ScoreRequest, num_images: int | None = None) -> None:
+    """Raise UserError if scoring `num_images` cannot work; call it before anything is generated.
+
+    All that scoring will read is read here once: damage is found before hours of sampling.
+    """
+    reference = _load_stats_for(request)
+    extractor = Extractor(request.features, request.features_path, "cpu", "sfid" in request.metrics)
+    counts = [] if num_images is None else [num_images]
+    if request.needs_features and reference.activations is not None:
+        counts.append(len(reference.activations))
+    elif request.needs_features:
+        count, height, width, _ = check_images(request.stats_path)
+        extractor(torch.zeros(1, 3, height, width, dtype=torch.uint8))  # does that size fit?
+        counts.append(count)
+    if "pr" in request.metrics:
+        _check_neighbours(*counts)
 
 
 def score(
@@ -310,7 +370,7 @@ def score(
     request: ScoreRequest,
     device: str | torch.device,
     batch_size: int = 64,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[Condition] | None = None,
 ) -> dict[str, object]:
     """Count, extract and score `num_images` generated images, see Scorer.result.
 
@@ -342,7 +402,7 @@ def make_stats(
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f"the folder of {output} does not exist; create it or change --output")
     if not isinstance(source, Dataset):
-        source = ImageFiles(list_images(source, recursive=True), img_size)
+        source = open_reference(source, img_size)
     count = len(source)
     if count < 2:
         raise UserError(f"FID statistics need at least 2 images, got {count}; check the folder")

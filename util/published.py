@@ -1,57 +1,82 @@
-"""Published results on ImageNet 256x256, one row per script of scripts/ that reproduces it."""
+"""Published results on ImageNet 256x256, and the flags of eval.py that reproduce each of them.
 
+    python -m util.published                  # list all rows
+    python -m util.published lazymar_huge     # flags of one row, for scripts/reproduce.sh
+
+A row added to ROWS is listed, can be reproduced by its name, and belongs in the README's table.
+"""
+
+import sys
 from dataclasses import dataclass
+
+from util.errors import UserError, run_main
+from util.markdown import markdown_table
 
 
 @dataclass(frozen=True)
 class Published:
-    """FID and IS of 50,000 images; seconds per image and operations where they were published.
+    """FID and Inception Score of 50,000 images; cost per image where it was published.
 
-    num_iter, cfg, temperature: how it was sampled. LazyMAR's paper names no guidance; 3.25 is that of
-    its eval.py.
+    gpu_s: seconds on an RTX 3090; cpu_s: seconds on a CPU; tflops: operations in T.
     """
 
-    model: str
-    lazy_mar: bool
-    num_iter: int
-    cfg: float
-    temperature: float
+    method: str
+    flags: str
     fid: float
     inception: float
-    gpu_s: float | None = None  # RTX 3090
+    gpu_s: float | None = None
     cpu_s: float | None = None
     tflops: float | None = None
 
 
-def _mar(model: str, cfg: float, fid: float, inception: float) -> Published:
-    """Li et al. 2024: 256 steps; without guidance at temperature 0.95 (MAR's README)."""
-    return Published(model, False, 256, cfg, 0.95 if cfg == 1.0 else 1.0, fid, inception)
-
-
-def _lazymar(model: str, lazy_mar: bool, *results: float) -> Published:
-    """Yan et al. 2025: 64 steps."""
-    return Published(model, lazy_mar, 64, 3.25, 1.0, *results)
-
-
+# MAR: Li et al. 2024, 256 steps; without guidance at temperature 0.95 (MAR's README; FID and IS of these
+# three rows are quoted from memory of its Table 4). LazyMAR and 64 steps: Yan et al. 2025; the paper names
+# no guidance, 3.25 is that of its eval.py.
+# fmt: off
 ROWS = {
-    "mar_base_256": _mar("mar_base", 2.9, 2.31, 281.7),
-    "mar_large_256": _mar("mar_large", 3.0, 1.78, 296.0),
-    "mar_huge_256": _mar("mar_huge", 3.2, 1.55, 303.7),
-    "mar_base_nocfg": _mar("mar_base", 1.0, 3.48, 192.4),
-    "mar_large_nocfg": _mar("mar_large", 1.0, 2.60, 221.4),
-    "mar_huge_nocfg": _mar("mar_huge", 1.0, 2.35, 227.8),
-    "mar_base_64": _lazymar("mar_base", False, 2.32, 281.1, 0.47, 28.97, 15.49),
-    "mar_large_64": _lazymar("mar_large", False, 1.82, 296.1, 0.93, 59.66, 35.05),
-    "mar_huge_64": _lazymar("mar_huge", False, 1.59, 299.1, 1.74, 116.61, 69.06),
-    "lazymar_base": _lazymar("mar_base", True, 2.45, 281.3, 0.21, 11.08, 5.54),
-    "lazymar_large": _lazymar("mar_large", True, 1.93, 297.4, 0.40, 22.82, 12.52),
-    "lazymar_huge": _lazymar("mar_huge", True, 1.69, 299.2, 0.75, 43.12, 24.38),
+    "mar_base_256": Published("MAR-B", "--model mar_base --num_iter 256 --cfg 2.9 --eval_bsz 256", 2.31, 281.7),
+    "mar_large_256": Published("MAR-L", "--model mar_large --num_iter 256 --cfg 3.0 --eval_bsz 256", 1.78, 296.0),
+    "mar_huge_256": Published("MAR-H", "--model mar_huge --num_iter 256 --cfg 3.2 --eval_bsz 128", 1.55, 303.7),
+    "mar_base_nocfg": Published("MAR-B, no guidance", "--model mar_base --num_iter 256 --cfg 1.0 --temperature 0.95 --eval_bsz 256", 3.48, 192.4),
+    "mar_large_nocfg": Published("MAR-L, no guidance", "--model mar_large --num_iter 256 --cfg 1.0 --temperature 0.95 --eval_bsz 256", 2.60, 221.4),
+    "mar_huge_nocfg": Published("MAR-H, no guidance", "--model mar_huge --num_iter 256 --cfg 1.0 --temperature 0.95 --eval_bsz 128", 2.35, 227.8),
+    "mar_base_64": Published("MAR-B", "--model mar_base --num_iter 64 --cfg 3.25 --eval_bsz 128", 2.32, 281.1, 0.47, 28.97, 15.49),
+    "mar_large_64": Published("MAR-L", "--model mar_large --num_iter 64 --cfg 3.25 --eval_bsz 128", 1.82, 296.1, 0.93, 59.66, 35.05),
+    "mar_huge_64": Published("MAR-H", "--model mar_huge --num_iter 64 --cfg 3.25 --eval_bsz 128", 1.59, 299.1, 1.74, 116.61, 69.06),
+    "lazymar_base": Published("LazyMAR-B", "--model mar_base --num_iter 64 --cfg 3.25 --eval_bsz 128 --lazy_mar", 2.45, 281.3, 0.21, 11.08, 5.54),
+    "lazymar_large": Published("LazyMAR-L", "--model mar_large --num_iter 64 --cfg 3.25 --eval_bsz 128 --lazy_mar", 1.93, 297.4, 0.40, 22.82, 12.52),
+    "lazymar_huge": Published("LazyMAR-H", "--model mar_huge --num_iter 64 --cfg 3.25 --eval_bsz 128 --lazy_mar", 1.69, 299.2, 0.75, 43.12, 24.38),
 }
+# fmt: on
+NUM_IMAGES = "--num_images 50000"
+
+
+def flags_of(name: str) -> str:
+    """Flags of eval.py that reproduce a row. UserError if there is none of that name."""
+    if name not in ROWS:
+        raise UserError(f"there is no published row {name}: use one of {', '.join(ROWS)}")
+    return f"{ROWS[name].flags} {NUM_IMAGES}"
 
 
 def tflops_at_64(model: str, lazy_mar: bool) -> float:
-    """Published operations per image at 64 steps, in T."""
-    rows = ROWS.values()
-    return next(
-        row.tflops for row in rows if (row.model, row.lazy_mar) == (model, lazy_mar) and row.tflops
-    )
+    """Published operations per image at 64 steps, in T; model: mar_base, mar_large or mar_huge."""
+    tflops = ROWS[f"lazy{model}" if lazy_mar else f"{model}_64"].tflops
+    assert tflops is not None
+    return tflops
+
+
+def main() -> None:
+    """Print the rows, or the flags of the one that is named."""
+    if sys.argv[1:]:
+        print(flags_of(sys.argv[1]))
+        return
+    head = ("name", "method", "FID", "IS", "s / image, RTX 3090", "CPU", "TFLOPs", "eval.py")
+    rows = []
+    for name, row in ROWS.items():
+        costs = (None if x is None else f"{x:.2f}" for x in (row.gpu_s, row.cpu_s, row.tflops))
+        rows.append([name, row.method, f"{row.fid:.2f}", f"{row.inception:.1f}", *costs, row.flags])
+    print(markdown_table(head, rows), end="")
+
+
+if __name__ == "__main__":
+    run_main(main)

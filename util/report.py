@@ -7,7 +7,6 @@ The first run is what the others are compared with: speed-up, and PSNR between i
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from util.errors import UserError, run_main
-from util.files import atomic_path, write_json
+from util.files import atomic_path, read_json, write_json
 from util.images import png_name, read_image, save_png, side_by_side_sheet
+from util.markdown import markdown_table
 
 PAIRED = (
     "weights",
@@ -39,18 +39,46 @@ ON_REQUEST = (
     ("precision", "precision", ".3f"),
     ("recall", "recall", ".3f"),
 )
+# What is read of every run, and what must be a number where it is there.
+NEEDED = (
+    *(
+        "model",
+        "method",
+        "num_images",
+        "num_iter",
+        "cfg",
+        "dtype",
+        "device",
+        "processes",
+        "threads",
+    ),
+    *("eval_bsz", "torch", "commit", "command", "images_dir"),
+)
+NUMBERS = ("fid", "is_mean", "is_std", "accuracy", "sec_per_image", "num_images", "cfg")
+NUMBERS += tuple(key for key, _, _ in ON_REQUEST)
 Json = Mapping[str, object]
 
 
 def load_run(path: Path) -> dict[str, object]:
     """Configuration and results of a run folder. UserError if it is not a finished run."""
-    run: dict[str, object] = {"path": path}
-    for name, part in (("manifest.json", "config"), ("results.json", None)):
+    parts = []
+    for name in ("manifest.json", "results.json"):
         try:
-            found = json.loads((path / name).read_text())
-            run |= found[part] if part else found
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no finished run of eval.py: {name}: {error}") from error
+            parts.append(read_json(path / name, dict, "finish or repeat the run"))
+        except UserError as error:
+            raise UserError(f"{path} is no finished run of eval.py: {error}") from error
+    manifest, results = parts
+    if not isinstance(manifest.get("config"), dict):
+        raise UserError(f"{path} is no finished run of eval.py: manifest.json has no configuration")
+    run = {"path": path, **manifest["config"], **results}
+    for name in NEEDED:
+        if name not in run:
+            raise UserError(f"{path} is no finished run of eval.py: it does not say its {name}")
+    for name in NUMBERS:
+        if not isinstance(run.get(name), (int, float, type(None))):
+            raise UserError(
+                f"{path} has the {name} {run[name]!r}, which is no number: score it again"
+            )
     return run
 
 
@@ -159,11 +187,11 @@ def table(rows: list[dict[str, object]]) -> str:
     extra = [column for column in ON_REQUEST if any(run.get(column[0]) is not None for run in rows)]
     headings = ["", "FID", "IS", "accuracy", "s / image", "speed-up", "PSNR to the first, dB"]
     headings += [heading for _, heading, _ in extra]
-    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
+    body = []
     for run in rows:
         more = [_number(run["speedup"], ".2f"), closeness_text(run, ".1f")]
         more += [_number(run.get(key), form) for key, _, form in extra]
-        lines.append(f"| {' | '.join([*cells(run), *more])} |")
+        body.append([*cells(run), *more])
     about = (
         f"{first['model']}, {first['num_images']} images, {first['num_iter']} steps, "
         f"guidance {first['cfg']:g}, {first['dtype']} on {first['device']}, "
@@ -174,7 +202,7 @@ def table(rows: list[dict[str, object]]) -> str:
     references = {run["reference"] for run in rows if run.get("reference")}
     if len(references) > 1:
         about = f"The scores do not compare: {' and '.join(sorted(references))}.\n\n{about}"
-    return "\n".join([*lines, "", about])
+    return f"{markdown_table(headings, body)}\n{about}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -134,19 +134,27 @@ def render(index: int, size: int = IMAGE_SIZE) -> np.ndarray:
     background = np.array(BACKGROUNDS[random.randint(len(BACKGROUNDS))], np.float32)
     foreground = np.array(FOREGROUNDS[random.randint(len(FOREGROUNDS))], np.float32)
     radius = random.uniform(*RADIUS)
-    middle_x, middle_y = IMAGE_SIZE / 2 + random.uniform(-JITTER, JITTER, 2)
+    middle = IMAGE_SIZE / 2 + random.uniform(-JITTER, JITTER, 2)
     angle = math.radians(random.uniform(-ROTATION, ROTATION))
+    cover = coverage(CLASSES[label_of(index)], middle, radius, angle, size)
+    return np.rint(background + cover * (foreground - background)).astype(np.uint8)
 
+
+def coverage(
+    shape: str, middle: np.ndarray, radius: float, angle: float, size: int = IMAGE_SIZE
+) -> Field:
+    """Share of each pixel that a shape covers, float32 (size, size, 1) in [0, 1].
+
+    middle: x and y (2,). Like the radius it is in pixels of a picture of IMAGE_SIZE; angle: radians.
+    """
     pixel = IMAGE_SIZE / size
     axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(pixel)
-    x, y = axis[None, :] - np.float32(middle_x), axis[:, None] - np.float32(middle_y)
+    x, y = axis[None, :] - np.float32(middle[0]), axis[:, None] - np.float32(middle[1])
     x, y = (
         x * math.cos(angle) + y * math.sin(angle),
         y * math.cos(angle) - x * math.sin(angle),
     )  # (size, size): the shape's own axes
-    distance = SHAPES[CLASSES[label_of(index)]](x, y, radius)
-    coverage = np.clip(0.5 - distance / (EDGE * pixel), 0, 1)[..., None]
-    return np.rint(background + coverage * (foreground - background)).astype(np.uint8)
+    return np.clip(0.5 - SHAPES[shape](x, y, radius) / (EDGE * pixel), 0, 1)[..., None]
 
 
 class ShapesDataset(torch.utils.data.Dataset):

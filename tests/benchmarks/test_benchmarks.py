@@ -17,7 +17,7 @@ from benchmarks import (
     training,
     waterfall,
 )
-from benchmarks.common import clock_of, markdown
+from benchmarks.common import clock_of
 from benchmarks.eager_training import masked_loss
 from benchmarks.mar_work import MODELS, MODES, Work, build, count, work_of
 from engine import cli
@@ -26,6 +26,7 @@ from tests.support import ROOT
 from tests.support.golden_data import relative_error
 from tests.support.sampling import CLOSE, noise_of, sample, small_mar
 from util.errors import UserError
+from util.markdown import markdown_table
 
 
 def test_the_eager_baseline_makes_the_same_latents():
@@ -90,7 +91,7 @@ def test_one_thread_is_clocked_by_its_own_seconds(one_thread):
 
 
 def test_tables_show_three_digits():
-    assert markdown(["a", "b"], [[0.123456, None]]).splitlines()[2] == "| 0.123 |  |"
+    assert markdown_table(["a", "b"], [[0.123456, None]]).splitlines()[2] == "| 0.123 |  |"
 
 
 @pytest.mark.parametrize("script", [latency, waterfall])

@@ -173,6 +173,7 @@ def test_a_file_of_another_size_is_refused(refused, tmp_path):
         (LineARConfig(0.1666), "LineAR 0.1666"),
         (LineARConfig(5, pooling="max"), "LineAR 5, pooling max"),
         (LineARConfig(3 / 8, method="rkv"), "rkv 3/8"),
+        (LineARConfig(1 / 4, 0, 1, "stratified", spaced=2), "stratified 1/4, recent 1, spaced 2"),
     ],
 )
 def test_a_cache_is_named_by_its_budget_and_by_what_was_changed(config, name):

@@ -11,7 +11,9 @@ from benchmarks.mar_work import count, work_of
 from engine import cli
 from models import mar
 from models.flops import MARGeometry, Work, image_work
+from models.head_config import HeadConfig, denoising_runs
 from models.lazy_mar import CACHES, LazyMARConfig, step_policies
+from models.order import OrderConfig
 from models.plan import DecodingPlan
 from util import flops, published
 
@@ -31,6 +33,19 @@ CONFIGS = {
     "probe behind": replace(LAZY, probe_layer=9),
     "constants": replace(LAZY, head_interval=2, head_skip=(0, 2), head_warm=0.2),
     "modulations": replace(LAZY, head_reuse_adaln=True),
+    "local": replace(LAZY, lazy_step="local"),
+    "frozen buffer": replace(LAZY, buffer_refresh=False),
+    "local, frozen buffer, both branches": replace(
+        LAZY, lazy_step="local", buffer_refresh=False, condition_cache=False
+    ),
+    "listed refreshes": replace(LAZY, refresh_steps=(0.0, 0.5), forecast_order=1),
+}
+HEADS = {
+    "annealed": HeadConfig(steps=(4, 2), t_start=950),
+    "second order": HeadConfig(steps=3, spacing="logsnr", solver="2m", tau=0.5),
+    "guided late": HeadConfig(guidance_start=0.5),
+    "guided inside": HeadConfig(guidance_interval=(200, 800)),
+    "all": HeadConfig(steps=(4, 3), guidance_start=0.3, guidance_interval=(0, 500)),
 }
 GEOMETRIES = {
     "tiny": {},
@@ -42,6 +57,7 @@ GEOMETRIES = {
 }  # fmt: skip
 GUIDED = (4, 3.0)  # num_iter, guidance
 CASES = [("tiny", name, GUIDED) for name in CONFIGS]
+CASES += [("no buffer", name, GUIDED) for name in ("local", "frozen buffer")]
 CASES += [(geometry, "lazymar", GUIDED) for geometry in ("no buffer", "unequal")]
 CASES += [("tiny", name, (4, 1.0)) for name in ("mar", "lazymar")]
 CASES += [("tiny", "lazymar", few_or_many) for few_or_many in ((1, 3.0), (11, 3.0))]
@@ -71,23 +87,23 @@ class Published:
     Nothing is remembered: tensors without contents have only their sizes.
     """
 
-    def __init__(self, model: mar.MAR, plan: DecodingPlan, config: LazyMARConfig | None):
+    def __init__(self, model, plan: DecodingPlan, config: LazyMARConfig | None, head=None):
         self.model, self.plan, self.config = model, plan, config
-        self.branches = 2 if plan.guided else 1
+        self.runs = denoising_runs(head, model.diffloss.gen_diffusion, plan)
         self.total = model.buffer_size + model.seq_len
         self.policies = step_policies(config, plan, model.buffer_size) if config else {}
 
     def work(self) -> Work:
         """All steps, part by part."""
         parts = {"encoder": 0.0, "decoder": 0.0, "head": 0.0}
-        head_of_a_token = self.counted(self.head)
-        for step in self.plan.steps:
+        for step, run in zip(self.plan.steps, self.runs, strict=True):
+            branches = 2 if step.guided else 1
             lazy = self.config is not None and not self.policies[step.index].refresh
-            rows = 1 if lazy and self.config.condition_cache else self.branches
+            rows = 1 if lazy and self.config.condition_cache else branches
             token = lazy and self.config.token_cache
             parts["encoder"] += self.counted(self.encoder, step, rows, token)
             parts["decoder"] += self.counted(self.decoder, step, rows, token)
-            parts["head"] += (step.stop - step.start) * head_of_a_token
+            parts["head"] += (step.stop - step.start) * self.counted(self.head, run, branches)
         return Work(**parts)
 
     @staticmethod
@@ -103,17 +119,22 @@ class Published:
         x = model.embed_known(tokens, order, torch.zeros(rows, width))
         heads = model.encoder_blocks[0].attn.num_heads
         update = cached(model.buffer_size + step.start, heads, width) if lazy else None
+        x = x[:, model.buffer_size :] if lazy and not self.config.buffer_refresh else x
         model.encode(x, [update] * len(model.encoder_blocks))
 
     def decoder(self, step, rows, lazy):
         model = self.model
         new = model.buffer_size + step.start - (step.previous if lazy else 0)
+        new -= model.buffer_size if lazy and not self.config.buffer_refresh else 0
         model.decoder_embed(torch.zeros(rows, new, model.z_proj.out_features))
         width, blocks = model.decoder_embed.out_features, model.decoder_blocks
         x = torch.zeros(rows, self.total, width)
         kept = self.policies[step.index].kept if lazy else self.total
+        local = lazy and self.config.lazy_step == "local"
         for i, block in enumerate(blocks):
-            if not lazy or i < self.config.probe_layer:
+            if local:
+                block(x[:, :kept], cached(self.total, block.attn.num_heads, width))
+            elif not lazy or i < self.config.probe_layer:
                 x = block(x)
             elif i == self.config.probe_layer:
                 attended = block.attn(block.norm1(x))  # of all positions
@@ -121,8 +142,9 @@ class Published:
             else:
                 x = block(x, cached(self.total, block.attn.num_heads, width))
 
-    def head(self):
-        net, steps = self.model.diffloss.net, self.model.diffloss.num_sampling_steps
+    def head(self, run, branches):
+        net, steps = self.model.diffloss.net, run.num_steps
+        own = self.model.diffloss.num_sampling_steps
         width = net.cond_embed.in_features
 
         def inputs(rows):
@@ -131,8 +153,10 @@ class Published:
 
         config = self.config
         for i in range(steps):
-            if config is None or not config.head_cache or config.is_full(i, steps):
-                net(*inputs(self.branches))
+            first = i < steps - 1 and run.guided[i] and not run.guided[i + 1]
+            full = config is None or not config.head_cache or first
+            if full or config.is_full(i, steps, own):
+                net(*inputs(branches if run.guided[i] else 1))
                 continue
             x, t, c = inputs(1)
             embedding, hidden = net.time_embed(t) + net.cond_embed(c), net.input_proj(x)
@@ -163,6 +187,24 @@ def test_the_count_is_what_torch_counts(geometry, name, sampling):
     assert executed.head == counted.head_flops
 
 
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("lazy", ["mar", "lazymar", "local"])
+def test_every_field_of_the_head_is_counted(name, lazy):
+    model, config, head = meta_mar("tiny"), CONFIGS[lazy], HEADS[name]
+    plan = DecodingPlan.create(
+        model.seq_len, 6, 3.0, guidance_start=head.guidance_start, order=OrderConfig("gtr")
+    )
+    sizes = MARGeometry.of(model)
+    published = image_work(sizes, plan, config, head=head)
+    assert published == Published(model, plan, config, head).work()
+    executed = image_work(sizes, plan, config, executed=True, head=head)
+    counted = work_of(model, config, plan, itemsize=4, head=head)
+    assert executed.encoder + executed.decoder == counted.transformer_flops
+    assert executed.head == counted.head_flops
+    plain = DecodingPlan.create(model.seq_len, 6, 3.0, order=OrderConfig("gtr"))
+    assert published.head < image_work(sizes, plain, config).head
+
+
 def test_guidance_costs_a_second_branch_and_every_cache_saves():
     geometry = MARGeometry.of(meta_mar("tiny"))
     free, guided = (DecodingPlan.create(geometry.seq_len, 12, cfg) for cfg in (1.0, 3.0))
@@ -177,10 +219,9 @@ def test_guidance_costs_a_second_branch_and_every_cache_saves():
 
 
 def test_a_dry_run_counts_what_is_executed():
+    host = cli.named("mar_base").host()
     with torch.device("meta"):
-        base = mar.mar_base(diffloss_d=6, diffloss_w=1024)
-    host = cli.named("mar_base", cfg=3.0, num_iter=64).host()
-    assert host.flops_per_image(base) == pytest.approx(13.927e12, rel=1e-4)
+        assert host.flops_per_image(host.build()) == pytest.approx(13.927e12, rel=1e-4)
 
 
 # ---- the command -------------------------------------------------------------------------------------
@@ -195,9 +236,12 @@ def printed() -> tuple[str, dict]:
 
 def test_the_document_holds_the_papers_table(printed):
     _, document = printed
-    assert list(document) == ["mar_base", "mar_large", "mar_huge"]
+    assert list(document) == ["mar_base", "mar_large", "mar_huge", "mar_tiny"]
     for name, found in document.items():
-        assert list(found) == ["plain", "lazy", "ratio"]
+        assert list(found) == ["plain", "lazy", "balanced", "fast", "ratio"]
+        assert found["plain"] / found["fast"] >= 8
+        if name == "mar_tiny":
+            continue
         plain, lazy = (published.tflops_at_64(name, lazy_mar) for lazy_mar in (False, True))
         assert 0.94 <= found["plain"] / plain <= 1
         assert abs(found["lazy"] / lazy - 1) < 0.06
@@ -219,7 +263,7 @@ def test_shares_of_the_caches_add_up_to_all_that_is_saved():
 def test_every_model_and_mode_has_its_row(printed, monkeypatch, capsys):
     text, document = printed
     for name in document:
-        for mode in flops.MODES:
+        for mode in flops.modes(64):
             assert sum(line.startswith(f"| {name} | {mode} |") for line in text.splitlines()) == 1
     monkeypatch.setattr(sys, "argv", ["flops", "--num_iter", "32"])
     flops.main()

@@ -26,7 +26,7 @@ def test_the_keep_schedule_stretches_with_the_number_of_steps(num_iter):
 
 
 def test_refresh_steps_at_64_steps_are_the_published_twelve():
-    refreshes = [s for s in range(64) if LazyMARConfig().is_refresh(s)]
+    refreshes = [s for s in range(64) if LazyMARConfig().is_refresh(s, 64)]
     assert refreshes == [0, 1, 2, 3, 4, 5, 14, 23, 32, 41, 50, 59]
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from models.line_cache import KVCache, LineARConfig, LineCache, make_cache
+from models.line_cache import LineARConfig, LineLayer, make_cache
 from models.line_methods import METHODS, LineView
+from models.line_plan import LinePlan
 from models.llamagen import gpt_xl
 from tests.support.llamagen_data import random_codes, small_gpt
 
@@ -34,7 +35,8 @@ def test_a_budget_of_all_lines_gives_the_codes_of_the_full_cache(budget):
         labels, cfg=2.0, seeds=[1, 2], line_ar=LineARConfig(budget=budget)
     )
     assert torch.equal(compressed, full)
-    assert isinstance(make_cache(LineARConfig(budget=budget), (8, 8), 1), KVCache)
+    cache = make_cache(LineARConfig(budget=budget), (8, 8), 1)
+    assert not isinstance(cache.layers[0], LineLayer)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -50,11 +52,11 @@ def test_condition_anchors_and_recent_lines_never_leave(method):
     config = linear(method=method)
     plan = config.plan((6, 4))
     for cache in run_cache(config):
-        tokens = cache.count - 1
+        tokens = cache.layers[0].count - 1
         kept = {0, *range(1, 1 + min(plan.anchors, tokens))}
-        kept |= set(range(max(1, cache.count - plan.recent), cache.count))
-        for position in cache.positions:
-            for held in position[:, :, : cache.live].flatten(0, 1).tolist():
+        kept |= set(range(max(1, cache.layers[0].count - plan.recent), cache.layers[0].count))
+        for layer in cache.layers:
+            for held in layer.positions[:, :, : cache.live].flatten(0, 1).tolist():
                 assert kept <= set(held)
                 assert len(set(held)) == len(held) == 1 + min(tokens, plan.budget)
 
@@ -70,22 +72,22 @@ def test_every_kept_token_has_its_own_key_and_value_at_its_original_position(met
             keys, values = cache.update(
                 layer, k[layer, position], *(k[layer, position], v[layer, position])
             )
-            assert keys.data_ptr() == cache.k[layer].data_ptr()  # a view: nothing is copied
+            assert keys.data_ptr() == cache.layers[layer].k.data_ptr()  # a view: nothing is copied
             assert keys.shape[2] == values.shape[2] == cache.live + 1
         cache.advance()
     for layer in range(layers):
-        position = cache.positions[layer][:, :, : cache.live].long()
+        position = cache.layers[layer].positions[:, :, : cache.live].long()
         for row in range(2):
             for head in range(2):
                 wanted = position[row, head]
                 stale = 24 - 1 - wanted.max()  # tokens behind the last complete line
                 assert stale >= 0
-                live = cache.live - (cache.count - 1) % 4
+                live = cache.live - (cache.layers[0].count - 1) % 4
                 assert torch.equal(
-                    cache.k[layer][row, head, :live], k[layer, wanted[:live], row, head, 0]
+                    cache.layers[layer].k[row, head, :live], k[layer, wanted[:live], row, head, 0]
                 )
                 assert torch.equal(
-                    cache.v[layer][row, head, :live], v[layer, wanted[:live], row, head, 0]
+                    cache.layers[layer].v[row, head, :live], v[layer, wanted[:live], row, head, 0]
                 )
 
 
@@ -100,8 +102,11 @@ def test_what_a_sequence_forgets_does_not_depend_on_the_others(method):
         one.update(0, *step[:, 2:3])
         many.advance()
         one.advance()
-    assert torch.equal(many.positions[0][2:3], one.positions[0])
-    assert not torch.equal(many.positions[0][:1], one.positions[0]) or method == "streaming"
+    assert torch.equal(many.layers[0].positions[2:3], one.layers[0].positions)
+    assert (
+        not torch.equal(many.layers[0].positions[:1], one.layers[0].positions)
+        or method == "streaming"
+    )
 
 
 def test_one_branch_does_not_depend_on_the_other():
@@ -166,7 +171,7 @@ def test_a_position_takes_two_bytes_where_that_is_enough(grid, size):
     cache = make_cache(linear(method="streaming"), grid, 1)
     cache.update(0, *torch.zeros(3, 1, 1, 1, 4))
     assert cache.workspace_nbytes == size * cache.slots
-    assert cache.positions[0].max() == cache.slots - 1
+    assert cache.layers[0].positions.max() == cache.slots - 1
 
 
 def test_a_position_beyond_the_buffer_is_refused():
@@ -181,7 +186,8 @@ def test_a_position_beyond_the_buffer_is_refused():
 def test_buffers_stay_where_they_are_and_as_large_as_they_are():
     seen = set()
     for cache in run_cache(linear(), grid=(9, 4)):
-        seen.add((cache.k[0].data_ptr(), cache.k[0].shape, cache.positions[0].data_ptr()))
+        layer = cache.layers[0]
+        seen.add((layer.k.data_ptr(), layer.k.shape, layer.positions.data_ptr()))
         assert cache.live <= 1 + 12
     assert len(seen) == 1
 
@@ -220,6 +226,7 @@ def test_a_budget_that_does_not_fit_is_refused_with_its_three_numbers():
         ({"recent": 0}, "recent is 0"),
         ({"method": "magic"}, "'magic'; use one of none, linear, streaming"),
         ({"pooling": "sum"}, "pooling is 'sum'"),
+        ({"spaced": -1}, "spaced is -1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields, message):
@@ -239,7 +246,7 @@ def view(pooling: str = "mean") -> LineView:
     queries, keys = torch.randn(2, 1, 1, 6, 8, generator=generator)
     keys = torch.cat([keys, keys[:, :, :1]], dim=2)  # the last token repeats the first
     positions = torch.tensor([[[4, 0, 2, 6, 1, 3, 5]]])
-    return LineView(queries, keys, positions, pooling)
+    return LineView(queries, keys, positions, pooling, LinePlan(6, 1, 6, 0, 6))
 
 
 def test_pooling_says_which_query_counts():
@@ -270,5 +277,35 @@ def test_rkv_holds_a_repeated_key_for_worth_less():
 
 def test_a_config_of_method_none_is_the_full_cache():
     cache = make_cache(LineARConfig(budget=2, method="none"), (8, 8), 1)
-    assert not isinstance(cache, LineCache)
+    assert not isinstance(cache.layers[0], LineLayer)
     assert cache.slots == 64
+
+
+@pytest.mark.parametrize(
+    ("line", "spaced", "columns"), [(16, 2, {4, 11}), (5, 1, {2}), (4, 3, {1, 2, 3})]
+)
+def test_stratified_always_keeps_evenly_spaced_tokens_of_every_line(line, spaced, columns):
+    config = linear(budget=7, method="stratified", spaced=spaced)
+    assert config.plan((8, line)).spaced == spaced
+    for cache in run_cache(config, grid=(8, line)):
+        lines = (cache.layers[0].count - 1) // line
+        kept = {1 + row * line + column for row in range(lines) for column in columns}
+        for layer in cache.layers:
+            for held in layer.positions[:, :, : cache.live].flatten(0, 1).tolist():
+                assert kept <= set(held)
+
+
+def test_stratified_keeps_fewer_of_a_line_where_the_budget_does_not_hold_more():
+    counts = {
+        budget: LineARConfig(budget, anchors=0, recent=1, method="stratified", spaced=3)
+        .plan((16, 16))
+        .spaced
+        for budget in (1 / 2, 1 / 4, 1 / 6, 1 / 8)
+    }
+    assert counts == {
+        1 / 2: 3,
+        1 / 4: 3,
+        1 / 6: 2,
+        1 / 8: 1,
+    }  # 112, 48, 32, 16 slots, 14 older lines
+    assert LineARConfig(1 / 4, recent=1).plan((16, 16)).spaced == 0

@@ -16,7 +16,7 @@ CASES = [(method, seed) for method in METHODS for seed in range(4)]
 def oracle_of(model, rows, config):
     """The oracle with the counts of `config`; the methods' protected tokens are tested elsewhere."""
     plan = config.plan(model.grid)
-    return Oracle(model, rows, plan.budget, plan.anchors, plan.recent, config.method)
+    return Oracle(model, rows, plan.budget, plan.anchors, plan.recent, config.method, plan.spaced)
 
 
 def random_case(method, seed):
@@ -67,9 +67,9 @@ def test_any_geometry_method_and_batch_holds_what_the_oracle_holds(method, seed)
             for layer, rows in enumerate(oracle.history[i // line - 1]):
                 for row, heads in enumerate(rows):
                     for head, alive in enumerate(heads):
-                        held = cache.positions[layer][row, head, : cache.live].tolist()
+                        held = cache.layers[layer].positions[row, head, : cache.live].tolist()
                         assert sorted(held) == [0, *(1 + token for token in sorted(alive))]
-    assert cache.live < cache.count
+    assert cache.live < cache.layers[0].count
 
 
 @pytest.mark.parametrize("method", METHODS)

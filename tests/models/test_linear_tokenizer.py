@@ -133,7 +133,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_truncated_file_is_refused_in_one_line(tmp_path, length):
     path = tmp_path / "cut.safetensors"
     path.write_bytes(BUNDLED.read_bytes()[:length])
-    with pytest.raises(ValueError, match="damaged") as caught:
+    with pytest.raises(ValueError, match=r"damaged|is empty") as caught:
         LinearTokenizer.from_file(path)
     assert "\n" not in str(caught.value)
 

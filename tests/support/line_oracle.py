@@ -3,7 +3,7 @@
 Independent of models/line_cache.py and of its slots; shares only the weights of the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Set
 
 import torch
 from torch import Tensor
@@ -18,14 +18,60 @@ def smooth(attention: Tensor, place: int) -> float:
     return attention[max(0, place - 2) : place + 3].sum().item() / 5
 
 
+def spaced_columns(count: int, line: int) -> set[int]:
+    """The middles of `count` equal parts of a line, each the nearest token, halves upwards."""
+    middles = [(2 * i + 1) * (line - 1) for i in range(count)]  # in units of 1 / (2 * count)
+    return {(middle + count) // (2 * count) for middle in middles}
+
+
+def worth(
+    method: str,
+    attention: Tensor,
+    total: Tensor,
+    position: list[int],
+    keys: Tensor,
+    columns: Set[int],
+    line: int,
+) -> list[float]:
+    """How much each of n tokens is worth to a head, in the order of the image.
+
+    attention (queries, n) of the line just completed, total (n,) of all lines; position: of each in
+    the image, below 0 for the condition; keys (n, d); columns: those that "stratified" always keeps.
+    """
+    mean, places = attention.mean(0), range(len(position))
+    if method == "stratified":
+        kept = [at >= 0 and at % line in columns for at in position]
+        return [float("inf") if kept[i] else mean[i].item() for i in places]
+    if method == "rkv":
+        pairs = torch.cosine_similarity(keys[:, None], keys[None], dim=-1)
+        redundancy = pairs.fill_diagonal_(0).mean(1).softmax(0)
+        return (0.07 * mean - 0.93 * redundancy).tolist()
+    if method == "snapkv":
+        return [smooth(mean, place) for place in places]
+    return {
+        "linear": mean.tolist(),
+        "streaming": position,
+        "h2o": total.tolist(),
+        "h2o_last": attention[-1].tolist(),
+    }[method]
+
+
 class Oracle:
     """Decodes position by position; method is one of models.line_methods.METHODS."""
 
     def __init__(
-        self, model: GPT, rows: int, budget: int, anchors: int, recent: int, method: str = "linear"
+        self,
+        model: GPT,
+        rows: int,
+        budget: int,
+        anchors: int,
+        recent: int,
+        method: str = "linear",
+        spaced: int = 0,
     ) -> None:
         self.model, self.method = model, method
         self.budget, self.anchors, self.recent = budget, anchors, recent
+        self.columns = spaced_columns(spaced, model.grid[1]) if method == "stratified" else ()
         self.rope = rope_table(model.grid, model.head_dim, torch.device("cpu"))
         layers, heads, length = len(model.layers), model.n_head, 1 + model.block_size
         shape = (layers, rows, heads, length, model.head_dim)
@@ -88,28 +134,19 @@ class Oracle:
         self.total[index, row, head, seen] += attention.sum(0)
         if len(alive) <= self.budget:
             return
-        value = {
-            "linear": lambda place: attention[:, place].mean().item(),
-            "streaming": lambda place: seen[place],
-            "h2o": lambda place: self.total[index, row, head, seen[place]].item(),
-            "h2o_last": lambda place: attention[-1, place].item(),
-            "snapkv": lambda place: smooth(attention.mean(0), place),
-            "rkv": self.rkv(self.k[index, row, head, seen], attention.mean(0)),
-        }[self.method]
+        position = [place - 1 for place in seen]
+        value = worth(
+            self.method, attention, self.total[index, row, head, seen], position,
+            self.k[index, row, head, seen], self.columns, line,
+        )  # fmt: skip
         candidates = [
-            (value(place), position - 1)
+            (value[place], position - 1)
             for place, position in enumerate(seen)
             if self.anchors <= position - 1 < tokens - self.recent
         ]
         surplus = len(alive) - self.budget
         for _, token in sorted(candidates)[:surplus]:
             alive.remove(token)
-
-    def rkv(self, keys: Tensor, attention: Tensor) -> Callable[[int], float]:
-        """R-KV's score of each place: keys (n, d) and attention (n,) of the tokens still seen."""
-        pairs = torch.cosine_similarity(keys[:, None], keys[None], dim=-1)
-        redundancy = pairs.fill_diagonal_(0).mean(1).softmax(0)
-        return lambda place: (0.07 * attention[place] - 0.93 * redundancy[place]).item()
 
     def logits(self, codes: Tensor, labels: Tensor) -> Tensor:
         """What GPT.cached_logits gives, (B, 1 + n, vocab)."""

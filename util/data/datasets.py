@@ -5,8 +5,6 @@ run can go on in the middle of an epoch with the same batches, whatever the numb
 """
 
 import signal
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -22,14 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 from util.data.class_folders import ClassFolders
 from util.data.latents import MOMENTS, read_moments
 from util.errors import UserError
-
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+from util.images import IMAGE_SUFFIXES, open_rgb
 
 Pick = tuple[int, bool]  # index of an item, and whether to flip it
 Item = TypeVar("Item")
-# What Pillow raises for a damaged file, depending on the format.
-_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error)
-_UNREADABLE += (Image.DecompressionBombError,)
 _RAISED = "util.errors.UserError: "  # how a traceback begins its last line
 
 
@@ -58,7 +52,7 @@ class ImageFolder(Dataset):
     """Images ROOT/CLASS/*; item ((index, flip)) is (uint8 (3, size, size), label)."""
 
     def __init__(self, root: str | Path, size: int) -> None:
-        self.files, self.size = ClassFolders.scan(root, IMG_EXTENSIONS), size
+        self.files, self.size = ClassFolders.scan(root, IMAGE_SUFFIXES), size
 
     def __len__(self) -> int:
         return len(self.files.samples)
@@ -70,17 +64,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, pick: Pick) -> tuple[Tensor, int]:
         index, flip = pick
         path, label = self.files.samples[index]
-        try:
-            with Image.open(path) as file:
-                if file.mode.startswith(("I", "F")):
-                    raise UserError(
-                        f"{path} has more than 8 bits per channel (mode {file.mode}): convert it to RGB"
-                    )
-                image = center_crop(file, self.size)
-        except _UNREADABLE as error:
-            raise UserError(
-                f"{path} cannot be read as an image ({error}): remove or replace it"
-            ) from error
+        image = center_crop(open_rgb(path), self.size)
         return (image.flip(-1) if flip else image), label
 
 

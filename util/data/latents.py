@@ -4,10 +4,6 @@ CACHED/CLASS/NAME.npz holds `moments` and `moments_flip` (2C, h, w); CACHED/toke
 digest of the tokenizer's file, because latents of another tokenizer train a model of noise.
 """
 
-import json
-import struct
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,13 +12,11 @@ import torch
 from torch import Tensor
 
 from util.errors import UserError
-from util.files import atomic_path, sha256_of, write_json
+from util.files import atomic_path, read_json, sha256_of, write_json
+from util.npz import read_arrays
 
 NOTE = "tokenizer.json"
 MOMENTS = ("moments", "moments_flip")  # names in the npz, as in the original
-# What numpy raises for a file that is no npz, not whole, or a bare array.
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, struct.error)
-_UNREADABLE += (zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def write_moments(path: Path, moments: Tensor, moments_flip: Tensor) -> None:
@@ -39,11 +33,11 @@ def read_moments(
 
     UserError for a file that is none, or whose moments are not finite or of another `shape`.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = [file[name].astype(np.float32) for name in names]
-    except _UNREADABLE as error:
-        raise UserError(f"{path} is no cached latent: write it anew with main_cache.py") from error
+    remedy = "write it anew with main_cache.py"
+    found = read_arrays(Path(path), names, "cached latent", remedy)
+    if any(array.dtype.kind not in "fiu" for array in found.values()):
+        raise UserError(f"{path} is no cached latent (it holds no numbers): {remedy}")
+    arrays = [found[name].astype(np.float32) for name in names]
     for array in arrays:
         if array.shape != (shape or arrays[0].shape):
             raise UserError(
@@ -55,28 +49,29 @@ def read_moments(
     return [torch.from_numpy(array) for array in arrays]
 
 
-def _describe(tokenizer_path: str | Path, img_size: int) -> dict[str, object]:
-    return {"sha256": sha256_of(tokenizer_path), "img_size": img_size}
+def _describe(tokenizer_files: Sequence[str], img_size: int) -> dict[str, object]:
+    return {"sha256": " ".join(map(sha256_of, tokenizer_files)), "img_size": img_size}
 
 
-def write_note(cached_path: str | Path, tokenizer_path: str | Path, img_size: int) -> None:
+def write_note(cached_path: str | Path, tokenizer_files: Sequence[str], img_size: int) -> None:
     """Say in `cached_path` which tokenizer its latents are of; UserError if they are of another."""
-    check_note(cached_path, tokenizer_path, img_size)
+    check_note(cached_path, tokenizer_files, img_size)
     note = Path(cached_path) / NOTE
     note.parent.mkdir(parents=True, exist_ok=True)
-    write_json(note, _describe(tokenizer_path, img_size))
+    write_json(note, _describe(tokenizer_files, img_size))
 
 
-def check_note(cached_path: str | Path, tokenizer_path: str | Path, img_size: int) -> None:
+def check_note(cached_path: str | Path, tokenizer_files: Sequence[str], img_size: int) -> None:
     """UserError if the latents are of another tokenizer or image size.
 
     A cache without a note (the original writes none), or no tokenizer at hand, passes.
     """
     note = Path(cached_path) / NOTE
-    if not note.is_file() or not Path(tokenizer_path).is_file():
+    if not note.is_file() or not all(Path(file).is_file() for file in tokenizer_files):
         return
-    if json.loads(note.read_text()) != _describe(tokenizer_path, img_size):
+    remedy = "remove it if the latents are of this tokenizer, or write them anew with main_cache.py"
+    if read_json(note, dict, remedy) != _describe(tokenizer_files, img_size):
         raise UserError(
-            f"{cached_path} holds latents of another tokenizer or image size than {tokenizer_path} "
+            f"{cached_path} holds latents of another tokenizer or image size than {tokenizer_files[0]} "
             f"at {img_size} pixels: write them anew into an empty folder with main_cache.py"
         )

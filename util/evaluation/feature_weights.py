@@ -46,3 +46,13 @@ def shapes_weights(path: str | None) -> str:
             "pretrained_models/mar_tiny/classifier.safetensors"
         )
     return path
+
+
+def prompts_weights(path: str | None) -> str:
+    """The file of the prompt classifier. UserError if it is missing."""
+    if path is None or not os.path.isfile(path):
+        raise UserError(
+            f"the prompt classifier {path or ''} is missing; the repository has it as "
+            "pretrained_models/janus_tiny/prompt_classifier.safetensors"
+        )
+    return path

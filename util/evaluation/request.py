@@ -13,6 +13,7 @@ RESULT_OF = {"fid": "fid", "isc": "is_mean", "sfid": "sfid", "kid": "kid_mean", 
 SCORES = (
     *("fid", "is_mean", "is_std", "is_splits", "accuracy", "sfid"),
     *("kid_mean", "kid_std", "kid_subset", "precision", "recall", "reference"),
+    *("agreement_shape", "agreement_colour", "agreement_ground", "agreement_relation"),
 )  # the names of their results
 
 

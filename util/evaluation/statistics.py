@@ -15,6 +15,12 @@ import numpy as np
 
 from util.errors import UserError
 from util.files import atomic_path
+from util.npz import Array, check_array, read_arrays
+
+IMAGES = "arr_0"
+_OPTIONAL = ("num_images", "features", "mu_s", "sigma_s", "activations")
+_KIND = "file of FID statistics"
+_REMEDY = "make it again by `python -m util.metrics make_stats`, or download it again"
 
 
 @dataclass(frozen=True)
@@ -25,13 +31,13 @@ class FidStatistics:
     has_images: the file has `arr_0`, see load_images.
     """
 
-    mu: np.ndarray
-    sigma: np.ndarray
+    mu: Array
+    sigma: Array
     num_images: int | None = None
     features: str | None = None
-    mu_s: np.ndarray | None = None
-    sigma_s: np.ndarray | None = None
-    activations: np.ndarray | None = None
+    mu_s: Array | None = None
+    sigma_s: Array | None = None
+    activations: Array | None = None
     has_images: bool = False
 
 
@@ -42,7 +48,7 @@ def save_stats(path: str | os.PathLike, stats: FidStatistics) -> None:
         np.savez(file, **known)
 
 
-def load_stats(path: str | os.PathLike) -> FidStatistics:
+def load_stats(path: str | os.PathLike[str]) -> FidStatistics:
     """Read and check an npz with `mu` and `sigma`. Raises UserError when it is missing or wrong."""
     path = Path(path)
     if not path.is_file():
@@ -50,43 +56,60 @@ def load_stats(path: str | os.PathLike) -> FidStatistics:
             f"the FID statistics {path} are missing; `python -m util.download fid_stats` gets "
             "ImageNet's, `python -m util.metrics make_stats` makes those of other images"
         )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            stats = FidStatistics(
-                mu=file["mu"],
-                sigma=file["sigma"],
-                num_images=int(file["num_images"]) if "num_images" in file else None,
-                features=str(file["features"]) if "features" in file else None,
-                mu_s=file.get("mu_s"),
-                sigma_s=file.get("sigma_s"),
-                activations=file.get("activations"),
-                has_images="arr_0" in file,
-            )
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    found = read_arrays(path, ("mu", "sigma"), _KIND, _REMEDY, optional=_OPTIONAL)
+    for name, array in found.items():
+        if name != "features" and array.dtype.kind not in "fiu":
+            raise UserError(f"{path} is no {_KIND} ({name} holds {array.dtype}): {_REMEDY}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(f"{path} contains NaN or infinity in {name}: {_REMEDY}")
+    for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if mu in found or sigma in found:
+            _check_gaussian(path, mu, found.get(mu), sigma, found.get(sigma))
+    activations = found.get("activations")
+    if activations is not None and activations.shape[1:] != found["mu"].shape:
         raise UserError(
-            f"{path} is no file of FID statistics ({error}); it must be an npz with mu and sigma"
-        ) from error
-    for mu, sigma in ((stats.mu, stats.sigma), (stats.mu_s, stats.sigma_s)):
-        if mu is None:
-            continue
-        if mu.shape != (mu.size,) or sigma.shape != (mu.size, mu.size):
-            raise UserError(
-                f"{path} has mu {mu.shape} and sigma {sigma.shape}; "
-                "FID statistics are (d,) and (d, d)"
-            )
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise UserError(
-                f"{path} contains NaN or infinity; make or download the statistics again"
-            )
-    return stats
-
-
-def load_images(path: str | os.PathLike) -> np.ndarray:
-    """(N, H, W, 3) uint8 of a reference batch; ADM's 10,000 take 2 GB. UserError if it has none."""
-    with np.load(path, allow_pickle=False) as file:
-        images = file["arr_0"]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(
-            f"{path} has arr_0 {images.dtype} {images.shape}; images are uint8 (N, H, W, 3)"
+            f"{path} has activations {activations.shape}, its mu is {found['mu'].shape}: {_REMEDY}"
         )
-    return images
+    if any(found[name].ndim for name in ("num_images", "features") if name in found):
+        raise UserError(f"{path} is no {_KIND} (num_images or features is a list): {_REMEDY}")
+    return FidStatistics(
+        mu=found["mu"],
+        sigma=found["sigma"],
+        num_images=int(found["num_images"]) if "num_images" in found else None,
+        features=str(found["features"]) if "features" in found else None,
+        mu_s=found.get("mu_s"),
+        sigma_s=found.get("sigma_s"),
+        activations=activations,
+        has_images=_holds_images(path),
+    )
+
+
+def _check_gaussian(
+    path: Path, mu_name: str, mu: Array | None, sigma_name: str, sigma: Array | None
+) -> None:
+    if mu is None or sigma is None:
+        raise UserError(f"{path} has only one of {mu_name} and {sigma_name}: {_REMEDY}")
+    if mu.shape != (mu.size,) or sigma.shape != (mu.size, mu.size):
+        raise UserError(
+            f"{path} has {mu_name} {mu.shape} and {sigma_name} {sigma.shape}; "
+            f"FID statistics are (d,) and (d, d): {_REMEDY}"
+        )
+
+
+def _holds_images(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return f"{IMAGES}.npy" in archive.namelist()
+
+
+def check_images(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Shape (N, H, W, 3) of the images of a reference batch, which are read once. UserError: damaged."""
+    shape, dtype = check_array(Path(path), IMAGES, _KIND, _REMEDY)
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise UserError(f"{path} has {IMAGES} {dtype} {shape}; images are uint8 (N, H, W, 3)")
+    return shape
+
+
+def load_images(path: str | os.PathLike[str]) -> Array:
+    """(N, H, W, 3) uint8 of a reference batch; ADM's 10,000 take 2 GB. UserError if it has none."""
+    check_images(path)
+    return read_arrays(Path(path), (IMAGES,), _KIND, _REMEDY)[IMAGES]

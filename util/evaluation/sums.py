@@ -6,17 +6,22 @@ them are exact, so any division of the images among processes gives the same sco
 KID and precision / recall need the features themselves, which are kept only for them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from util.evaluation.conditions import Condition
+
 IS_SPLITS = 10  # Salimans et al. 2016; MAR's evaluation
 IS_SEED = 2020  # torch-fidelity's default seed of the shuffle before splitting
 
 Sums = dict[str, Tensor]
+# Logits (B, K) of images and their conditions -> per image, name -> whether it is right.
+Judge = Callable[[Tensor, Sequence[Condition]], list[dict[str, bool]]]
+_VERDICT = "verdict "
 
 
 @dataclass(frozen=True)
@@ -34,19 +39,20 @@ class FeatureSums:
         self,
         num_images: int,
         layers: Mapping[str, str],
-        labels: Sequence[int] | None = None,
+        conditions: Sequence[Condition] | None = None,
+        judge: Judge | None = None,
         keep: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
         """num_images: of the whole run, which decides the splits of the Inception Score.
 
-        layers: which of the extractor's outputs is "features", "logits", "spatial". labels (N,): count
-        the images whose largest logit is their label. keep: keep the features, (N, d) float32.
+        layers: which of the extractor's outputs is "features", "logits", "spatial". judge: says of
+        images and their conditions (N,) what is right. keep: keep the features, (N, d) float32.
         """
         self.num_images, self.layers, self.keep = num_images, dict(layers), keep
         # MPS has no float64.
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
-        self.labels = None if labels is None else torch.as_tensor(labels, device=self.device)
+        self.conditions, self.judge = conditions, judge
         self.sums: Sums = {}
         self.splits = IS_SPLITS if num_images >= IS_SPLITS else 1
         self._split_of = torch.from_numpy(_splits(num_images, self.splits)).to(self.device)
@@ -62,7 +68,10 @@ class FeatureSums:
                 self._add(f"{name}_sum", values.sum(0))
                 self._add(f"{name}_outer", values.T @ values)
         if "logits" in self.layers:
-            self._add_logits(where, outputs[self.layers["logits"]].to(self.device).double())
+            logits = outputs[self.layers["logits"]]
+            self._add_logits(where, logits.to(self.device).double())
+            if self.conditions is not None and self.judge is not None:
+                self._add_verdicts(logits, [self.conditions[i] for i in indices])
         if self.keep:
             values = outputs[self.layers["features"]].to(self.device, torch.float32)
             whole = self.sums.get("kept")
@@ -78,9 +87,15 @@ class FeatureSums:
         self._add("probabilities", zeros.index_add(0, split, p))
         self._add("negentropies", zeros[:, 0].index_add(0, split, (p * log_p).sum(1)))
         self._add("split_counts", zeros[:, 0].index_add(0, split, torch.ones_like(p[:, 0])))
-        if self.labels is not None:
-            hits = (logits.argmax(1) == self.labels[where]).double()
-            self._add("hits", hits.sum()[None])
+
+    def _add_verdicts(self, logits: Tensor, conditions: Sequence[Condition]) -> None:
+        assert self.judge is not None
+        for verdict in self.judge(logits, conditions):
+            for name, right in verdict.items():
+                self._add(
+                    f"{_VERDICT}{name}",
+                    torch.tensor([float(right), 1.0], device=self.device).double(),
+                )
 
     def _add(self, name: str, value: Tensor) -> None:
         if name in self.sums:
@@ -112,9 +127,12 @@ class FeatureSums:
         scores = divergence.exp()
         return scores.mean().item(), scores.std(correction=0).item()
 
-    def accuracy(self) -> float:
-        """Share of images whose largest logit is their label."""
-        return self.sums["hits"].item() / self.count()
+    def verdicts(self) -> dict[str, float]:
+        """Name -> share of the images of which it is right, among those to which it applies."""
+        found = {
+            k.removeprefix(_VERDICT): v for k, v in self.sums.items() if k.startswith(_VERDICT)
+        }
+        return {name: (right / count).item() for name, (right, count) in found.items()}
 
 
 def _splits(num_images: int, splits: int) -> np.ndarray:

@@ -7,11 +7,10 @@ on nothing but the picture. Trained by `python -m util.tiny.assets classifier`.
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from util.errors import UserError
+from util.weights import load_into
 
 FEATURES = 64
 LABELS = 10
@@ -53,8 +52,7 @@ class ShapeClassifier(nn.Module):
             )
         classifier = cls()
         try:
-            classifier.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{path} is not a shape classifier's file: {reason}") from error
+            load_into(classifier, path)
+        except UserError as error:
+            raise UserError(f"{path} is not a shape classifier's file: {error}") from error
         return classifier.eval().requires_grad_(False)

@@ -8,14 +8,14 @@ i, so the same command goes on after a stop.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -26,7 +26,7 @@ from util.errors import UserError, run_main
 from util.files import atomic_path, sha256_of
 from util.shapes import label_of
 from util.tiny.vq import BUNDLE as TOKENIZER
-from util.tiny.vq import learning_rate, pictures
+from util.tiny.vq import Pictures, learning_rate, pictures
 
 BUNDLE = Path("pretrained_models/gpt_tiny/model.safetensors")
 PICTURES = 20_000
@@ -38,27 +38,41 @@ LABEL_DROP = 0.1  # LlamaGen, train_c2i.py: class_dropout_prob
 WEIGHT_DECAY = 0.05  # LlamaGen, train_c2i.py
 BETAS = (0.9, 0.95)  # the same
 GRAD_CLIP = 1.0  # the same
-SAVE_EVERY = 200  # steps
+SAVE_EVERY = 100  # steps
 ENCODE_BATCH = 50  # pictures
 
 
+def read_tokenizer(path: Path) -> VQModel:
+    """The tokenizer of gpt_tiny."""
+    tokenizer = vq_tiny().eval()
+    load_into(tokenizer, path)
+    return tokenizer
+
+
 @torch.no_grad()
-def encode_pictures(tokenizer: VQModel, count: int) -> Tensor:
+def encode_pictures(tokenizer: VQModel, count: int, draw: Pictures = pictures) -> Tensor:
     """Codes (count, N) int16 of pictures 0 .. count - 1."""
     parts = []
     for start in tqdm(range(0, count, ENCODE_BATCH), desc="codes", unit="batch", disable=None):
-        codes = tokenizer.encode(pictures(start, min(ENCODE_BATCH, count - start)))
+        codes = tokenizer.encode(draw(start, min(ENCODE_BATCH, count - start)))
         parts.append(codes.flatten(1).to(torch.int16))
     return torch.cat(parts)
 
 
-def load_codes(output_dir: Path, count: int, tokenizer_path: Path = TOKENIZER) -> Tensor:
-    """Codes (count, N) int64, made once and kept. UserError if the kept ones are too few or foreign."""
+def load_codes(
+    output_dir: Path,
+    count: int,
+    tokenizer_path: Path = TOKENIZER,
+    read: Callable[[Path], VQModel] = read_tokenizer,
+    draw: Pictures = pictures,
+) -> Tensor:
+    """Codes (count, N) int64, made once and kept. UserError if the kept ones are too few or foreign.
+
+    read: loads the tokenizer of that path. draw: pictures by start and count.
+    """
     path, digest = output_dir / "codes.safetensors", sha256_of(tokenizer_path)
     if not path.exists():
-        tokenizer = vq_tiny().eval()
-        load_into(tokenizer, tokenizer_path)
-        codes = {"codes": encode_pictures(tokenizer, count)}
+        codes = {"codes": encode_pictures(read(tokenizer_path), count, draw)}
         save_safetensors(path, codes, {"tokenizer_sha256": digest})
     with safe_open(path, framework="pt") as file:
         codes, made_by = file.get_tensor("codes").long(), file.metadata()
@@ -87,14 +101,20 @@ def loss_of(model: GPT, codes: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), codes.flatten())
 
 
-def train(output_dir: Path, steps: int, count: int) -> tuple[GPT, float]:
-    """Train, or go on from the checkpoint in output_dir; the model and its last mean loss."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    codes = load_codes(output_dir, count)
-    labels = torch.tensor([label_of(i) for i in range(count)])
-    torch.manual_seed(0)
-    model = gpt_tiny()
-    optimizer = torch.optim.AdamW(model.parameters(), betas=BETAS, weight_decay=WEIGHT_DECAY)
+def fit(
+    model: nn.Module,
+    loss_of_step: Callable[[int], Tensor],
+    output_dir: Path,
+    steps: int,
+    peak_lr: float = PEAK_LR,
+) -> float:
+    """Train the parameters that require gradients, or continue from the checkpoint in output_dir.
+
+    loss_of_step: the loss of step i; random numbers are seeded by i before the call. It runs under
+    bf16 autocast. Returns the running mean of the loss, nats per token.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=WEIGHT_DECAY)
     checkpoint, done, mean = output_dir / "checkpoint-last.pth", 0, 0.0
     if checkpoint.exists():
         state = read_pickle(checkpoint, mmap=False)
@@ -104,20 +124,17 @@ def train(output_dir: Path, steps: int, count: int) -> tuple[GPT, float]:
     bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:
         torch.manual_seed(step)
-        rows = torch.randint(count, (BATCH,))
-        dropped = torch.rand(BATCH) < LABEL_DROP
-        label = labels[rows].masked_fill(dropped, model.num_classes)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, PEAK_LR, WARMUP)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr, WARMUP)
         with plain_attention():
             with torch.autocast("cpu", torch.bfloat16):
-                loss = loss_of(model, codes[rows], label)
+                loss = loss_of_step(step)
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+        torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         mean = loss.item() if step == 0 else 0.98 * mean + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
         if (step + 1) % SAVE_EVERY == 0:
+            bar.write(f"step {step + 1}: loss {mean:.4f}")
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -126,6 +143,23 @@ def train(output_dir: Path, steps: int, count: int) -> tuple[GPT, float]:
             }
             with atomic_path(checkpoint) as temporary:
                 torch.save(state, temporary)
+    return mean
+
+
+def train(output_dir: Path, steps: int, count: int) -> tuple[GPT, float]:
+    """Train, or continue from the checkpoint in output_dir; the model and its last mean loss."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    codes = load_codes(output_dir, count)
+    labels = torch.tensor([label_of(i) for i in range(count)])
+    torch.manual_seed(0)
+    model = gpt_tiny()
+
+    def loss_of_step(step: int) -> Tensor:
+        rows = torch.randint(count, (BATCH,))
+        dropped = torch.rand(BATCH) < LABEL_DROP
+        return loss_of(model, codes[rows], labels[rows].masked_fill(dropped, model.num_classes))
+
+    mean = fit(model, loss_of_step, output_dir, steps)
     return model.eval(), mean
 
 

@@ -10,6 +10,7 @@ these latents, and codes, encoder and decoder are trained together (van den Oord
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,8 +34,10 @@ COMMITMENT = 0.25  # van den Oord et al., equation 3: beta; LlamaGen's value too
 KMEANS_ITERATIONS = 10
 KMEANS_PICTURES = 128
 REVIVE_EVERY = 50  # steps after which codes that were not used start anew at a latent
-SAVE_EVERY = 100  # steps
+SAVE_EVERY = 50  # steps
 TEST_PICTURES = 1000
+
+Pictures = Callable[[int, int], Tensor]  # start, count => float32 (count, 3, 64, 64) in [-1, 1]
 
 
 def pictures(start: int, count: int) -> Tensor:
@@ -70,9 +73,9 @@ def loss_of(model: VQModel, images: Tensor, quantized: bool) -> tuple[Tensor, Te
 
 
 @torch.no_grad()
-def start_codebook(model: VQModel) -> None:
-    """Spherical k-means of latents of the first pictures, from a regular choice of them."""
-    z = torch.cat([unit_latents(model, pictures(i, 32)) for i in range(0, KMEANS_PICTURES, 32)])
+def start_codebook(model: VQModel, draw: Pictures) -> None:
+    """Spherical k-means of latents of the first pictures, from a random choice of them."""
+    z = torch.cat([unit_latents(model, draw(i, 32)) for i in range(0, KMEANS_PICTURES, 32)])
     z = z.movedim(1, -1).flatten(0, 2)  # (n, C)
     size = model.quantize.embedding.num_embeddings
     centres = z[torch.randperm(len(z))[:size]]
@@ -94,11 +97,11 @@ def revive(model: VQModel, used: Tensor, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def test(model: VQModel) -> dict[str, float]:
+def test(model: VQModel, draw: Pictures) -> dict[str, float]:
     """Error on held-out pictures, as PSNR in dB, and codes in use."""
     errors, used = [], set()
     for start in range(HELD_OUT_START, HELD_OUT_START + TEST_PICTURES, 50):
-        images = pictures(start, 50)
+        images = draw(start, 50)
         codes = model.encode(images)
         errors.append(((model.decode(codes).clamp(-1, 1) - images) / 2).square().mean().item())
         used |= set(codes.flatten().tolist())
@@ -108,10 +111,15 @@ def test(model: VQModel) -> dict[str, float]:
     }
 
 
-def train(output_dir: Path, steps: int) -> VQModel:
-    """Train, or go on from the checkpoint in output_dir."""
+def train(
+    output_dir: Path,
+    steps: int,
+    make: Callable[[], VQModel] = vq_tiny,
+    draw: Pictures = pictures,
+) -> VQModel:
+    """Train the model that `make` makes, or continue from the checkpoint in output_dir."""
     torch.manual_seed(0)
-    model = vq_tiny()
+    model = make()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     used = torch.zeros(model.quantize.embedding.num_embeddings, dtype=torch.bool)
     checkpoint, done = output_dir / "checkpoint-last.pth", 0
@@ -124,9 +132,9 @@ def train(output_dir: Path, steps: int) -> VQModel:
     bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:
         torch.manual_seed(step)
-        images = pictures(step * BATCH, BATCH)
+        images = draw(step * BATCH, BATCH)
         if step == CONTINUOUS:
-            start_codebook(model)
+            start_codebook(model, draw)
         optimizer.param_groups[0]["lr"] = learning_rate(step, steps, PEAK_LR, WARMUP)
         loss, codes = loss_of(model, images, quantized=step >= CONTINUOUS)
         loss.backward()
@@ -160,7 +168,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="file to write at the end")
     args = parser.parse_args()
     model = train(args.output_dir, args.steps)
-    result = test(model)
+    result = test(model, pictures)
     metadata = {key: json.dumps(value) for key, value in result.items()}
     metadata["made_by"] = json.dumps(f"python -m util.tiny.vq --steps {args.steps}")
     args.bundle.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,142 @@
+"""Is one method's FID worse than another's? The difference of runs of the same seeds, with an interval.
+
+    python -m benchmarks.fid_difference RUN_OF_MAR RUN_OF_LAZYMAR ... --output output_dir/difference
+
+Runs are folders of eval.py; the first is what the others are compared with. Common seeds have common
+luck, which the difference of two FIDs does not see: images are resampled together (bootstrap, 95%).
+Features are kept in RUN/features.npz, so each run's are computed once, and its images may go then.
+The last line is one JSON document.
+"""
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import add_output, at_least, origin, prepare_output, write_result
+from benchmarks.measures import paired_fid
+from engine import cli
+from util import metrics, report
+from util.device import set_threads
+from util.errors import UserError, run_main
+from util.evaluation.image_source import image_batches, open_source
+from util.evaluation.request import ScoreRequest
+from util.evaluation.statistics import load_stats
+from util.evaluation.sums import Gaussian
+from util.files import atomic_path, sha256_of
+from util.markdown import markdown_table
+from util.npz import read_arrays
+
+FEATURES = "features.npz"
+Run = dict[str, object]
+
+
+def key_of(run: Run, request: ScoreRequest) -> str:
+    """Digest of what decides the features: the run's configuration and the extractor's weights."""
+    weights = metrics.feature_spec(request.features).find_weights(request.features_path)
+    manifest = json.loads((Path(str(run["path"])) / "manifest.json").read_text())
+    words = json.dumps([manifest["config"], request.features, sha256_of(weights)])
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
+def features_of(run: Run, request: ScoreRequest, device: str, batch: int = 64) -> np.ndarray:
+    """Features (N, d) float32 of a finished run, from RUN/features.npz if they are there.
+
+    UserError if neither they nor the images are.
+    """
+    folder, key = Path(str(run["path"])), key_of(run, request)
+    path = folder / FEATURES
+    if path.exists():
+        found = read_arrays(
+            path, ("key", "features"), "file of features", "delete it, it is made again"
+        )
+        if str(found["key"]) == key:
+            return found["features"]
+    if run["images_dir"] is None:
+        raise UserError(f"{folder} has no images and no {FEATURES} of them: run eval.py again")
+    extractor = metrics.Extractor(request.features, request.features_path, device)
+    source = open_source(folder / "images", int(str(run["num_images"])))
+    layer = extractor.spec.feature_layer
+    parts = [extractor(images)[layer].cpu().numpy() for _, images in image_batches(source, batch)]
+    features = np.concatenate(parts).astype(np.float32)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, features=features, key=np.array(key))
+    return features
+
+
+def check_paired(run: Run, first: Run) -> None:
+    """UserError unless image i of both runs has the same label, seed and weights."""
+    for key in report.PAIRED:
+        if run.get(key) != first.get(key):
+            raise UserError(
+                f"{run['path']} has {key} {run.get(key)}, {first['path']} has {first.get(key)}: "
+                "runs to compare share their images' labels, seeds and weights"
+            )
+
+
+def parse() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fid_difference",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folders of eval.py, the base first")
+    add("--resamples", type=int, default=1000, help="bootstrap samples (%(default)s)")
+    add("--features", metavar="NAME", help="feature extractor (the model's)")
+    add("--features_path", metavar="FILE", help="its weights")
+    add("--fid_stats", metavar="FILE", help="npz with mu and sigma of the reference (the model's)")
+    add("--device", default="cpu", help="of the extractor (%(default)s)")
+    add("--threads", type=int, default=1)
+    add_output(parser)
+    args = parser.parse_args()
+    at_least(args, 1, "threads")
+    at_least(args, 20, "resamples")
+    if len(args.runs) < 2:
+        raise UserError("one run has nothing to be compared with: give two folders or more")
+    prepare_output(args.output)
+    return args
+
+
+def main() -> None:
+    """Command line."""
+    args = parse()
+    set_threads(args.threads)
+    runs = [report.load_run(path) for path in args.runs]
+    first, *others = runs
+    for run in others:
+        check_paired(run, first)
+    words = ["--model", str(first["model"])]
+    for name in ("features", "features_path", "fid_stats"):
+        words += [f"--{name}", value] if (value := getattr(args, name)) else []
+    request = cli.parse("eval", words=words).request()
+    metrics.check_ready(request)
+    stats = load_stats(request.stats_path)
+    reference = Gaussian(stats.mu, stats.sigma)
+    base = features_of(first, request, args.device)
+    rows = []
+    for run in others:
+        found = paired_fid(base, features_of(run, request, args.device), reference, args.resamples)
+        rows.append({"run": str(run["path"]), "method": run["method"], **asdict(found)})
+    about = {
+        **origin(),
+        "base": str(first["path"]),
+        **{key: first.get(key) for key in report.PAIRED},
+        "cfg": first["cfg"],
+        "reference": request.reference,
+        "interval": f"95%, {args.resamples} bootstrap samples of the images, runs together",
+    }
+    cells = [[first["method"], f"{rows[0]['base']:.4f}", "", ""]]
+    for row in rows:
+        interval = f"{row['low']:+.4f} .. {row['high']:+.4f}"
+        cells.append([row["method"], f"{row['fid']:.4f}", f"{row['difference']:+.4f}", interval])
+    text = markdown_table(("", "FID", "difference", "95% interval"), cells)
+    write_result(args.output, {"about": about, "rows": rows}, text)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,60 @@
+"""Models and real images of the measures that need both: latents that no training has seen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine import cli
+from engine.mar import MARHost
+from util.data.datasets import CachedFolder
+from util.errors import UserError
+from util.shapes import ShapesDataset
+
+
+def host_of(model: str, *words: str) -> MARHost:
+    """A named MAR with eval.py's defaults, and with these of its flags. UserError for other models."""
+    host = cli.parse("eval", words=["--model", model, *words]).host()
+    if not isinstance(host, MARHost):
+        raise UserError(f"--model {model} is not a MAR model")
+    return host
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Latents (N, C, H, W) on the model's scale, labels, and what they are of."""
+
+    latents: Tensor
+    labels: list[int]
+    name: str
+
+
+@torch.no_grad()
+def real_images(
+    host: MARHost, tokenizer: Any, first: int, count: int, cached_path: Path | None
+) -> RealImages:
+    """Pictures first .. first + count - 1 of the shapes data set, or latents of main_cache.py.
+
+    UserError: too few latents.
+    """
+    scale = host.tokenizer.scale(tokenizer)
+    if cached_path is None:
+        device = next(tokenizer.parameters()).device
+        pictures = ShapesDataset(first, count)
+        found, labels = [], []
+        for i in range(count):
+            picture, label = pictures[i]
+            image = picture[None].to(device).float() / 127.5 - 1
+            found.append(tokenizer.encode(image).mode())
+            labels.append(label)
+        latents = torch.cat(found)
+        return RealImages(latents * scale, labels, f"shapes {first} .. {first + count - 1}")
+    channels, side = host.geometry.vae_embed_dim, host.geometry.latent_side
+    folder = CachedFolder(cached_path, (2 * channels, side, side))
+    if len(folder) < count:
+        raise UserError(f"{cached_path} holds {len(folder)} latents, {count} are needed")
+    spread = [folder[i * len(folder) // count, False] for i in range(count)]
+    means = torch.stack([moments[:channels] for moments, _ in spread])
+    return RealImages(means * scale, [label for _, label in spread], f"{count} of {cached_path}")

@@ -1,0 +1,199 @@
+"""Janus-Pro (Chen et al., arXiv 2501.17811): pictures of prompts, with transformers' own model.
+
+The loop is that of `JanusForConditionalGeneration.generate(generation_mode="image")`, over the same
+parts of the model, but the draws belong to the image: one seed each, whatever its batch.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import JanusForConditionalGeneration
+
+from models.gpt_images import GPTSampling, pictures
+from models.line_config import LineARConfig
+from models.token_sampling import TokenSampler, check_settings
+from models.transformers_cache import line_ar_attention
+from models.transformers_models import Decoder, load_parts, new_cache
+
+# Beginnings of the keys in deepseek-ai's files, and those of transformers. What draws no pictures (the
+# vision tower and its aligner) is left out.
+ORIGINAL_KEYS = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "gen_embed.": "model.generation_embeddings.",
+    "gen_aligner.layers.0.": "model.generation_aligner.fc1.",
+    "gen_aligner.layers.2.": "model.generation_aligner.hidden_layers.0.",
+    "gen_head.output_mlp_projector.": "model.generation_head.proj_out.",
+    "gen_head.vision_head.": "model.generation_head.vision_head.",
+    "gen_vision_model.": "model.vqmodel.",
+}
+TOKENIZER_KEYS = {  # inside gen_vision_model, LlamaGen's VQ-16
+    "encoder.conv_blocks.": "encoder.down.",
+    "decoder.conv_blocks.": "decoder.up.",
+    ".res.": ".block.",
+    ".mid.0.": ".mid.block_1.",
+    ".mid.1.": ".mid.attn_1.",
+    ".mid.2.": ".mid.block_2.",
+}
+NOT_DRAWING = ("vision_model.", "aligner.", "gen_vision_model.quantize.codebook_used")
+
+
+def image_grid(model: JanusForConditionalGeneration) -> tuple[int, int]:
+    """Lines of an image, and tokens of a line."""
+    vision: Any = model.config.vision_config
+    side = math.isqrt(vision.num_image_tokens)
+    return side, side
+
+
+def unconditional(model: JanusForConditionalGeneration, input_ids: Tensor) -> Tensor:
+    """The prompts (B, P) of the other branch: all but the tokens that begin text and image is padding.
+
+    Padding of the prompt stays what it is; the new one is attended to, as the library does.
+    """
+    config: Any = model.generation_config
+    kept = (input_ids == config.bos_token_id) | (
+        input_ids == config.generation_kwargs["boi_token_id"]
+    )
+    return input_ids.masked_fill(~kept, config.pad_token_id)
+
+
+@torch.no_grad()
+def sample_tokens(
+    model: JanusForConditionalGeneration,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    cfg: float = 5.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    cfg_interval: int = -1,
+    *,
+    line_ar: LineARConfig | bool | None = None,
+    grid: tuple[int, int] | None = None,
+    seeds: Sequence[int] | None = None,
+    greedy: bool = False,
+) -> Tensor:
+    """Codes (B, N) int64 of prompts (B, P), which end with <begin_of_image> and are padded on the left.
+
+    The settings are those of GPT.sample_tokens; line_ar None is the library's DynamicCache. grid:
+    lines and tokens of a line, a square without it. In float32 with the same draws the codes are
+    those of the library's `generate`.
+    """
+    check_settings(cfg, temperature, top_k, top_p)
+    grid = image_grid(model) if grid is None else grid
+    sampler = TokenSampler(
+        len(input_ids), math.prod(grid), temperature, top_k, top_p, greedy, seeds, input_ids.device
+    )
+    guided = cfg > 1
+    if guided:
+        input_ids = torch.cat([input_ids, unconditional(model, input_ids)])
+        attention_mask = torch.cat([attention_mask, attention_mask])
+    x = model.get_input_embeddings()(input_ids)
+    tokens = []
+    with nullcontext() if line_ar is None else line_ar_attention(model):
+        decode = Decoder(model.model.language_model, new_cache(line_ar, grid), attention_mask)
+        for i in range(math.prod(grid)):
+            logits = model.model.generation_head(decode(inputs_embeds=x)).float()
+            if guided:
+                c, u = logits.chunk(2)
+                logits = u + cfg * (c - u) if cfg_interval < 0 or i - 1 <= cfg_interval else c
+            tokens.append(sampler(logits, i))
+            fed = torch.cat([tokens[-1]] * (1 + guided))[:, None]
+            x = model.prepare_embeddings_for_image_generation(fed)
+    broken = ~logits.isfinite().all(dim=-1, keepdim=True)
+    return torch.stack(tokens, dim=1).masked_fill(broken, -1)
+
+
+class JanusGenerator:
+    """A Janus model and its processor as an ImageGenerator whose conditions are prompts."""
+
+    def __init__(
+        self,
+        model: JanusForConditionalGeneration,
+        processor: Any,  # transformers' JanusProcessor
+        sampling: GPTSampling,
+        size: int,
+        vae_bsz: int | None = None,
+    ) -> None:
+        """Pictures of size x size pixels; vae_bsz: images decoded at once, all without it."""
+        self.model, self.processor, self.sampling = model, processor, sampling
+        self.size, self.vae_bsz = size, vae_bsz
+
+    def prepare(
+        self, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> tuple[dict[str, Tensor], Sequence[int]]:
+        """The prompts as tokens: in the words of a conversation, where the processor has a template."""
+        texts = list(prompts)
+        if self.processor.chat_template is not None:
+            texts = [
+                self.processor.apply_chat_template(
+                    [{"role": "user", "content": [{"type": "text", "text": text}]}],
+                    add_generation_prompt=True,
+                )
+                for text in texts
+            ]
+        inputs = self.processor(
+            text=texts,
+            generation_mode="image",
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        device = self.model.device
+        return {k: inputs[k].to(device) for k in ("input_ids", "attention_mask")}, seeds
+
+    @torch.no_grad()
+    def generate(self, prepared: tuple[dict[str, Tensor], Sequence[int]]) -> Tensor:
+        """Images (B, 3, size, size) float32, about [-1, 1]; NaN where the model computed none."""
+        inputs, seeds = prepared
+        s = self.sampling
+        codes = sample_tokens(
+            self.model,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            cfg=s.cfg,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            cfg_interval=s.cfg_interval,
+            line_ar=s.line_ar,
+            seeds=seeds,
+        )
+        codes = codes.unflatten(1, image_grid(self.model))
+        return pictures(self.decode, codes, self.size, self.vae_bsz)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, h, w) => images (B, 3, h*f, w*f)."""
+        return self.model.decode_image_tokens(codes.flatten(1)).movedim(-1, 1)
+
+
+def from_original(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a deepseek-ai file under transformers' names, those that draw pictures.
+
+    ValueError for a key that such a file does not have.
+    """
+    renamed = {}
+    for key, tensor in weights.items():
+        if key.startswith(NOT_DRAWING):
+            continue
+        start = next((old for old in ORIGINAL_KEYS if key.startswith(old)), None)
+        if start is None:
+            raise ValueError(f"{key} is no key of deepseek-ai's Janus files")
+        rest = key.removeprefix(start)
+        if start == "gen_vision_model.":
+            for old, new in TOKENIZER_KEYS.items():
+                rest = rest.replace(old, new)
+        renamed[ORIGINAL_KEYS[start] + rest] = tensor
+    return renamed
+
+
+def load_original(model: JanusForConditionalGeneration, weights: Mapping[str, Tensor]) -> None:
+    """Give a model the tensors of a deepseek-ai file; its vision tower stays as it is.
+
+    ValueError if one is missing, unknown or of another shape.
+    """
+    load_parts(model, from_original(weights), ("model.vision_model.", "model.aligner."))

@@ -1,0 +1,34 @@
+"""The counts of a compressed key-value cache, all known before the first token."""
+
+from dataclasses import dataclass
+
+CONDITION = 1  # positions in front of the image: the class token
+
+
+@dataclass(frozen=True)
+class LinePlan:
+    """Every count of a run: of image tokens, but for `condition`.
+
+    line, lines: the grid. budget: tokens kept when a line begins. anchors, recent: the first and
+    the newest ones, never evicted; `budget - anchors - recent` others are kept by their score.
+    spaced: tokens of every older line among them that are never evicted either.
+    """
+
+    line: int
+    lines: int
+    budget: int
+    anchors: int
+    recent: int
+    condition: int = CONDITION
+    spaced: int = 0
+
+    @property
+    def compressed(self) -> bool:
+        """Whether anything is evicted at all."""
+        return self.budget < self.line * self.lines
+
+    @property
+    def slots(self) -> int:
+        """Rows of the buffer per head, where the image's last token is never fed."""
+        tokens = self.line * self.lines - 1
+        return self.condition + min(tokens, self.budget + self.line)

@@ -1,9 +1,0 @@
-#!/usr/bin/env bash
-# MAR-B, 256 steps, without guidance (Li et al. 2024).
-# Published: FID 3.48, IS 192.4.
-# More flags of eval.py may follow; PROCESSES=8 uses eight GPUs.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-export PATH="$PWD/.venv/bin:$PATH"
-torchrun --standalone --nproc_per_node="${PROCESSES:-1}" eval.py --model mar_base --num_images 50000 \
-    --num_iter 256 --cfg 1.0 --temperature 0.95 --eval_bsz 256 "$@"

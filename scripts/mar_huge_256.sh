@@ -1,9 +1,0 @@
-#!/usr/bin/env bash
-# MAR-H, 256 steps, guidance 3.2 (Li et al. 2024).
-# Published: FID 1.55, IS 303.7.
-# More flags of eval.py may follow; PROCESSES=8 uses eight GPUs.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-export PATH="$PWD/.venv/bin:$PATH"
-torchrun --standalone --nproc_per_node="${PROCESSES:-1}" eval.py --model mar_huge --num_images 50000 \
-    --num_iter 256 --cfg 3.2 --eval_bsz 128 "$@"

@@ -1,0 +1,103 @@
+"""benchmarks.fid_difference: FIDs of two runs, features kept, pairs only."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import fid_difference
+from engine.mar import PRESETS
+from util import metrics
+from util.errors import UserError
+from util.evaluation.request import ScoreRequest
+from util.images import png_name, save_png
+from util.shapes import render
+
+COUNT = 12
+CONFIG = {
+    "model": "mar_tiny", "weights": "w", "num_images": COUNT, "class_num": 10, "seed": 1,
+    "seed_mode": "image", "cfg": 3.0,
+}  # fmt: skip
+
+
+def make_run(folder: Path, noise: float, **config: object) -> Path:
+    """A finished run whose images are pictures of the data set with noise."""
+    random = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    for i in range(COUNT):
+        picture = render(i) + random.normal(0, noise, (64, 64, 3))
+        save_png(folder / "images" / png_name(i), picture.round().clip(0, 255).astype(np.uint8))
+    manifest = {"config": CONFIG | config, "calls": []}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    results = {"method": f"noise {noise}", "images_dir": "images", "fid": None}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    return [make_run(tmp_path / name, noise) for name, noise in (("a", 0), ("b", 20))]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Calls the command; returns the document of its last line."""
+    monkeypatch.chdir(Path(fid_difference.__file__).parent.parent)
+    threads = torch.get_num_threads()
+
+    def call(*words: object) -> dict:
+        argv = ["fid_difference.py", *map(str, words), "--resamples", "20"]
+        monkeypatch.setattr(sys, "argv", argv)
+        capsys.readouterr()
+        fid_difference.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    yield call
+    torch.set_num_threads(threads)
+
+
+def test_fids_are_those_of_eval_and_noise_is_worse(command, runs):
+    (row,) = command(*runs)["rows"]
+    preset = PRESETS["mar_tiny"]
+    request = ScoreRequest(*(preset[key] for key in ("features", "features_path", "fid_stats")))
+    wanted = [metrics.score(run / "images", COUNT, request, "cpu")["fid"] for run in runs]
+    assert [row["base"], row["fid"]] == pytest.approx(wanted, rel=1e-4)
+    assert row["difference"] > 0
+    assert row["low"] < row["high"]
+
+
+def test_features_are_kept_so_that_the_images_may_go(command, runs, tmp_path):
+    rows = command(*runs, "--output", tmp_path / "out")["rows"]
+    assert "| noise 20 | " in (tmp_path / "out.md").read_text()
+    for run in runs:
+        shutil.rmtree(run / "images")
+        results = json.loads((run / "results.json").read_text())
+        (run / "results.json").write_text(json.dumps(results | {"images_dir": None}))
+    assert command(*runs)["rows"] == rows
+    (runs[1] / "features.npz").unlink()
+    with pytest.raises(UserError, match="has no images and no features.npz"):
+        command(*runs)
+
+
+def test_features_of_another_run_in_the_same_folder_are_made_again(command, runs):
+    command(*runs)
+    shutil.copy(runs[0] / "features.npz", runs[1] / "features.npz")
+    assert command(*runs)["rows"][0]["difference"] == 0  # both runs have one configuration here
+    other = json.dumps({"config": CONFIG | {"num_iter": 32}, "calls": []})
+    (runs[1] / "manifest.json").write_text(other)
+    assert command(*runs)["rows"][0]["difference"] > 0
+
+
+def test_runs_that_are_no_pairs_are_refused_in_a_sentence(command, runs, tmp_path):
+    third = make_run(tmp_path / "c", 5, seed=2)
+    with pytest.raises(UserError, match=r"c has seed 2, .*a has 1: runs to compare share"):
+        command(runs[0], third)
+    with pytest.raises(UserError, match="one run has nothing to be compared with"):
+        command(runs[0])
+    (runs[1] / "features.npz").write_bytes(b"none")
+    with pytest.raises(UserError, match="cannot be read .*: delete it"):
+        command(*runs)

@@ -1,0 +1,67 @@
+"""The tokenizer of janus_tiny: resumed training, and the same codes and pictures as transformers' class."""
+
+import pytest
+import torch
+
+from util import tiny_vq
+from util.errors import UserError
+from util.tiny import janus_vq
+
+STEPS = 4
+
+
+def test_a_training_that_was_stopped_continues_to_the_same_weights(tmp_path, monkeypatch):
+    small = {"BATCH": 2, "SAVE_EVERY": 1, "CONTINUOUS": 1, "KMEANS_PICTURES": 32, "REVIVE_EVERY": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(tiny_vq, name, value)
+
+    def train(folder, draw=janus_vq.draw):
+        return janus_vq.train(folder, STEPS, janus_vq.janus_vq, draw)
+
+    def killed(start, count):
+        if start == 2 * small["BATCH"]:
+            raise KeyboardInterrupt
+        return janus_vq.draw(start, count)
+
+    whole = train(tmp_path / "one")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "two", killed)
+    resumed = train(tmp_path / "two")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], tensor), name
+
+
+def test_transformers_class_gives_the_same_codes_and_pictures_from_the_renamed_weights():
+    pytest.importorskip("transformers")
+    from util.tiny.janus import make_model
+
+    torch.manual_seed(0)
+    ours = janus_vq.janus_vq().eval()
+    theirs = make_model().model.vqmodel.eval()
+    theirs.load_state_dict(janus_vq.janus_weights(ours.state_dict()))
+    images = janus_vq.draw(0, 2)
+    with torch.no_grad():
+        codes = ours.encode(images)
+        assert len(codes.unique()) > 10
+        assert torch.equal(theirs.encode(images).image_tokens.view_as(codes), codes)
+        assert torch.allclose(theirs.decode(codes.flatten(1)), ours.decode(codes), atol=1e-4)
+
+
+def test_pictures_are_floats_between_minus_one_and_one():
+    images = janus_vq.draw(3, 2)
+    assert images.shape == (2, 3, 64, 64) and images.dtype == torch.float32
+    assert -1 <= images.min() < -0.5 and 0.5 < images.max() <= 1
+
+
+def test_the_sheet_of_reconstructions_has_a_row_of_each_kind(tmp_path):
+    from PIL import Image
+
+    janus_vq.save_reconstructions(janus_vq.janus_vq().eval(), tmp_path / "sheet.png", 2, 3)
+    assert Image.open(tmp_path / "sheet.png").size == (3 * 64, 4 * 64)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    from tests.conftest import ROOT
+
+    with pytest.raises(UserError, match="of another model|check the model's flags"):
+        janus_vq.load_tokenizer(ROOT / "pretrained_models/gpt_tiny/tokenizer.safetensors")

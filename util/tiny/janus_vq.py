@@ -1,0 +1,124 @@
+"""Trains the tokenizer of janus_tiny: a small VQModel on captioned shapes.
+
+    python -m util.tiny.janus_vq --output_dir output_dir/janus_tiny/tokenizer
+
+Janus uses LlamaGen's tokenizer, so the recipe is that of util.tiny.vq and `janus_weights` renames the
+result. Stopped anywhere, the same command continues.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.vq import VQModel
+from util.checkpoint import load_into, save_safetensors
+from util.errors import UserError, run_main
+from util.images import save_png, to_bytes
+from util.shapes import HELD_OUT_START
+from util.tiny import captions
+from util.tiny.vq import test, train
+
+TOKENIZER, RECONSTRUCTIONS = "tokenizer.safetensors", "reconstructions.png"  # in the output folder
+STEPS = 1500
+CODES = 512
+CODE_CHANNELS = 8
+LATENT_CHANNELS = 32
+BASE_CHANNELS = 64  # Janus normalizes in 32 groups, and groups of one channel lose the colour
+CHANNEL_MULTIPLIER = (1, 1, 1)  # stride 4
+RES_BLOCKS = 0  # in each level of the encoder; the decoder has one more
+JANUS_NAMES = (  # of LlamaGen's names and their replacements
+    (r"^encoder\.conv_blocks\.", "encoder.down."),
+    (r"^decoder\.conv_blocks\.", "decoder.up."),
+    (r"\.res\.", ".block."),
+    (r"\.mid\.0\.", ".mid.block_1."),
+    (r"\.mid\.1\.", ".mid.attn_1."),
+    (r"\.mid\.2\.", ".mid.block_2."),
+)
+
+
+def janus_vq() -> VQModel:
+    """The tokenizer of janus_tiny: 64x64 pixels, 512 codes, stride 4."""
+    return VQModel(
+        CODES,
+        CODE_CHANNELS,
+        ch=BASE_CHANNELS,
+        ch_mult=CHANNEL_MULTIPLIER,
+        num_res_blocks=RES_BLOCKS,
+        z_channels=LATENT_CHANNELS,
+    )
+
+
+def janus_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a VQModel under the names of transformers' JanusVQVAE, with unit codes.
+
+    JanusVQVAE normalizes codes when it decodes but not when it encodes; unit codes make both agree.
+    """
+    renamed = {}
+    for name, tensor in weights.items():
+        for pattern, replacement in JANUS_NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    del renamed["quantize.codebook_used"]
+    codes = "quantize.embedding.weight"
+    renamed[codes] = F.normalize(renamed[codes].float(), dim=-1).to(renamed[codes].dtype)
+    return renamed
+
+
+def draw(start: int, count: int) -> Tensor:
+    """Pictures start .. start + count - 1, float32 (count, 3, 64, 64) in [-1, 1]."""
+    return captions.pictures(start, count).float() / 127.5 - 1
+
+
+def load_tokenizer(path: Path) -> VQModel:
+    """The trained tokenizer, float32, in evaluation mode. UserError when the file is not one."""
+    model = janus_vq()
+    load_into(model, path)
+    return model.eval().requires_grad_(False)
+
+
+def save_sheet(path: Path, images: Tensor) -> None:
+    """Write pictures (rows, columns, 3, H, W), uint8 or float in [-1, 1], as one PNG."""
+    pixels = images if images.dtype == torch.uint8 else to_bytes(images)
+    lines = pixels.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (rows * H, columns * W, 3)
+    save_png(path, lines.contiguous().numpy())
+
+
+@torch.no_grad()
+def save_reconstructions(model: VQModel, path: Path, rows: int = 4, columns: int = 10) -> None:
+    """Write a sheet of held-out pictures, each row followed by its reconstructions."""
+    images = draw(HELD_OUT_START, rows * columns)
+    both = torch.stack([images, model.decode(model.encode(images))])  # (2, rows * columns, ...)
+    save_sheet(path, both.unflatten(1, (rows, columns)).transpose(0, 1).flatten(0, 1))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m util.tiny.janus_vq", description="Train the tokenizer of janus_tiny."
+    )
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    args = parser.parse_args()
+    if args.steps < 1:
+        raise UserError(f"--steps must be at least 1, got {args.steps}")
+    trained = train(args.output_dir, args.steps, janus_vq, draw)
+    path = args.output_dir / TOKENIZER
+    weights = {name: tensor.half() for name, tensor in trained.state_dict().items()}
+    model = janus_vq().eval()
+    model.load_state_dict(weights)  # what is tested is what is written
+    result = test(model, draw)
+    metadata = {name: json.dumps(value) for name, value in result.items()}
+    metadata["made_by"] = json.dumps(f"python -m util.tiny.janus_vq --steps {args.steps}")
+    save_reconstructions(model, args.output_dir / RECONSTRUCTIONS)
+    save_safetensors(path, weights, metadata)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_main(main)
