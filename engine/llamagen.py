@@ -45,7 +45,7 @@ PRESETS: dict[str, Preset] = {
     "gpt_3b": _published("3B", 1.65),
     "gpt_tiny": {
         "img_size": 64,
-        "image_size_eval": 64,
+        "image_size_eval": None,
         "vae_stride": 4,
         "class_num": 10,
         "cfg": 1.5,

@@ -164,7 +164,7 @@ def test_the_script_writes_three_figures_beside_their_numbers(
         (("--cfg", 1), "--cfg is 1"),
         (("--num_iter", 9), "features as old as --interval 9 allows need more"),
         (("--num_iter", 2, "--interval", 1), "makes 2 steps"),
-        (("--model", "gpt_tiny"), "is not for --model gpt_tiny"),
+        (("--model", "gpt_tiny"), "is for MAR models; --model gpt_tiny is a GPT model"),
         (("--resume", "nowhere"), "no checkpoint at nowhere"),
     ],
 )
