@@ -8,7 +8,7 @@ computes, on a CPU, the very same numbers as a run that was never stopped.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -71,9 +71,9 @@ class Command:
         return pick_dtype(self.place.config.dtype, self.place.device)
 
 
-def parse() -> Command:
-    """The command line."""
-    flags = cli.make_parser("main_mar", __doc__.splitlines()[0]).parse()
+def parse(words: Sequence[str] | None = None) -> Command:
+    """The command line, from sys.argv without words."""
+    flags = cli.make_parser("main_mar", __doc__.splitlines()[0]).parse(words)
     if "score_only" in flags.given:
         raise UserError("--score_only belongs to eval.py: python eval.py --score_only DIR")
     selection = cli.select(flags, "main_mar")

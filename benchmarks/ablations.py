@@ -54,7 +54,7 @@ QUALITY = ("", "FID", "IS", "accuracy", "PSNR to MAR, dB")
 NOT_PAIRED = {"psnr": None, "identical": None}
 CUDA_WARMUPS = 2  # one compiles, one records
 PEAK = {True: "of the device", False: "of a whole process, its head with 4 denoising steps"}
-COST = ("TFLOPs as published", "executed", "s / image", "speed-up", "peak GB")
+COST = ("TFLOPs as published", "TFLOPs executed", "s / image", "speed-up", "peak GB")
 Result = dict[str, object]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import add_output, at_least, markdown, origin, write_result
+from benchmarks.common import add_output, at_least, origin, prepare_output, write_result
 from benchmarks.measures import paired_fid
 from engine import cli
 from util import metrics, report
@@ -27,6 +27,7 @@ from util.evaluation.request import ScoreRequest
 from util.evaluation.statistics import load_stats
 from util.evaluation.sums import Gaussian
 from util.files import atomic_path, sha256_of
+from util.markdown import markdown_table
 from util.npz import read_arrays
 
 FEATURES = "features.npz"
@@ -97,6 +98,7 @@ def parse() -> argparse.Namespace:
     at_least(args, 20, "resamples")
     if len(args.runs) < 2:
         raise UserError("one run has nothing to be compared with: give two folders or more")
+    prepare_output(args.output)
     return args
 
 
@@ -132,7 +134,7 @@ def main() -> None:
     for row in rows:
         interval = f"{row['low']:+.4f} .. {row['high']:+.4f}"
         cells.append([row["method"], f"{row['fid']:.4f}", f"{row['difference']:+.4f}", interval])
-    text = markdown(("", "FID", "difference", "95% interval"), cells)
+    text = markdown_table(("", "FID", "difference", "95% interval"), cells)
     write_result(args.output, {"about": about, "rows": rows}, text)
 
 

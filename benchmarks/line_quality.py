@@ -23,6 +23,7 @@ from benchmarks.common import (
     at_least,
     origin,
     prepare_output,
+    stored_rows,
     with_ending,
     write_text,
 )
@@ -107,15 +108,6 @@ def plans(methods: str, budgets: str, recent: int) -> list[tuple[str, str, LineA
     return rows
 
 
-def rows_of_before(output: Path, about: dict) -> list[dict]:
-    """Rows of an earlier call, if they are of the same images."""
-    if not output.exists():
-        return []
-    stored = json.loads(output.read_text())
-    same = all(stored["about"].get(key) == about[key] for key in SAME)
-    return stored["rows"] if same else []
-
-
 def picture(
     run: Run, model: GPT, tokenizer: VQModel, plain: GPTSampling, rows: list[dict], recent: int
 ) -> np.ndarray:
@@ -180,7 +172,7 @@ def main() -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-    rows = rows_of_before(output, about)
+    rows = stored_rows(output, {name: about[name] for name in SAME})
     done = {(row["method"], row["budget"]) for row in rows}
     for method, budget, config in args.plans:
         if (method, budget) in done:

@@ -255,7 +255,8 @@ def main() -> None:
     """Command line."""
     selection, output = parse()
     require_matplotlib()
-    host, settings = selection.host(), selection.flags.build(EvaluationConfig)
+    host = selection.host()
+    settings = selection.flags.build(EvaluationConfig, {"no_score": True})  # one image will do
     assert isinstance(host, MARHost)
     sampling = host.sampling
     lazy_mar = sampling.lazy_mar

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig
+from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, bundled
 from engine.llamagen import build_line_ar
 from models.gpt_images import GPTSampling
 from models.line_config import LineARConfig
@@ -17,7 +17,7 @@ from util.evaluation.conditions import Conditions, Prompts
 from util.evaluation.generation import ImageGenerator
 from util.files import read_json, sha256_of
 
-_TINY = "pretrained_models/janus_tiny"
+_TINY = bundled("janus_tiny")
 _PUBLISHED: Preset = {"cfg": 5.0}  # Janus-Pro's generation_inference.py
 
 PRESETS: dict[str, Preset] = {

@@ -42,13 +42,12 @@ class KVLayer:
         self.slots = slots
         self.live = 0  # slots in use: a prefix
         self.count = 0  # positions seen, the condition included
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
+        self.k = self.v = torch.empty(0)  # until the first call
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k, v (rows, H, m, d) of the next m positions; what to attend to: views of the live slots."""
-        if self.k is None or self.v is None:
-            self.k, self.v = self._allocate(k)
+        if self.k.numel() == 0:
+            self._allocate(k)
         stop = self.live + k.shape[2]
         if stop > self.slots:
             raise ValueError(f"the cache is full: it has {self.slots} slots")
@@ -67,14 +66,14 @@ class KVLayer:
         self.live += positions
         self.count += positions
 
-    def _allocate(self, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _allocate(self, k: Tensor) -> None:
         shape = (k.shape[0], k.shape[1], self.slots, k.shape[3])
-        return k.new_empty(shape), k.new_empty(shape)
+        self.k, self.v = k.new_empty(shape), k.new_empty(shape)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
-        return sum(t.nbytes for t in (self.k, self.v) if t is not None)
+        return self.k.nbytes + self.v.nbytes
 
     @property
     def workspace_nbytes(self) -> int:
@@ -93,16 +92,16 @@ class LineLayer(KVLayer):
         self.plan = plan
         self.method = METHODS[config.method]
         self.pooling = config.pooling
-        self.queries: Tensor | None = None  # (rows, H, line * groups, d), of this line
-        self.positions: Tensor | None = None  # (rows, H, slots): which token it is
-        self.scores: Tensor | None = None  # (rows, H, slots), if they accumulate
+        self.queries = torch.empty(0)  # (rows, H, line * groups, d), of this line
+        self.positions = torch.empty(0)  # (rows, H, slots): which token it is
+        self.scores = torch.empty(0)  # (rows, H, slots), if they accumulate
         self.hidden: Tensor | None = None  # (rows, 1, slots), if the condition is padded
 
     def remember(self, q: Tensor) -> None:
         if not self.method.needs_queries:
             return
         heads, groups = self.k.shape[1], q.shape[1] // self.k.shape[1]
-        if self.queries is None:
+        if self.queries.numel() == 0:
             self.queries = q.new_empty(len(q), heads, self.plan.line * groups, q.shape[3])
         token = self.count - self.plan.condition
         if token >= 0:
@@ -119,7 +118,8 @@ class LineLayer(KVLayer):
         if tokens > 0 and tokens % self.plan.line == 0:
             self._end_line()
 
-    def _allocate(self, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _allocate(self, k: Tensor) -> None:
+        super()._allocate(k)
         rows, heads = k.shape[:2]
         last = self.plan.condition + self.plan.line * (self.plan.lines + 1)
         dtype = torch.int16 if last <= torch.iinfo(torch.int16).max else torch.int32
@@ -127,7 +127,6 @@ class LineLayer(KVLayer):
         self.positions = index.repeat(rows, heads, 1)  # until the first eviction
         if self.method.cumulative:
             self.scores = torch.zeros(rows, heads, self.slots, device=k.device)
-        return super()._allocate(k)
 
     def _end_line(self) -> None:
         """Score the live tokens where that is needed; if the buffer is full, evict one line."""
@@ -182,8 +181,8 @@ class LineLayer(KVLayer):
     @property
     def workspace_nbytes(self) -> int:
         """Bytes of the line's queries, the positions and the accumulated scores."""
-        held = (self.queries, self.positions, self.scores, self.hidden)
-        return sum(t.nbytes for t in held if t is not None)
+        held = self.queries.nbytes + self.positions.nbytes + self.scores.nbytes
+        return held + (0 if self.hidden is None else self.hidden.nbytes)
 
 
 class KVCache:

@@ -141,7 +141,8 @@ def register_features(name: str, spec: FeatureSpec, extractor: type[FeatureExtra
 def _judge_labels(logits: torch.Tensor, conditions: Sequence[Condition]) -> list[dict[str, bool]]:
     """accuracy: the largest logit is the label."""
     found = logits.argmax(1).tolist()
-    return [{"accuracy": a == b} for a, b in zip(found, conditions, strict=True)]
+    pairs = zip(found, conditions, strict=True)
+    return [{"accuracy": a == b} if isinstance(b, int) else {} for a, b in pairs]
 
 
 register_features(

@@ -22,6 +22,7 @@ PAIRED = (
     "weights",
     "num_images",
     "class_num",
+    "prompts",
     "seed",
     "seed_mode",
     "model",

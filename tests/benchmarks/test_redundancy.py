@@ -12,9 +12,9 @@ from benchmarks.redundancy import GROUPS, Observer, Request, lazy_strip, measure
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig, step_policies
 from models.plan import DecodingPlan
-from tests.cli.test_run import snapshot
-from tests.models.test_sampling import CLOSE, noise_of, sample, small_mar
 from tests.support.golden_data import relative_error
+from tests.support.runs import snapshot
+from tests.support.sampling import CLOSE, noise_of, sample, small_mar
 from util.errors import UserError
 from util.images import read_image
 
@@ -164,7 +164,7 @@ def test_the_script_writes_three_figures_beside_their_numbers(
         (("--cfg", 1), "--cfg is 1"),
         (("--num_iter", 9), "features as old as --interval 9 allows need more"),
         (("--num_iter", 2, "--interval", 1), "makes 2 steps"),
-        (("--model", "gpt_tiny"), "is not for --model gpt_tiny"),
+        (("--model", "gpt_tiny"), "is for MAR models; --model gpt_tiny is a GPT model"),
         (("--resume", "nowhere"), "no checkpoint at nowhere"),
     ],
 )

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from util.errors import UserError
+from util.evaluation.conditions import Condition, class_labels
 from util.files import atomic_path, read_json, write_json
 from util.images import (
     check_numbered,
@@ -177,14 +178,14 @@ class RunFolder:
             self.images.rmdir()
         write_json(self.path / "results.json", {**self.results(), "images_dir": None})
 
-    def write_npz(self, labels: Sequence[int]) -> Path:
+    def write_npz(self, conditions: Sequence[Condition]) -> Path:
         """samples.npz as ADM's evaluator reads it, image by image: memory does not grow with N.
 
-        arr_0 (N, H, W, 3) uint8 in the order of the indices, arr_1 (N,) int64 labels
-        (guided-diffusion, scripts/image_sample.py).
+        arr_0 (N, H, W, 3) uint8 in the order of the indices; arr_1 (N,) int64 labels, if the images
+        have any (guided-diffusion, scripts/image_sample.py).
         """
-        path = self.path / "samples.npz"
-        shape = (len(labels), *read_image(self.image(0)).shape)
+        path, labels = self.path / "samples.npz", class_labels(conditions)
+        shape = (len(conditions), *read_image(self.image(0)).shape)
         with (
             atomic_path(path) as temporary,
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
@@ -192,10 +193,11 @@ class RunFolder:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                for index in range(len(labels)):
+                for index in range(len(conditions)):
                     file.write(read_image(self.image(index)).tobytes())
-            with archive.open("arr_1.npy", "w") as file:
-                np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))
+            if labels is not None:
+                with archive.open("arr_1.npy", "w") as file:
+                    np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))
         return path
 
 

@@ -70,7 +70,7 @@ class TrainingMonitor:
         if failed and self.saved_step is not None:
             print(
                 f"note: {self.config.output_dir} holds the run up to step {self.saved_step}; "
-                f"go on with --resume {self.config.output_dir}",
+                f"continue with --resume {self.config.output_dir}",
                 file=sys.stderr,
             )
 
@@ -146,7 +146,7 @@ class TrainingMonitor:
             self.save(*self._next_step())
         if self.must_stop and self.world.is_main:
             print(
-                f"stopped after step {state.step}; go on with --resume {config.output_dir}",
+                f"stopped after step {state.step}; continue with --resume {config.output_dir}",
                 flush=True,
             )
         return self.must_stop
