@@ -244,7 +244,7 @@ def parse() -> tuple[cli.Selection, Path]:
     )
     flags = parser.parse()
     output = flags.given.pop("output", None)
-    flags.given["lazy_mar"] = True
+    flags.given |= {"lazy_mar": True, "no_score": True}
     selection = cli.select(flags, "redundancy")  # refuses GPT models, which LazyMAR does not know
     output = with_ending(output or OUTPUT / f"redundancy_{selection.model}", "")
     prepare_output(output)
