@@ -244,7 +244,7 @@ def parse() -> tuple[cli.Selection, Path]:
     )
     flags = parser.parse()
     output = flags.given.pop("output", None)
-    flags.given |= {"lazy_mar": True, "no_score": True}
+    flags.given["lazy_mar"] = True
     selection = cli.select(flags, "redundancy")  # refuses GPT models, which LazyMAR does not know
     output = with_ending(output or OUTPUT / f"redundancy_{selection.model}", "")
     prepare_output(output)
@@ -255,7 +255,8 @@ def main() -> None:
     """Command line."""
     selection, output = parse()
     require_matplotlib()
-    host, settings = selection.host(), selection.flags.build(EvaluationConfig)
+    host = selection.host()
+    settings = selection.flags.build(EvaluationConfig, {"no_score": True})  # one image will do
     assert isinstance(host, MARHost)
     sampling = host.sampling
     lazy_mar = sampling.lazy_mar

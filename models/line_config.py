@@ -47,7 +47,7 @@ class LineARConfig:
     recent: int = setting(2, "newest lines that are never evicted")
     method: str = setting("linear", ", ".join((NONE, *METHODS)), metavar="NAME")
     pooling: str = setting("mean", f"over a line's queries: {', '.join(POOLINGS)}", metavar="NAME")
-    spaced: int = setting(2, "stratified: tokens of every older line that are never evicted")
+    spaced: int = setting(1, "stratified: tokens of every older line that are never evicted")
 
     def __post_init__(self) -> None:
         if self.method != NONE and self.method not in METHODS:

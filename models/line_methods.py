@@ -56,11 +56,13 @@ class Method:
     """What the cache needs to know of a method.
 
     cumulative: scores of all lines are added up. stratified: tokens of every line are always kept.
+    settings: the fields of LineARConfig, beside the budget, that make a difference.
     """
 
     needs_queries = True
     cumulative = False
     stratified = False
+    settings: tuple[str, ...] = ()
 
     def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
         """First and newest tokens that are never evicted, at least one line of the newest.
@@ -77,6 +79,8 @@ class Method:
 class LineAR(Method):
     """Attention of the line just completed (Qin et al., arXiv 2512.04857): inter-line attention."""
 
+    settings = ("anchors", "recent", "pooling")
+
     def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
         return anchors, recent * line
 
@@ -92,6 +96,7 @@ class Stratified(LineAR):
     """
 
     stratified = True
+    settings = ("recent", "pooling", "spaced")
     ANCHORS = 1  # the first token, which heads attend to whatever it is (arXiv 2309.17453)
 
     def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:

@@ -93,14 +93,14 @@ class LineARLayer(CacheLayerMixin):
         keys, values = self.kv.append(key_states, value_states)
         self.waiting = tokens
         self.room -= tokens
-        keys.line_layer = self  # type: ignore[attr-defined]  # read by `attention`, which gets this very tensor
+        # `attention` gets this very tensor, and so finds the layer
+        keys.line_layer = self  # type: ignore[attr-defined]
         return keys, values
 
     def attended(self, query: Tensor, mask: Tensor | None, scaling: float | None) -> None:
         """The attention of the kept positions is computed: query (rows, heads, m, d), its mask."""
-        if (
-            mask is not None and self.kv.count == 0
-        ):  # the prompt: its last token sees all but padding
+        if mask is not None and self.kv.count == 0:
+            # the last token of the prompt sees all of it but padding
             self.kv.hide(~mask[:, 0, -1, : self.waiting])
         if scaling is not None:  # scores divide by sqrt(d)
             query = query * (scaling * query.shape[-1] ** 0.5)

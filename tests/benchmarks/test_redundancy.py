@@ -13,6 +13,7 @@ from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig, step_policies
 from models.plan import DecodingPlan
 from tests.support.golden_data import relative_error
+from tests.support.runs import snapshot
 from tests.support.sampling import CLOSE, noise_of, sample, small_mar
 from util.errors import UserError
 from util.images import read_image
@@ -148,6 +149,10 @@ def test_the_script_writes_three_figures_beside_their_numbers(
     assert {"command", "commit", "weights", "device", "dtype", "seed"} <= document["about"].keys()
     text = (tmp_path / "red.md").read_text()
     assert "| 4 | " in text and "probe layer.\n\n    command: " in text
+    written = snapshot(tmp_path)
+    with pytest.raises(UserError, match=r"holds the result of `.* ddim10`: give another --output"):
+        script("--num_sampling_steps", "ddim10", "--num_images", 2)
+    assert snapshot(tmp_path) == written
     for name in ("tokens", "guidance", "strip"):
         picture = read_image(tmp_path / f"red_{name}.png")
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
@@ -159,7 +164,7 @@ def test_the_script_writes_three_figures_beside_their_numbers(
         (("--cfg", 1), "--cfg is 1"),
         (("--num_iter", 9), "features as old as --interval 9 allows need more"),
         (("--num_iter", 2, "--interval", 1), "makes 2 steps"),
-        (("--model", "gpt_tiny"), "--model gpt_tiny is a GPT model"),
+        (("--model", "gpt_tiny"), "is for MAR models; --model gpt_tiny is a GPT model"),
         (("--resume", "nowhere"), "no checkpoint at nowhere"),
     ],
 )

@@ -108,8 +108,8 @@ def test_pictures_are_resized_to_the_size_of_evaluation(sample):
             ("--line_ar", "--line_budget", "1/8", "--line_recent", "2"),
             "32 tokens (2 lines of 16) is too small for 8 anchors and 32 recent",
         ),
-        (("--line_ar", "--line_budget", "2/0"), "'2/0' is no budget like 1/6, 0.25 or 4"),
-        (("--line_ar", "--line_budget", "1e400"), "'1e400' is no budget like 1/6, 0.25 or 4"),
+        (("--line_ar", "--line_budget", "2/0"), "'2/0' is not a budget like 1/6, 0.25 or 4"),
+        (("--line_ar", "--line_budget", "1e400"), "'1e400' is not a budget like 1/6, 0.25 or 4"),
         (("--line_ar", "--line_budget", "2.5"), "budget is 2.5"),
         (
             ("--line_ar", "--line_method", "h2o", "--line_anchors", 3),
@@ -151,7 +151,7 @@ def test_a_missing_file_is_named_before_gigabytes_are_made_for_it(refused, name,
 def test_a_missing_tokenizer_is_named_with_the_command_that_brings_it(refused, files):
     flags = ("--vae_path", "none.pt", "--no_score")
     sentence = refused("--model", "gpt_tiny", *flags, resume=files / "bare.pt")
-    assert "--vae_path: none.pt not found" in sentence
+    assert "--vae_path: the tokenizer none.pt is missing" in sentence
     assert "python -m util.download vq16" in sentence
 
 
@@ -173,6 +173,7 @@ def test_a_file_of_another_size_is_refused(refused, tmp_path):
         (LineARConfig(0.1666), "LineAR 0.1666"),
         (LineARConfig(5, pooling="max"), "LineAR 5, pooling max"),
         (LineARConfig(3 / 8, method="rkv"), "rkv 3/8"),
+        (LineARConfig(1 / 4, 0, 1, "stratified", spaced=2), "stratified 1/4, recent 1, spaced 2"),
     ],
 )
 def test_a_cache_is_named_by_its_budget_and_by_what_was_changed(config, name):

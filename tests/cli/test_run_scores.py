@@ -128,7 +128,7 @@ def test_a_folder_that_is_not_there_cannot_be_scored(score_only, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--metrics", "fid,lpips"], "'lpips' is no metric"),
+        (["--metrics", "fid,lpips"], "'lpips' is not a metric"),
         (["--metrics", "kid"], "neither features nor images"),
         (["--metrics", "sfid"], "sfid"),
         (["--no_save", "--no_score"], "--no_save keeps no images, so --no_score"),

@@ -15,7 +15,7 @@ from util.shapes import HELD_OUT_START, ShapesDataset
 from util.tiny.classifier import ShapeClassifier
 
 CPU = torch.device("cpu")
-LABELS = [i % 10 for i in range(20)]
+LABELS = list(range(10))
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def at_root(monkeypatch):
 
 
 def recognised(images: torch.Tensor) -> int:
-    """Of images (20, 3, 64, 64) in [-1, 1], how many the classifier takes for their label."""
+    """Of images (10, 3, 64, 64) in [-1, 1], how many the classifier takes for their label."""
     classifier = ShapeClassifier.from_file(cli.named("mar_tiny").request().features_path)
     _, logits = classifier(torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2))
     return int((logits.argmax(dim=1) == torch.tensor(LABELS)).sum())
@@ -36,12 +36,12 @@ def test_shapes_of_mar_are_recognised_and_latents_have_the_spread_of_real_ones(l
     host = cli.named("mar_tiny", lazy_mar=lazy_mar, num_iter=16).host()
     assert isinstance(host, MARHost)
     loaded = host.load(CPU)
-    sampling, noise = vars(host.sampling), loaded.model.image_noise(range(20))
-    latents = loaded.model.sample_tokens(20, **sampling, labels=LABELS, noise=noise)
+    sampling, noise = vars(host.sampling), loaded.model.image_noise(LABELS)
+    latents = loaded.model.sample_tokens(10, **sampling, labels=LABELS, noise=noise)
     assert 0.85 < latents.std() < 1.15
     assert latents.abs().max() < 8
     images = loaded.tokenizer.decode(latents / host.tokenizer.scale(loaded.tokenizer))
-    assert recognised(images) >= 17
+    assert recognised(images) >= 8
 
 
 @torch.no_grad()
@@ -52,8 +52,8 @@ def test_shapes_of_the_gpt_are_recognised(line_ar):
     assert isinstance(host, LlamaGenHost)
     loaded = host.load(CPU)
     size = host.images.img_size
-    images = generate(loaded.model, loaded.tokenizer, LABELS, range(20), host.sampling, size)
-    assert recognised(images) >= 17
+    images = generate(loaded.model, loaded.tokenizer, LABELS, LABELS, host.sampling, size)
+    assert recognised(images) >= 8
 
 
 @torch.no_grad()

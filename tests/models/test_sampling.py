@@ -11,21 +11,10 @@ from models.layers import Block
 from models.lazy_mar import LazyMARConfig
 from models.noise import ImageNoise
 from tests.support.golden_data import relative_error
-from tests.support.sampling import CLOSE, CONFIGS, sample, small_mar
+from tests.support.sampling import CLOSE, CONFIGS, GEOMETRIES, sample, small_mar
 
 ONLY_REFRESH = LazyMARConfig(interval=1, head_cache=False)
 FROM_THE_FIRST_STEP = LazyMARConfig(warmup=0, interval=5)
-GEOMETRIES = {
-    "plain": {},
-    "no buffer": {"buffer_size": 0},
-    "patches": {"patch_size": 2},
-    "shallow decoder": {"decoder_depth": 2},
-    "probe last": {"decoder_depth": 4},
-    "deep decoder": {"encoder_depth": 1, "decoder_depth": 6},
-    "unequal widths": {"encoder_embed_dim": 48, "encoder_num_heads": 3},
-    "shallow head": {"diffloss_d": 1},
-    "one token": {"img_size": 4},
-}
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

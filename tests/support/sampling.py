@@ -15,6 +15,19 @@ CONFIGS = {
 }
 
 
+GEOMETRIES = {
+    "plain": {},
+    "no buffer": {"buffer_size": 0},
+    "patches": {"patch_size": 2},
+    "shallow decoder": {"decoder_depth": 2},
+    "probe last": {"decoder_depth": 4},
+    "deep decoder": {"encoder_depth": 1, "decoder_depth": 6},
+    "unequal widths": {"encoder_embed_dim": 48, "encoder_num_heads": 3},
+    "shallow head": {"diffloss_d": 1},
+    "one token": {"img_size": 4},
+}
+
+
 def small_mar(**kwargs) -> MAR:
     """64 tokens of 4 channels with weights that make every path matter."""
     torch.manual_seed(0)
