@@ -6,9 +6,9 @@
 
 Per batch and budget: images per second of sample_tokens with guidance; bytes of the cache and of LineAR's
 workspace, against theory; peak memory on CUDA; and the bytes per second that a step reads at least
-(weights, live keys and values), to be compared with the device's read rate below the table. --max_batch finds the
-largest batch that fits. Budgets take turns. With one CPU thread, CPU seconds are counted. The last line is
-one JSON document.
+(weights, live keys and values), to be compared with the device's read rate below the table. --max_batch
+finds the largest batch that fits. Budgets take turns. With one CPU thread, CPU seconds are counted. The
+last line is one JSON document.
 """
 
 import argparse
