@@ -198,7 +198,9 @@ def in_one_sentence(loader: Iterable[Item]) -> Iterator[Item]:
     try:
         yield from source
     except RuntimeError:
-        for worker in workers:  # they ignore SIGTERM, and may wait forever for a lock of the dead one
+        for (
+            worker
+        ) in workers:  # they ignore SIGTERM, and may wait forever for a lock of the dead one
             worker.kill()
         raise
     except UserError as error:
