@@ -152,7 +152,7 @@ def main() -> None:
         raise UserError(f"the demo draws with MAR models; --model {selection.model} is not one")
     if find_spec("gradio") is None:
         raise UserError("the demo needs gradio: install it with `pip install '.[demo]'`")
-    seed = selection.flags.build(EvaluationConfig).seed
+    seed = selection.flags.build(EvaluationConfig, {"no_score": True}).seed
     place = cli.place(selection.flags)
     loaded = host.load(place.device)
     scale = host.tokenizer.scale(loaded.tokenizer)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from engine import cli
 from engine.mar import MARHost
 from util import dist
-from util.data.checks import check_files
+from util.data.checks import check_files, note
 from util.data.config import DataConfig
 from util.data.datasets import ImageFolder, in_one_sentence, to_unit_range
 from util.data.latents import write_moments, write_note
@@ -33,6 +33,8 @@ def cache(
         raise UserError("--cached_path DIR is missing: the folder for the latents")
     img_size, vae_path = host.geometry.img_size, host.tokenizer.vae_path
     images = ImageFolder(Path(data.data_path) / "train", img_size)
+    for text in images.files.notes():
+        note(text, world)
     check_files(images, world, data.check_data, data.num_workers)
     folder = Path(data.cached_path)
     targets = [folder / f"{images.relative_path(i)}.npz" for i in range(len(images))]

@@ -1,15 +1,14 @@
-"""What each constant of LazyMAR is worth: quality and cost of many settings, beside MAR.
+"""Ablations of LazyMAR's constants: quality and cost of many settings, compared with MAR.
 
     python -m benchmarks.ablations --group caches --model mar_tiny --dtype bf16
     torchrun --nproc_per_node=8 -m benchmarks.ablations --group all        # mar_huge, 50,000 images
 
-The rows of each group are in benchmarks/ablation_rows.py. A row is a run of eval.py in a folder of its
-own below --output_dir: the same command goes on where it stopped, and a row that is finished, also
-for another group, is not made again. All flags of eval.py may be given, but for LazyMAR's, which
-the rows decide. When all images are there, each row is timed: the rows take turns, --repeats times,
-with batches of --timing_bsz, and the fastest counts; on a CPU with one thread the clock counts the
-thread's own seconds. Results: RESULTS/ablations_MODEL_GROUP.{json,md} (--results); frontier draws a
-plot, too. The last line is one JSON document.
+The rows of each group are in benchmarks/ablation_rows.py. Each row is a run of eval.py in its own folder
+below --output_dir, so the same command resumes, and groups share rows. All flags of eval.py are accepted
+except those of LazyMAR, which the rows set. Then every row is timed --repeats times with batches of
+--timing_bsz, rows in turns; the fastest counts (CPU seconds if there is one thread). Results:
+RESULTS/ablations_MODEL_GROUP.{json,md} (--results), and a plot for frontier. The last line is one JSON
+document.
 """
 
 import json
@@ -45,7 +44,7 @@ from util.device import can_compile, pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
-from util.files import write_json
+from util.files import read_json, write_json
 from util.markdown import markdown_table
 
 GROUPS = tuple(groups(LazyMARConfig(), lambda row, config: None))
@@ -54,7 +53,7 @@ QUALITY = ("", "FID", "IS", "accuracy", "PSNR to MAR, dB")
 NOT_PAIRED = {"psnr": None, "identical": None}
 CUDA_WARMUPS = 2  # one compiles, one records
 PEAK = {True: "of the device", False: "of a whole process, its head with 4 denoising steps"}
-COST = ("TFLOPs as published", "executed", "s / image", "speed-up", "peak GB")
+COST = ("TFLOPs as published", "TFLOPs executed", "s / image", "speed-up", "peak GB")
 Result = dict[str, object]
 
 
@@ -149,8 +148,8 @@ class Ablation:
         batch, device = self.request.settings.eval_bsz, str(self.device)
         about = {"eval_bsz": batch, "dtype": str(self.dtype), "device": device}
         file = self.folder(row) / "memory.json"
-        found = json.loads(file.read_text()) if file.exists() else {}
-        if not about.items() <= found.items():
+        found = read_json(file, dict, "remove it") if file.exists() else {}
+        if not about.items() <= found.items() or not isinstance(found.get("peak_gb"), float):
             host = self.host_of(row)
             sampling = host.model, row.config, row.num_iter, host.sampling.cfg
             geometry = tuple(asdict(host.geometry).items())

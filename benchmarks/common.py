@@ -1,12 +1,13 @@
-"""What the benchmarks share: clocks, ceilings of the machine, checks of flags, and files of results."""
+"""Shared by the benchmarks: clocks, limits of the machine, checks of flags, result files."""
 
 import argparse
 import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -122,6 +123,16 @@ def prepare_output(path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}): give another --output") from error
+
+
+def stored_rows(path: Path, settings: Mapping[str, object]) -> list[dict[str, Any]]:
+    """Rows of PATH.json by an earlier call with the same settings, [] if there are none."""
+    path = with_ending(path, ".json")
+    if not path.exists():
+        return []
+    stored = json.loads(path.read_text())
+    same = all(stored["about"].get(key) == value for key, value in settings.items())
+    return list(stored["rows"]) if same else []
 
 
 def write_result(path: Path | None, document: dict[str, object], text: str) -> None:

@@ -1,23 +1,22 @@
-"""Is one method's FID worse than another's? The difference of runs of the same seeds, with an interval.
+"""Difference of the FIDs of runs with the same seeds, with a confidence interval.
 
     python -m benchmarks.fid_difference RUN_OF_MAR RUN_OF_LAZYMAR ... --output output_dir/difference
 
-Runs are folders of eval.py; the first is what the others are compared with. Common seeds have common
-luck, which the difference of two FIDs does not see: images are resampled together (bootstrap, 95%).
-Features are kept in RUN/features.npz, so each run's are computed once, and its images may go then.
+Runs are folders of eval.py; the others are compared with the first. Equal seeds share their luck, so the
+difference scatters less than each FID: the bootstrap (95%) resamples images of both runs together. Features
+are kept in RUN/features.npz; after that, the images may be deleted.
 The last line is one JSON document.
 """
 
 import argparse
 import hashlib
 import json
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import add_output, at_least, markdown, origin, write_result
+from benchmarks.common import add_output, at_least, origin, prepare_output, write_result
 from benchmarks.measures import paired_fid
 from engine import cli
 from util import metrics, report
@@ -28,6 +27,8 @@ from util.evaluation.request import ScoreRequest
 from util.evaluation.statistics import load_stats
 from util.evaluation.sums import Gaussian
 from util.files import atomic_path, sha256_of
+from util.markdown import markdown_table
+from util.npz import read_arrays
 
 FEATURES = "features.npz"
 Run = dict[str, object]
@@ -49,14 +50,11 @@ def features_of(run: Run, request: ScoreRequest, device: str, batch: int = 64) -
     folder, key = Path(str(run["path"])), key_of(run, request)
     path = folder / FEATURES
     if path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                if str(file["key"]) == key:
-                    return file["features"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): delete it, it is made again"
-            ) from error
+        found = read_arrays(
+            path, ("key", "features"), "file of features", "delete it, it is made again"
+        )
+        if str(found["key"]) == key:
+            return found["features"]
     if run["images_dir"] is None:
         raise UserError(f"{folder} has no images and no {FEATURES} of them: run eval.py again")
     extractor = metrics.Extractor(request.features, request.features_path, device)
@@ -100,6 +98,7 @@ def parse() -> argparse.Namespace:
     at_least(args, 20, "resamples")
     if len(args.runs) < 2:
         raise UserError("one run has nothing to be compared with: give two folders or more")
+    prepare_output(args.output)
     return args
 
 
@@ -135,7 +134,7 @@ def main() -> None:
     for row in rows:
         interval = f"{row['low']:+.4f} .. {row['high']:+.4f}"
         cells.append([row["method"], f"{row['fid']:.4f}", f"{row['difference']:+.4f}", interval])
-    text = markdown(("", "FID", "difference", "95% interval"), cells)
+    text = markdown_table(("", "FID", "difference", "95% interval"), cells)
     write_result(args.output, {"about": about, "rows": rows}, text)
 
 

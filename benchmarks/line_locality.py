@@ -1,31 +1,32 @@
-"""Do LineAR's premises hold for a model? Three numbers per line, from one run with the full cache.
+"""Whether LineAR's premises hold for a model: three numbers per line, from one run with the full cache.
 
     python -m benchmarks.line_locality --model gpt_tiny
     python -m benchmarks.line_locality --model pretrained_models/janus_tiny --prompts prompts.txt
 
-condition: share of a line's attention on the class or prompt tokens; LineAR expects that it stays high.
-older: share on lines older than the last three; LineAR expects little. coverage: of a line's attention
-to the tokens that a budget has to choose from, the share on those that the line before attended to
-most, as many as the budget holds; best is the share of the best choice of as many. A model is gpt_tiny
-or the folder of a Janus model saved by transformers, with its processor. Shares are means over images,
-layers, heads and queries of the conditional branch.
+* condition: share of a line's attention on the class or prompt tokens. LineAR expects it to stay high.
+* older: share on lines older than the last three. LineAR expects it to be small.
+* coverage: share of a line's attention that the budget's tokens get if they are those that the line before
+  attended to most. best: the same for the best possible choice of as many tokens.
+
+A model is gpt_tiny, or the folder of a Janus model saved by transformers, with its processor. Shares are
+means over images, layers, heads and queries of the conditional branch.
 """
 
 import argparse
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import add_output, at_least, claim, markdown, origin, write_result
-from benchmarks.line_common import PRESET, Run, load_tiny
+from benchmarks.common import add_output, at_least, origin, prepare_output, write_result
+from benchmarks.line_common import HOST, Run, load_tiny
 from models.line_cache import KVCache, KVLayer, LineARConfig, LinePlan
 from util.device import pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
+from util.markdown import markdown_table
 
 NEAR = 3  # lines in front of the present one that are not old
 COLUMNS = ("condition", "older", "coverage", "best")
@@ -122,8 +123,10 @@ def gpt_locality(config: LineARConfig, num_images: int, seed: int, device: torch
     model, _ = load_tiny(device, pick_dtype("float32", device))
     run = Run(num_images, seed, num_images)
     labels = torch.tensor(run.labels, device=device)
-    codes = model.sample_tokens(labels, PRESET.cfg, top_p=PRESET.top_p, seeds=run.seeds)
-    shares = Shares(config.plan(model.grid))
+    sampling = HOST.sampling
+    codes = model.sample_tokens(labels, sampling.cfg, top_p=sampling.top_p, seeds=run.seeds)
+    lines, line = model.grid
+    shares = Shares(config.plan((lines, line)))
     cache, rope = KVCache([WatchedLayer(shares) for _ in model.layers]), model.rope()
     x = torch.cat([model.cls_embedding(labels), model.tok_embeddings(codes)], dim=1)
     for i in range(x.shape[1]):
@@ -140,7 +143,7 @@ def janus_locality(
 
     from models.gpt_images import GPTSampling
     from models.janus import JanusGenerator, image_grid, sample_tokens
-    from models.transformers_cache import LineARLayer, line_ar_attention
+    from models.transformers_cache import LineARCache, LineARLayer, line_ar_attention
     from models.transformers_models import Decoder
 
     class Watched(LineARLayer):
@@ -154,13 +157,13 @@ def janus_locality(
     generator = JanusGenerator(model, processor, GPTSampling(5.0), 0)
     seeds = [image_seed(seed, i) for i in range(len(prompts))]
     inputs, _ = generator.prepare(prompts, seeds)
-    codes, grid = sample_tokens(model, **inputs, seeds=seeds), image_grid(model)
-    shares = Shares(config.plan(grid, inputs["input_ids"].shape[1]))
-    full = LineARConfig(method="none")
+    ids, mask, grid = inputs["input_ids"], inputs["attention_mask"], image_grid(model)
+    codes = sample_tokens(model, ids, mask, seeds=seeds)
+    shares = Shares(config.plan(grid, ids.shape[1]))
     with line_ar_attention(model):
-        decode = Decoder(model.model.language_model, full, grid, inputs["attention_mask"])
-        decode.cache.layer_class_to_replicate = partial(Watched, full, grid)
-        decode(inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
+        cache = LineARCache(None, grid, layer=Watched)
+        decode = Decoder(model.model.language_model, cache, mask)
+        decode(inputs_embeds=model.get_input_embeddings()(ids))
         for code in codes.split(1, dim=1):
             decode(inputs_embeds=model.prepare_embeddings_for_image_generation(code))
     return shares
@@ -193,7 +196,7 @@ def parse() -> argparse.Namespace:
         if not lines:
             raise UserError(f"{args.prompts} holds no prompt: write one on each line")
         args.texts = [lines[i % len(lines)] for i in range(args.num_images)]
-    claim(args.output, args.overwrite)
+    prepare_output(args.output)
     return args
 
 
@@ -222,7 +225,7 @@ def main() -> None:
         "dtype": "float32",
     }
     document = {"about": about, "rows": rows}
-    write_result(args.output, document, markdown(["line", *COLUMNS], body))
+    write_result(args.output, document, markdown_table(["line", *COLUMNS], body))
 
 
 def percent(share: float | None) -> str:

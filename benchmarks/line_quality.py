@@ -1,9 +1,9 @@
-"""What compression costs: FID and accuracy of the bundled GPT for every method and budget.
+"""FID and accuracy of the bundled GPT for every method and budget of cache compression.
 
     python -m benchmarks.line_quality --num_images 1000
 
-Every row has the labels and seeds of the first, so rows differ by the cache alone. A row is written
-when it is done, with the commit that made it; the same command continues. Results:
+All rows have the same labels and seeds, so they differ by the cache alone. A row is written when it is
+finished, with its commit; the same command resumes. Results:
 output_dir/benchmarks/line_quality.{json,md,png} and line_quality_fid.png, or where --output says;
 those of the documents are in benchmarks/results.
 """
@@ -23,6 +23,7 @@ from benchmarks.common import (
     at_least,
     origin,
     prepare_output,
+    stored_rows,
     with_ending,
     write_text,
 )
@@ -107,15 +108,6 @@ def plans(methods: str, budgets: str, recent: int) -> list[tuple[str, str, LineA
     return rows
 
 
-def rows_of_before(output: Path, about: dict) -> list[dict]:
-    """Rows of an earlier call, if they are of the same images."""
-    if not output.exists():
-        return []
-    stored = json.loads(output.read_text())
-    same = all(stored["about"].get(key) == about[key] for key in SAME)
-    return stored["rows"] if same else []
-
-
 def picture(
     run: Run, model: GPT, tokenizer: VQModel, plain: GPTSampling, rows: list[dict], recent: int
 ) -> np.ndarray:
@@ -180,7 +172,7 @@ def main() -> None:
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-    rows = rows_of_before(output, about)
+    rows = stored_rows(output, {name: about[name] for name in SAME})
     done = {(row["method"], row["budget"]) for row in rows}
     for method, budget, config in args.plans:
         if (method, budget) in done:

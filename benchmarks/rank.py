@@ -1,4 +1,4 @@
-"""LazyMAR's constants ranked in minutes: the error that each makes at real images, beside MAR.
+"""LazyMAR's constants ranked in minutes, by their error on real images compared with MAR.
 
     python -m benchmarks.rank --model mar_tiny --images 100 --group all
     python -m benchmarks.rank --model mar_base --cached_path data/imagenet_latents --group token_selection
@@ -8,14 +8,14 @@ latents are decoded in random orders (benchmarks/teacher_forcing.py):
 
 * z error: |z - z of MAR|^2 / |z of MAR|^2 of the tokens decoded now, mean over tokens; conditional
   branch, and unconditional.
-* path KL: nats per token between the denoising paths of MAR and of the row, of --kl_images images; also
-  without the last steps, at whose end less noise is left than anybody sees: the whole sum is mostly theirs.
+* path KL: nats per token between the denoising paths of MAR and of the row, of --kl_images images. Also
+  without the last steps, which make most of the sum although their noise is invisible.
 * energy distance of the head's samples to MAR's for the same z, of rows with another head (--head_tokens).
-* with --samples N, N images are sampled, too: Frechet distance of 3x3 latent windows to those of real
+* with --samples N, N images are also sampled: Frechet distance of 3x3 latent windows to those of real
   images and to MAR's, and the tear ratio of neighbours decoded together.
 
 `/ default` are ratios to the group's default over the same images. Rows are written as they are done, to
-RESULTS/rank_MODEL_GROUP.json (--results): the same command goes on where it stopped. The last line of each
+RESULTS/rank_MODEL_GROUP.json (--results): the same command resumes. The last line of each
 group is one JSON document.
 """
 
@@ -34,10 +34,8 @@ from benchmarks.ablation_rows import STEPS, Row, groups
 from benchmarks.common import (
     OUTPUT,
     at_least,
-    markdown,
     origin,
-    read_result,
-    refuse_foreign,
+    stored_rows,
     with_ending,
     write_result,
 )
@@ -64,6 +62,7 @@ from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
 from util.files import write_json
+from util.markdown import markdown_table
 from util.shapes import HELD_OUT_START
 from util.tiny.assets import DEFAULT_IMAGES
 
@@ -245,7 +244,7 @@ def table(rows: Sequence[Result], default: Result) -> str:
         [*(cell(row) or None for cell in columns.values()), *(row.get(name) for name in measured)]
         for row in rows
     ]
-    return markdown([*columns, *(plain[name] for name in measured)], body)
+    return markdown_table([*columns, *(plain[name] for name in measured)], body)
 
 
 def key_of(config: LazyMARConfig | None) -> str:
@@ -277,7 +276,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=tuple(DTYPES), help="bf16 on cuda, else float32")
     add("--threads", type=int, default=1)
     add("--results", type=Path, default=OUTPUT, metavar="DIR", help="folder of the tables")
-    add("--overwrite", action="store_true", help="measure again, and replace other results")
     args = parser.parse_args(words)
     at_least(args, 2, "images", "kl_images")  # one has no standard error
     at_least(args, 1, "num_iter", "batch", "threads")
@@ -316,9 +314,8 @@ def main() -> None:
     }
     paths = {name: args.results / f"rank_{args.model}_{name}" for name in args.group}
     known: dict[str, Result] = {}
-    for path in () if args.overwrite else paths.values():
-        refuse_foreign(path, **settings)
-        for row in (read_result(with_ending(path, ".json"), "--results") or {}).get("rows", []):
+    for path in paths.values():
+        for row in stored_rows(path, settings):
             known[key_of(row["lazy_mar"] and LazyMARConfig(**row["lazy_mar"]))] = row
     wanted = {key_of(row.config) for name in args.group for row in (MAR_ROW, *rows_of(name))}
     args.results.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""LazyMAR's motivation, measured on any MAR checkpoint and drawn: what hardly changes from step to step.
+"""What hardly changes from step to step in MAR: LazyMAR's motivation, measured on any checkpoint and drawn.
 
     python -m benchmarks.redundancy                                          # the bundled model
     python -m benchmarks.redundancy --model mar_huge --num_images 16         # an official one
@@ -255,7 +255,8 @@ def main() -> None:
     """Command line."""
     selection, output = parse()
     require_matplotlib()
-    host, settings = selection.host(), selection.flags.build(EvaluationConfig)
+    host = selection.host()
+    settings = selection.flags.build(EvaluationConfig, {"no_score": True})  # one image will do
     assert isinstance(host, MARHost)
     sampling = host.sampling
     lazy_mar = sampling.lazy_mar

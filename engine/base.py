@@ -16,7 +16,7 @@ from torch import nn
 
 from util.config import FlagParser, Flags, setting
 from util.errors import UserError
-from util.evaluation.conditions import ClassLabels, Conditions
+from util.evaluation.conditions import ClassLabels, Conditions, Prompts
 from util.evaluation.generation import ImageGenerator
 
 Preset = Mapping[str, Any]  # values of flags that follow from a model's name
@@ -54,18 +54,22 @@ class Host(ABC):
 
     model: str
 
+    @property
+    def class_num(self) -> int | None:
+        """Number of class labels; None: the model draws what --prompts says."""
+        return None
+
     def conditions(self, prompts: str | None) -> Conditions:
-        """What the images show. UserError if the model takes labels and there are prompts."""
+        """What the images show. UserError for prompts where labels are needed, or the reverse."""
+        if self.class_num is None:
+            if prompts is None:
+                raise UserError(f"--model {self.model} draws from text: give --prompts FILE")
+            return Prompts.from_file(prompts)
         if prompts is not None:
             raise UserError(
                 f"--prompts is for text-to-image models; {self.model} takes class labels"
             )
         return ClassLabels(self.class_num)
-
-    @property
-    @abstractmethod
-    def class_num(self) -> int:
-        """Number of class labels; a text-to-image model overrides `conditions` instead."""
 
     @abstractmethod
     def load(self, device: torch.device) -> Loaded:
@@ -112,6 +116,12 @@ class Family(ABC):
     @abstractmethod
     def host(self, model: str, flags: Flags, defaults: Preset) -> Host:
         """The named model with the given flags; `defaults` fill the others. UserError: nonsense."""
+
+
+def bundled(name: str) -> str:
+    """Folder of a bundled model: below the working directory, else beside the installed packages."""
+    folder = Path("pretrained_models") / name
+    return str(folder if folder.is_dir() else Path(__file__).parents[1] / folder)
 
 
 def require_file(path: str, what: str, remedy: str) -> None:

@@ -1,6 +1,5 @@
 """The Janus family: text-to-image GPTs of transformers, with its full cache or LineAR's."""
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig
+from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, bundled
 from engine.llamagen import build_line_ar
 from models.gpt_images import GPTSampling
 from models.line_config import LineARConfig
@@ -16,16 +15,16 @@ from util.config import FlagParser, Flags, setting
 from util.errors import UserError
 from util.evaluation.conditions import Conditions, Prompts
 from util.evaluation.generation import ImageGenerator
-from util.files import sha256_of
+from util.files import read_json, sha256_of
 
-_TINY = "pretrained_models/janus_tiny"
+_TINY = bundled("janus_tiny")
 _PUBLISHED: Preset = {"cfg": 5.0}  # Janus-Pro's generation_inference.py
 
 PRESETS: dict[str, Preset] = {
     "janus_pro_1b": {**_PUBLISHED, "resume": "deepseek-community/Janus-Pro-1B"},
     "janus_pro_7b": {**_PUBLISHED, "resume": "deepseek-community/Janus-Pro-7B"},
     "janus_tiny": {
-        "cfg": 3.0,
+        "cfg": 2.0,
         "line_recent": 1,  # of 16 lines, few are kept
         "resume": _TINY,
         "features": "prompts",
@@ -69,7 +68,7 @@ class JanusHost(Host):
         janus = _transformers()
         try:
             model = janus.JanusForConditionalGeneration.from_pretrained(
-                self.resume, use_safetensors=True
+                self.resume, use_safetensors=True, dtype=torch.float32
             )
             processor = janus.AutoProcessor.from_pretrained(self.resume)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -184,7 +183,7 @@ def _describe(resume: str) -> str:
         return resume
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(read_json(index, dict, "download it again")["weight_map"].values()))
     else:
         files = ["model.safetensors"]
     return " ".join([folder.name, *(sha256_of(folder / name)[:16] for name in files)])

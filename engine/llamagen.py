@@ -6,10 +6,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, require_file
+from engine.base import (
+    ComputeConfig,
+    Family,
+    Host,
+    Loaded,
+    Preset,
+    WeightsConfig,
+    bundled,
+    require_file,
+)
 from models import llamagen, vq
 from models.gpt_images import GPTGenerator, GPTSampling
 from models.line_config import LineARConfig
+from models.line_methods import METHODS
 from util import checkpoint
 from util.config import FlagParser, Flags, setting
 from util.device import can_compile
@@ -18,10 +28,8 @@ from util.files import sha256_of
 
 ROPE_TABLE = "freqs_cis"  # some published files hold it; ours is computed
 TOKENIZERS = {"vq16": vq.vq16, "vq_tiny": vq.vq_tiny}
-LINEAR_ONLY = ("line_anchors", "line_recent", "line_pooling")  # LineAR's; rivals have their own
 
-_TINY = "pretrained_models/gpt_tiny"
-_SHAPES = "pretrained_models/mar_tiny"
+_TINY, _SHAPES = bundled("gpt_tiny"), bundled("mar_tiny")
 _LLAMAGEN = "pretrained_models/llamagen"
 
 
@@ -38,7 +46,7 @@ PRESETS: dict[str, Preset] = {
     "gpt_3b": _published("3B", 1.65),
     "gpt_tiny": {
         "img_size": 64,
-        "image_size_eval": 64,
+        "image_size_eval": None,
         "vae_stride": 4,
         "class_num": 10,
         "cfg": 1.5,
@@ -201,11 +209,14 @@ class LlamaGenFamily(Family):
 
 
 def build_line_ar(flags: Flags, defaults: Preset) -> LineARConfig | None:
-    """LineAR's settings, None without --line_ar. UserError for LineAR's flags with a rival method."""
-    method = flags.value("line_method", "linear")
-    if flags.value("line_ar") and method not in ("linear", "stratified"):
-        for name in LINEAR_ONLY:
-            if name in flags.given:
-                raise UserError(f"--{name} is LineAR's, --line_method {method} has none")
-        defaults = {k: v for k, v in defaults.items() if k not in LINEAR_ONLY}
+    """LineAR's settings, None without --line_ar. UserError for a setting that the method ignores."""
+    name = flags.value("line_method", "linear")
+    method = METHODS.get(name)
+    if flags.value("line_ar") and method is not None:
+        for setting_name in ("anchors", "recent", "pooling", "spaced"):
+            flag = f"line_{setting_name}"
+            if setting_name not in method.settings:
+                if flag in flags.given:
+                    raise UserError(f"--{flag} has no effect with --line_method {name}: remove it")
+                defaults = {k: v for k, v in defaults.items() if k != flag}
     return flags.build_optional(LineARConfig, "line_ar", "LineAR", defaults, prefix="line_")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig
+from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, bundled
 from models import mar
 from models.fast_mar import PRESETS as FAST_PRESETS
 from models.fast_mar import FastMARConfig
@@ -28,7 +28,7 @@ from util.device import DTYPES, autocast, can_compile, to_device
 from util.errors import UserError
 from util.files import sha256_of
 
-_TINY = "pretrained_models/mar_tiny"
+_TINY = bundled("mar_tiny")
 _DETOK = "pretrained_models/detok"
 
 # What --tokenizer implies where its other flags are not given.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.gpt_sampler import GPTSampler
 from models.line_config import LineARConfig
+from models.line_methods import METHODS
 from models.llamagen import GPT
 from models.token_sampling import check_settings
 from models.vq import VQModel
@@ -41,14 +42,13 @@ class GPTSampling:
             return "full cache"
         simple = Fraction(config.budget).limit_denominator(64)
         budget = simple if float(simple) == config.budget else f"{config.budget:g}"
-        if config.method != "linear":
-            return f"{config.method} {budget}"
+        name = "LineAR" if config.method == "linear" else config.method
         changed = [
-            f"{name} {getattr(config, name)}"
-            for name in ("anchors", "recent", "pooling")
-            if getattr(config, name) != getattr(LineARConfig(), name)
+            f"{field} {getattr(config, field)}"
+            for field in METHODS[config.method].settings
+            if getattr(config, field) != getattr(LineARConfig(), field)
         ]
-        return ", ".join([f"LineAR {budget}", *changed])
+        return ", ".join([f"{name} {budget}", *changed])
 
     def run_name(self, model: str, num_images: int) -> str:
         """Folder name of a run, such as gpt_xl-line_ar_1-6-cfg1.75-50000."""

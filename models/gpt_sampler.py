@@ -48,7 +48,10 @@ class GPTDecoding:
         line_ar: LineARConfig | bool | None,
         graphs: bool,
     ) -> None:
-        """model: a models.llamagen.GPT. graphs: record each step that is another program, and replay it from then on."""
+        """model: a models.llamagen.GPT.
+
+        graphs: record each step that is another program, and replay it from then on.
+        """
         self.model, self.guidance = model, guidance
         rows, layers = guidance.branches * batch, len(model.layers)
         device, dtype = model.device, model.output.weight.dtype
@@ -105,8 +108,9 @@ class GPTSampler:
     """Samples from a GPT; GPT.sample_tokens makes one for a single batch."""
 
     def __init__(self, model: Any, *, compile: bool = False, graphs: bool = False) -> None:
-        """model: a models.llamagen.GPT. compile: what surrounds the attention with torch.compile, in a copy that shares weights.
+        """model: a models.llamagen.GPT, whose weights are shared.
 
+        compile: what surrounds the attention with torch.compile, in a copy of the model.
         graphs (CUDA alone): replay CUDA graphs of the steps; batches of another kind make their own.
         """
         if graphs and model.device.type != "cuda":

@@ -108,15 +108,12 @@ class HeadConfig:
                     f"{name} is {getattr(self, name)!r}; use one of {', '.join(known)}"
                 )
         if self.steps is not None:
-            ends = self.steps if isinstance(self.steps, tuple | list) else (self.steps, self.steps)
-            ends = tuple(operator.index(n) for n in ends)
+            ends = self.steps if isinstance(self.steps, tuple) else (self.steps, self.steps)
             if len(ends) != 2 or not 2 <= ends[1] <= ends[0] <= DIFFUSION_STEPS:
                 raise ValueError(
                     f"steps is {self.steps!r}; give a number of denoising steps from 2 to "
                     f"{DIFFUSION_STEPS}, or (first, last) with first >= last"
                 )
-            if isinstance(self.steps, list):
-                object.__setattr__(self, "steps", ends)
         if self.t_start is not None and not 1 <= operator.index(self.t_start) < DIFFUSION_STEPS:
             raise ValueError(f"t_start is {self.t_start}; it must be in 1..{DIFFUSION_STEPS - 1}")
         if not 0 <= self.tau <= 1:

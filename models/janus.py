@@ -17,7 +17,7 @@ from models.gpt_images import GPTSampling, pictures
 from models.line_config import LineARConfig
 from models.token_sampling import TokenSampler, check_settings
 from models.transformers_cache import line_ar_attention
-from models.transformers_models import Decoder, load_parts
+from models.transformers_models import Decoder, load_parts, new_cache
 
 # Beginnings of the keys in deepseek-ai's files, and those of transformers. What draws no pictures (the
 # vision tower and its aligner) is left out.
@@ -44,7 +44,8 @@ NOT_DRAWING = ("vision_model.", "aligner.", "gen_vision_model.quantize.codebook_
 
 def image_grid(model: JanusForConditionalGeneration) -> tuple[int, int]:
     """Lines of an image, and tokens of a line."""
-    side = math.isqrt(model.config.vision_config.num_image_tokens)
+    vision: Any = model.config.vision_config
+    side = math.isqrt(vision.num_image_tokens)
     return side, side
 
 
@@ -53,7 +54,7 @@ def unconditional(model: JanusForConditionalGeneration, input_ids: Tensor) -> Te
 
     Padding of the prompt stays what it is; the new one is attended to, as the library does.
     """
-    config = model.generation_config
+    config: Any = model.generation_config
     kept = (input_ids == config.bos_token_id) | (
         input_ids == config.generation_kwargs["boi_token_id"]
     )
@@ -94,7 +95,7 @@ def sample_tokens(
     x = model.get_input_embeddings()(input_ids)
     tokens = []
     with nullcontext() if line_ar is None else line_ar_attention(model):
-        decode = Decoder(model.model.language_model, line_ar, grid, attention_mask)
+        decode = Decoder(model.model.language_model, new_cache(line_ar, grid), attention_mask)
         for i in range(math.prod(grid)):
             logits = model.model.generation_head(decode(inputs_embeds=x)).float()
             if guided:
@@ -152,7 +153,8 @@ class JanusGenerator:
         s = self.sampling
         codes = sample_tokens(
             self.model,
-            **inputs,
+            inputs["input_ids"],
+            inputs["attention_mask"],
             cfg=s.cfg,
             temperature=s.temperature,
             top_k=s.top_k,

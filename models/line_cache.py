@@ -44,18 +44,18 @@ class KVLayer:
         self.slots = slots
         self.live = 0  # slots in use: a prefix
         self.count = 0  # positions seen, the condition included
-        self.k: Tensor | None = None
-        self.v: Tensor | None = None
+        self.k = self.v = torch.empty(0)  # until the first call
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep k, v (rows, H, m, d) of the next m positions; what to attend to: views of the live slots."""
-        keys, values = self._buffers(k)
+        if self.k.numel() == 0:
+            self._allocate(k)
         stop = self.live + k.shape[2]
         if stop > self.slots:
             raise ValueError(f"the cache is full: it has {self.slots} slots")
-        keys[:, :, self.live : stop] = k
-        values[:, :, self.live : stop] = v
-        return keys[:, :, :stop], values[:, :, :stop]
+        self.k[:, :, self.live : stop] = k
+        self.v[:, :, self.live : stop] = v
+        return self.k[:, :, :stop], self.v[:, :, :stop]
 
     def put(
         self, slot: Tensor, place: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: int
@@ -66,17 +66,17 @@ class KVLayer:
         the first `attended` slots.
         """
         del place, q
-        keys, values = self._buffers(k)
-        keys.index_copy_(2, slot, k)
-        values.index_copy_(2, slot, v)
-        return keys[:, :, :attended], values[:, :, :attended]
+        if self.k.numel() == 0:
+            self._allocate(k)
+        self.k.index_copy_(2, slot, k)
+        self.v.index_copy_(2, slot, v)
+        return self.k[:, :, :attended], self.v[:, :, :attended]
 
     def reset(self) -> None:
         """Forget the images and keep the memory."""
         self.live = self.count = 0
-        for buffer in (self.k, self.v):
-            if buffer is not None:
-                buffer.zero_()
+        self.k.zero_()
+        self.v.zero_()
 
     def remember(self, q: Tensor) -> None:
         """See the queries (rows, heads, m, d) of the positions just appended."""
@@ -89,20 +89,14 @@ class KVLayer:
         self.live += positions
         self.count += positions
 
-    def _buffers(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, allocated at the first call for keys like k."""
-        if self.k is None or self.v is None:
-            self.k, self.v = self._allocate(k)
-        return self.k, self.v
-
-    def _allocate(self, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _allocate(self, k: Tensor) -> None:
         shape = (k.shape[0], k.shape[1], self.slots, k.shape[3])
-        return k.new_zeros(shape), k.new_zeros(shape)  # what a mask hides must be a number, too
+        self.k, self.v = k.new_zeros(shape), k.new_zeros(shape)  # a mask may hide only numbers
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
-        return sum(t.nbytes for t in (self.k, self.v) if t is not None)
+        return self.k.nbytes + self.v.nbytes
 
     @property
     def workspace_nbytes(self) -> int:
@@ -121,9 +115,9 @@ class LineLayer(KVLayer):
         self.plan = plan
         self.method = METHODS[config.method]
         self.pooling = config.pooling
-        self.queries: Tensor | None = None  # (rows, H, line * groups, d), of this line
-        self.positions: Tensor | None = None  # (rows, H, slots): which token it is
-        self.scores: Tensor | None = None  # (rows, H, slots), if they accumulate
+        self.queries = torch.empty(0)  # (rows, H, line * groups, d), of this line
+        self.positions = torch.empty(0)  # (rows, H, slots): which token it is
+        self.scores = torch.empty(0)  # (rows, H, slots), if they accumulate
         self.hidden: Tensor | None = None  # (rows, 1, slots), if the condition is padded
 
     def remember(self, q: Tensor) -> None:
@@ -145,16 +139,15 @@ class LineLayer(KVLayer):
 
     def _queries(self, q: Tensor, heads: int, groups: int) -> Tensor:
         """The line's queries, allocated at the first call."""
-        if self.queries is None:
+        if self.queries.numel() == 0:
             self.queries = q.new_empty(len(q), heads, self.plan.line * groups, q.shape[3])
         return self.queries
 
     def reset(self) -> None:
         super().reset()
-        if self.positions is not None:
+        if self.positions.numel():
             self.positions.copy_(torch.arange(self.slots, device=self.positions.device))
-        if self.scores is not None:
-            self.scores.zero_()
+        self.scores.zero_()
 
     def hide(self, hidden: Tensor) -> None:
         self.hidden = hidden.new_zeros(len(hidden), 1, self.slots)
@@ -171,7 +164,8 @@ class LineLayer(KVLayer):
         tokens = self.count - self.plan.condition
         return tokens > 0 and tokens % self.plan.line == 0
 
-    def _allocate(self, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _allocate(self, k: Tensor) -> None:
+        super()._allocate(k)
         rows, heads = k.shape[:2]
         last = self.plan.condition + self.plan.line * (self.plan.lines + 1)
         dtype = torch.int16 if last <= torch.iinfo(torch.int16).max else torch.int32
@@ -179,7 +173,6 @@ class LineLayer(KVLayer):
         self.positions = index.repeat(rows, heads, 1)  # until the first eviction
         if self.method.cumulative:
             self.scores = torch.zeros(rows, heads, self.slots, device=k.device)
-        return super()._allocate(k)
 
     def end_line(self, count: int | Tensor) -> None:
         """Score the live tokens where that is needed; if the buffer is full, evict one line.
@@ -237,8 +230,8 @@ class LineLayer(KVLayer):
     @property
     def workspace_nbytes(self) -> int:
         """Bytes of the line's queries, the positions and the accumulated scores."""
-        held = (self.queries, self.positions, self.scores, self.hidden)
-        return sum(t.nbytes for t in held if t is not None)
+        held = self.queries.nbytes + self.positions.nbytes + self.scores.nbytes
+        return held + (0 if self.hidden is None else self.hidden.nbytes)
 
 
 class KVCache:

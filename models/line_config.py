@@ -27,7 +27,8 @@ class LineARConfig:
     budget: share of the image's tokens in (0, 1], rounded to whole lines (the nearest, half
         upwards, at least one), or a number of lines above 1. All lines are the full cache.
     anchors: first image tokens that are never evicted. recent: newest lines that are never evicted,
-        the completed one included. Both are LineAR's; most other methods have their own.
+        the completed one included. Both are LineAR's, the second also of "stratified"; the other
+        methods have their own.
     method: "linear", "none" (the full cache), or another of models/line_methods.py.
     pooling: of the attention over the queries of a line: "mean", "max" or "last".
     spaced: tokens of every older line that method "stratified" always keeps; fewer, where the budget
@@ -46,7 +47,7 @@ class LineARConfig:
     recent: int = setting(2, "newest lines that are never evicted")
     method: str = setting("linear", ", ".join((NONE, *METHODS)), metavar="NAME")
     pooling: str = setting("mean", f"over a line's queries: {', '.join(POOLINGS)}", metavar="NAME")
-    spaced: int = setting(2, "stratified: tokens of every older line that are never evicted")
+    spaced: int = setting(1, "stratified: tokens of every older line that are never evicted")
 
     def __post_init__(self) -> None:
         if self.method != NONE and self.method not in METHODS:

@@ -21,12 +21,13 @@ POOLINGS = ("mean", "max", "last")
 class LineView:
     """What a method may look at, when a line is complete.
 
-    queries: (rows, H, line * groups, d), of the line; `groups` query heads share a key head.
+    queries: (rows, H, line * groups, d), of the line; `groups` query heads share a key head; empty for
+    a method that needs none.
     keys, positions: (rows, H, live, d) and (rows, H, live), of all live tokens in no particular
     order. hidden: (rows, 1, live), true for padding; None if there is none.
     """
 
-    queries: Tensor | None
+    queries: Tensor
     keys: Tensor
     positions: Tensor
     pooling: str
@@ -54,11 +55,13 @@ class Method:
     """What the cache needs to know of a method.
 
     cumulative: scores of all lines are added up. stratified: tokens of every line are always kept.
+    settings: the fields of LineARConfig, beside the budget, that make a difference.
     """
 
     needs_queries = True
     cumulative = False
     stratified = False
+    settings: tuple[str, ...] = ()
 
     def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
         """First and newest tokens that are never evicted, at least one line of the newest.
@@ -75,6 +78,8 @@ class Method:
 class LineAR(Method):
     """Attention of the line just completed (Qin et al., arXiv 2512.04857): inter-line attention."""
 
+    settings = ("anchors", "recent", "pooling")
+
     def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
         return anchors, recent * line
 
@@ -85,10 +90,16 @@ class LineAR(Method):
 class Stratified(LineAR):
     """LineAR's score, but evenly spaced tokens of every line are never evicted. Ours.
 
-    Where attention to old lines is spread out, the score alone forgets all of some lines.
+    Where attention to old lines is spread out, the score alone forgets all of some lines. The spaced
+    tokens of the first line replace all of LineAR's anchors but one.
     """
 
     stratified = True
+    settings = ("recent", "pooling", "spaced")
+    ANCHORS = 1  # the first token, which heads attend to whatever it is (arXiv 2309.17453)
+
+    def protected(self, anchors: int, recent: int, line: int, budget: int) -> tuple[int, int]:
+        return self.ANCHORS, recent * line
 
     def score(self, view: LineView) -> Tensor:
         line, spaced = view.plan.line, view.plan.spaced
@@ -168,7 +179,8 @@ class RKV(Method):
         return 0, line
 
     def score(self, view: LineView) -> Tensor:
-        direction, live = F.normalize(view.keys.float(), dim=-1), view.keys.shape[2]
+        direction = F.normalize(view.keys.float(), dim=-1)
+        live: int | Tensor = view.keys.shape[2]
         if view.hidden is not None:
             direction = direction.masked_fill(view.hidden[..., None], 0)
             live = (~view.hidden).sum(-1, keepdim=True)

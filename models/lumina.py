@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import ChameleonForConditionalGeneration
+from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
 from models.line_config import LineARConfig
 from models.token_sampling import TokenSampler, check_settings
 from models.transformers_cache import line_ar_attention
-from models.transformers_models import Decoder, load_parts
+from models.transformers_models import Decoder, load_parts, new_cache
 
 CODES_PER_SIZE = 2  # a size token counts 32 pixels, a code has 16
 
@@ -34,7 +34,7 @@ class ImageVocabulary:
     @classmethod
     def from_model(cls, model: ChameleonForConditionalGeneration) -> "ImageVocabulary":
         """By their names in the model's vocabulary. ValueError if it lacks one."""
-        names, ids = model.config.vocabulary_map, model.model.vocabulary_mapping.img2bpe
+        names, ids = model.config.vocabulary_map or {}, model.model.vocabulary_mapping.img2bpe
         wanted = ("<racm3:break>", "<reserved08799>", "<reserved08800>")
         if missing := [name for name in wanted if name not in names]:
             raise ValueError(
@@ -86,7 +86,7 @@ def sample_tokens(
     tokens = []
     with nullcontext() if line_ar is None else line_ar_attention(model):
         branches = [
-            Decoder(model.model, line_ar, (lines, width + 1), padding)
+            Decoder(model.model, new_cache(line_ar, (lines, width + 1)), padding)
             for padding in (mask, None)[: 1 + guided]
         ]
         for i in range(lines * width):
@@ -106,9 +106,10 @@ def feed(branches: Sequence[Decoder], tokens: Sequence[Tensor]) -> list[Tensor]:
     return [decode(input_ids=ids) for decode, ids in zip(branches, tokens, strict=True)]
 
 
-def expand_norms(weights: Mapping[str, Tensor], config: object) -> dict[str, Tensor]:
+def expand_norms(weights: Mapping[str, Tensor], config: ChameleonConfig) -> dict[str, Tensor]:
     """Norms of queries and keys with a row per head; Lumina-mGPT's files have one per model shard."""
-    heads = {"q_norm": config.num_attention_heads, "k_norm": config.num_key_value_heads}
+    of_keys = config.num_key_value_heads or config.num_attention_heads
+    heads = {"q_norm": config.num_attention_heads, "k_norm": of_keys}
     expanded = dict(weights)
     for key, tensor in weights.items():
         part = key.split(".")[-2] if "." in key else ""

@@ -184,17 +184,17 @@ TINY: dict[str, Any] = {
 
 def mar_base(**options: Any) -> MAR:
     """MAR-B: 207.9M parameters with diffloss_d=6, diffloss_w=1024."""
-    return MAR(**SIZES["mar_base"], **options)
+    return MAR(**{**SIZES["mar_base"], **options})
 
 
 def mar_large(**options: Any) -> MAR:
     """MAR-L: 478.3M parameters with diffloss_d=8, diffloss_w=1280."""
-    return MAR(**SIZES["mar_large"], **options)
+    return MAR(**{**SIZES["mar_large"], **options})
 
 
 def mar_huge(**options: Any) -> MAR:
     """MAR-H: 942.4M parameters with diffloss_d=12, diffloss_w=1536."""
-    return MAR(**SIZES["mar_huge"], **options)
+    return MAR(**{**SIZES["mar_huge"], **options})
 
 
 def mar_tiny(**options: Any) -> MAR:

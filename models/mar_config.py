@@ -6,6 +6,8 @@ command-line flags.
 
 from dataclasses import dataclass
 
+from diffusion import DIFFUSION_STEPS
+from diffusion.schedule import space_timesteps
 from util.config import setting
 
 
@@ -67,6 +69,7 @@ class MARConfig:
             raise ValueError(f"mask_ratio_min is {self.mask_ratio_min}; it must be in [0, 1)")
         if not 0 < self.masked_keep <= 1:
             raise ValueError(f"masked_keep is {self.masked_keep}; it must be in (0, 1]")
+        space_timesteps(DIFFUSION_STEPS, str(self.num_sampling_steps))  # raises if it does not fit
         if self.pos_init not in ("normal", "sincos"):
             raise ValueError(f"pos_init is {self.pos_init!r}; use normal or sincos")
         if self.aux_weight and self.encoder_embed_dim != self.decoder_embed_dim:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,11 +104,20 @@ class Sampler:
                     tokens[images] = decoding(some, noise.select(images), progress, tokens[images])
         return model.unpatchify(tokens)
 
-    def _decoding(self, *what: Any) -> Decoding:
-        """A Decoding of (bsz, plan, lazy_mar, temperature, head); the last one, if it is the same."""
+    def _decoding(
+        self,
+        bsz: int,
+        plan: DecodingPlan,
+        lazy_mar: LazyMARConfig | None,
+        temperature: float,
+        head: HeadConfig | None,
+    ) -> Decoding:
+        """A Decoding of these; that of the last call, if it is the same."""
+        what = (bsz, plan, lazy_mar, temperature, head)
         if self._last is None or self._last[0] != what:
             self._last = None  # free its memory first
-            self._last = what, Decoding(self.model, *what, self.compile, self.graphs)
+            decoding = Decoding(self.model, *what, compile=self.compile, graphs=self.graphs)
+            self._last = what, decoding
         return self._last[1]
 
 

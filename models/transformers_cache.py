@@ -49,7 +49,7 @@ class LineARLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything, for another call of generate."""
-        self.kv: KVLayer | None = None
+        self.kv = KVLayer(0)
         self.room = 0  # positions that may still come: the image and a line of closing tokens
         self.waiting = 0  # positions whose queries have not been seen yet
         self.is_initialized = False
@@ -73,7 +73,7 @@ class LineARLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Keep keys and values (rows, H, m, d); returns views of all that are attended to."""
         tokens = key_states.shape[2]
-        if self.kv is None:
+        if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         elif tokens > 1:
             raise ValueError(
@@ -93,14 +93,14 @@ class LineARLayer(CacheLayerMixin):
         keys, values = self.kv.append(key_states, value_states)
         self.waiting = tokens
         self.room -= tokens
-        keys.line_layer = self  # read by `attention`, which gets this very tensor
+        # `attention` gets this very tensor, and so finds the layer
+        keys.line_layer = self  # type: ignore[attr-defined]
         return keys, values
 
     def attended(self, query: Tensor, mask: Tensor | None, scaling: float | None) -> None:
         """The attention of the kept positions is computed: query (rows, heads, m, d), its mask."""
-        if (
-            mask is not None and self.kv.count == 0
-        ):  # the prompt: its last token sees all but padding
+        if mask is not None and self.kv.count == 0:
+            # the last token of the prompt sees all of it but padding
             self.kv.hide(~mask[:, 0, -1, : self.waiting])
         if scaling is not None:  # scores divide by sqrt(d)
             query = query * (scaling * query.shape[-1] ** 0.5)
@@ -110,11 +110,11 @@ class LineARLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Positions seen, whatever is left of them: the next one's position."""
-        return 0 if self.kv is None else self.kv.count
+        return self.kv.count
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that are attended to; the condition's come first, as in the padding mask."""
-        return (0 if self.kv is None else self.kv.live) + query_length, 0
+        return self.kv.live + query_length, 0
 
     def get_max_length(self) -> int:
         """No maximum that the library should plan with."""
@@ -128,7 +128,7 @@ class LineARCache(Cache):
 
     config: what is kept, see LineARConfig. grid: lines of the image and tokens of a line, an
     end-of-line token included. condition: tokens in front of the image; None: the prompt. Padding on
-    the left is never attended to, nor does it change what is kept.
+    the left is never attended to, nor does it change what is kept. layer: a subclass that observes.
 
     Raises ValueError if the budget does not fit the grid.
     """
@@ -138,20 +138,23 @@ class LineARCache(Cache):
         config: LineARConfig | bool | None,
         grid: tuple[int, int],
         condition: int | None = None,
+        layer: type[LineARLayer] = LineARLayer,
     ) -> None:
         config = LineARConfig.of(config)
         config.plan(grid)
-        super().__init__(layer_class_to_replicate=partial(LineARLayer, config, grid, condition))
+        make_layer = partial(layer, config, grid, condition)  # called for each layer of the model
+        super().__init__(layer_class_to_replicate=make_layer)  # type: ignore[arg-type]
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
-        return sum(layer.kv.nbytes for layer in self.layers if layer.kv is not None)
+        return sum(layer.kv.nbytes for layer in self.layers if isinstance(layer, LineARLayer))
 
     @property
     def workspace_nbytes(self) -> int:
         """Bytes held besides."""
-        return sum(layer.kv.workspace_nbytes for layer in self.layers if layer.kv is not None)
+        layers = [layer for layer in self.layers if isinstance(layer, LineARLayer)]
+        return sum(layer.kv.workspace_nbytes for layer in layers)
 
     def _refuse(self, *args: object, **kwargs: object) -> None:
         raise ValueError(

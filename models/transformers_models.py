@@ -4,29 +4,29 @@ from collections.abc import Mapping
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from models.line_config import LineARConfig
 from models.transformers_cache import LineARCache, cache_argument
+
+
+def new_cache(line_ar: LineARConfig | bool | None, grid: tuple[int, int]) -> Cache:
+    """A compressed cache, or the library's own full one for None."""
+    return DynamicCache() if line_ar is None else LineARCache(line_ar, grid)
 
 
 class Decoder:
     """A language model of transformers and the cache of one sampling loop, fed call by call."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        line_ar: LineARConfig | bool | None,
-        grid: tuple[int, int],
-        attention_mask: Tensor | None = None,
+        self, model: PreTrainedModel, cache: Cache, attention_mask: Tensor | None = None
     ) -> None:
-        """line_ar: None is the library's own full cache. attention_mask: (rows, P), zero for padding.
+        """attention_mask: (rows, P), zero for padding.
 
         Without padding the model gets no mask, so that no step has to look at one. Padding
         takes up positions, as in the library's Janus: what counts is their distance.
         """
-        self.model = model
-        self.cache = DynamicCache() if line_ar is None else LineARCache(line_ar, grid)
+        self.model, self.cache = model, cache
         self.argument = cache_argument(model)
         self.mask: Tensor | None = None
         if attention_mask is not None and not bool(attention_mask.all()):

@@ -9,26 +9,10 @@ import pytest
 import torch
 
 import eval as eval_script
-from models import mar
+from tests.support import ROOT
+from tests.support.runs import flags_for, random_mar
 from util.checkpoint import save_safetensors
 from util.errors import run_main
-
-ROOT = Path(__file__).parent.parent
-HEAD = {"diffloss_d": 1, "diffloss_w": 16, "num_sampling_steps": "ddim5"}
-NUM_IMAGES = 20
-PROMISED = {
-    "model", "lazy_mar", "num_images", "num_iter", "cfg", "fid", "is_mean", "is_std",
-    "sec_per_image", "images_dir", "device", "dtype",
-}  # fmt: skip
-
-
-def random_mar(seed: int) -> mar.MAR:
-    """mar_tiny with a smaller head, and weights that make class, context and head matter."""
-    torch.manual_seed(seed)
-    model = mar.mar_tiny(**HEAD).eval()
-    for parameter in model.parameters():  # adaLN and output layers start at zero
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture(scope="session")
@@ -59,16 +43,6 @@ def one_thread(monkeypatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def flags_for(resume: Path, output_dir: Path, *flags: object) -> list[str]:
-    """A short evaluation on the CPU; later flags win over earlier ones."""
-    short = ["--num_images", 2, "--eval_bsz", 1, "--cfg", 2.0, "--device", "cpu", "--threads", 1]
-    if not any(str(flag).startswith("gpt_") for flag in flags):
-        short += ["--model", "mar_tiny", "--num_iter", 2]
-        for name, value in HEAD.items():
-            short += [f"--{name}", value]
-    return [str(word) for word in [*short, "--resume", resume, "--output_dir", output_dir, *flags]]
 
 
 @pytest.fixture

@@ -2,21 +2,21 @@
 
 import ast
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("models", "diffusion", "util")
-ALLOWED = {
-    "diffusion": {"diffusion"},
-    "util": {"util"},
-    "models": {"models", "diffusion", "util"},
-    "engine": {"models", "diffusion", "util"},
+from tests.support import ROOT
+
+LAYERS = ("diffusion", "models", "util", "engine")
+# Modules of util that know nothing of ours but each other; models may use them.
+LEAVES = {
+    f"util.{name}"
+    for name in (
+        *("checkpoint", "config", "data.latent_stats", "device", "dist", "download", "errors"),
+        *("files", "images", "markdown", "npz", "streams", "weights"),
+    )
 }
-# Commands that make the bundled files, or count the work of models; nothing else may import them.
-COMMANDS_ON_MODELS = {"util.tiny.assets", "util.tiny.vq", "util.tiny.gpt", "util.flops"}
-ONLY_HOME = {"torchvision": "util.data.datasets", "torch_fidelity": "util.metrics"}
+AVERAGED = "util.training.ema"  # what a checkpoint of a training holds; it imports nothing of ours
 
 
 def imports(tree: ast.AST, module: str) -> set[str]:
@@ -32,25 +32,49 @@ def imports(tree: ast.AST, module: str) -> set[str]:
     return names
 
 
-def read_graph() -> dict[str, set[str]]:
-    """Dotted module name => what it imports, for all of the project but its tests."""
+def read_sources() -> dict[str, str]:
+    """Dotted module name => text, for all of the project but its tests."""
     files = [*ROOT.glob("*.py")]
-    for folder in (*PACKAGES, "scripts", "benchmarks"):
+    for folder in (*LAYERS, "benchmarks", "scripts"):
         files += (ROOT / folder).rglob("*.py")
-    graph = {}
-    for file in files:
-        module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        graph[module] = imports(ast.parse(file.read_text()), module)
-    return graph
+    parts = {file: file.relative_to(ROOT).with_suffix("").parts for file in files}
+    return {
+        ".".join(name for name in parts[file] if name != "__init__"): file.read_text()
+        for file in files
+    }
 
 
-GRAPH = read_graph()
-OWN = {module.split(".")[0] for module in GRAPH}
-LAYERED = sorted(module for module in GRAPH if module.split(".")[0] in ALLOWED)
+SOURCES = read_sources()
+EVERYTHING = {name: imports(ast.parse(text), name) for name, text in SOURCES.items()}
+GRAPH = {name: found & SOURCES.keys() for name, found in EVERYTHING.items()}
+COMMANDS = {name for name, text in SOURCES.items() if 'if __name__ == "__main__"' in text}
+PACKAGES = {name for name in SOURCES if any(other.startswith(f"{name}.") for other in SOURCES)}
 
 
-def tops(names: set[str]) -> set[str]:
-    return {name.split(".")[0] for name in names}
+def top(name: str) -> str:
+    return name.split(".")[0]
+
+
+def allowed(module: str) -> set[str]:
+    """What a module may import of ours."""
+
+    def of(*layers: str) -> set[str]:
+        return {name for name in SOURCES if top(name) in layers}
+
+    leaves = LEAVES | {"util"}
+    if module in LEAVES:
+        return leaves | ({AVERAGED} if module == "util.checkpoint" else set())
+    if top(module) == "diffusion":
+        return of("diffusion") | leaves
+    if top(module) == "models":
+        return of("diffusion", "models") | leaves
+    if top(module) == "engine":
+        return of("diffusion", "engine", "models", "util")
+    if module in COMMANDS and module.count(".") == 1:  # python -m util.NAME
+        return of("diffusion", "engine", "models", "util")
+    if module.startswith("util.tiny"):  # makes the bundled models
+        return of("diffusion", "engine", "models", "util")
+    return of("util")
 
 
 def test_every_form_of_import_is_seen():
@@ -66,40 +90,39 @@ def later():
 
 
 def test_the_packages_are_found():
-    assert set(PACKAGES) <= OWN
-    assert {"models.vae", "util.download"} <= GRAPH.keys()
+    assert {"engine.mar", "models.vae", "util.data.datasets", "util.tiny.assets"} <= GRAPH.keys()
+    assert {"diffusion", "engine", "models", "util", "util.evaluation"} <= PACKAGES
+    assert GRAPH.keys() >= LEAVES
 
 
-@pytest.mark.parametrize("module", LAYERED)
-def test_a_layer_imports_only_the_layers_below_it(module):
-    allowed = ALLOWED[module.split(".")[0]]
-    if module in COMMANDS_ON_MODELS:
-        allowed = allowed | {"models"}
-    assert tops(GRAPH[module]) & OWN <= allowed
+@pytest.mark.parametrize("module", sorted(name for name in GRAPH if top(name) in LAYERS))
+def test_a_module_imports_only_what_is_below_it(module):
+    assert GRAPH[module] <= allowed(module)
 
 
-def test_models_import_four_leaves_of_util_and_nothing_else():
-    leaves = {"util.config", "util.weights", "util.data.latent_stats", "util.errors"}
-    for module in (module for module in LAYERED if module.startswith("models.")):
-        taken = {name for name in GRAPH[module] if name in GRAPH and name.startswith("util.")}
-        assert taken <= leaves, module
+def test_what_averages_weights_imports_nothing_of_ours():
+    assert GRAPH[AVERAGED] == set()
 
 
-def test_commands_on_models_are_imported_by_each_other_and_benchmarks_alone():
-    users = {module for module, names in GRAPH.items() if names & COMMANDS_ON_MODELS}
-    assert {user for user in users if not user.startswith("benchmarks.")} <= COMMANDS_ON_MODELS
+def test_util_reaches_no_model_except_from_its_commands():
+    """Not even by way of another module of util."""
+
+    def reached(module: str) -> set[str]:
+        found, new = set(), {module}
+        while new:
+            found |= new
+            new = set().union(*(GRAPH[name] for name in new)) - found
+        return found
+
+    for module in GRAPH:
+        if module.startswith(("util.data", "util.evaluation", "util.training")):
+            assert {top(name) for name in reached(module)} <= {"util"}, module
 
 
-def test_engine_is_imported_by_top_level_scripts_and_benchmarks_alone():
-    users = {module for module, names in GRAPH.items() if "engine" in tops(names)}
-    assert {user for user in users if "." in user and not user.startswith("benchmarks.")} == set()
-
-
-@pytest.mark.parametrize("library", sorted(ONLY_HOME))
-def test_a_heavy_library_is_imported_in_its_one_home_alone(library):
-    users = {module for module, names in GRAPH.items() if library in tops(names)}
-    assert users <= {ONLY_HOME[library]}
+def test_torch_fidelity_is_imported_by_the_metrics_alone():
+    users = {module for module, names in EVERYTHING.items() if "torch_fidelity" in map(top, names)}
+    assert users == {"util.metrics"}
 
 
 def test_no_module_imports_itself_in_a_circle():
-    TopologicalSorter({module: names & GRAPH.keys() for module, names in GRAPH.items()}).prepare()
+    TopologicalSorter(GRAPH).prepare()

@@ -8,7 +8,6 @@ STATS.pkl, into a DST.safetensors.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from util.data.latent_stats import convert_statistics
 from util.errors import UserError, run_main
-from util.files import sha256_of, write_json
+from util.files import read_json, sha256_of, write_json
 from util.training.ema import EMA
 from util.weights import (
     LAST,
@@ -216,11 +215,8 @@ def _about(path: Path) -> dict[str, Any]:
     """What a checkpoint tells of its weights besides them: epoch, step and the numbers of its flags."""
     if path.suffix == ".safetensors":
         sidecar = path.with_suffix(".json")
-        try:
-            found = json.loads(sidecar.read_text()) if sidecar.is_file() else {}
-            return {name: found[name] for name in ("epoch", "step", "args") if name in found}
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{sidecar} cannot be read ({error}): restore or remove it") from error
+        found = read_json(sidecar, dict, "restore or remove it") if sidecar.is_file() else {}
+        return {name: found[name] for name in ("epoch", "step", "args") if name in found}
     content = read_pickle(path)
     about: dict[str, Any] = {}
     if not isinstance(content, Mapping):

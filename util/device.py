@@ -111,7 +111,7 @@ def to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]
 def can_compile(device: torch.device, show: bool) -> bool:
     """Whether torch.compile wins on this device, and works; `show` says on stderr that it will.
 
-    On CPUs it gained at most 20% and cost a minute (benchmarks/README.md). Compiled code is kept in
+    On CPUs it gained at most 20% and cost a minute (docs/benchmarks.md). Compiled code is kept in
     ~/.cache/torchinductor unless TORCHINDUCTOR_CACHE_DIR names another folder.
     """
     if device.type != "cuda":

@@ -213,8 +213,9 @@ def _continue(item: Item, part: Path, timeout: float) -> None:
     headers = {"User-Agent": "lazymar-download"}
     if have:
         headers["Range"] = f"bytes={have}-"
-        if _validator(part).exists() and (validator := _validator(part).read_text()):
-            headers["If-Range"] = validator
+        validator = _validator(part).read_bytes() if _validator(part).exists() else b""
+        if validator.isascii() and validator.decode("ascii").isprintable() and validator:
+            headers["If-Range"] = validator.decode("ascii")
     try:
         # a new opener each time, because urlopen's keeps the proxies of its first call
         with build_opener().open(Request(item.url, headers=headers), timeout=timeout) as response:

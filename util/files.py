@@ -4,15 +4,19 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 from util.errors import UserError
 
+Document = TypeVar("Document", dict[str, Any], list[Any])
+_NAMES = {dict: "object", list: "list"}  # JSON's words
+
 
 @contextmanager
-def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the final name if the block succeeds.
 
     Raises UserError when the file system refuses (disk full, read-only, missing folder); the
@@ -33,13 +37,52 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink()
 
 
+def files_below(folder: Path, closed: Iterable[Path] = ()) -> Iterator[tuple[str, int]]:
+    """Path and bytes of each file in a folder and its folders; hidden ones do not count.
+
+    Links are followed and each folder is entered once, so a loop ends. A link to nothing has 0 bytes.
+    `closed`: resolved folders that are not entered.
+    """
+    seen = set(closed)
+    folders = [folder]
+    while folders:
+        current = folders.pop()
+        if current.resolve() in seen:
+            continue
+        seen.add(current.resolve())
+        with os.scandir(current) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name.startswith("."):
+                    continue
+                is_link = entry.is_symlink()  # which may lead nowhere, or to itself
+                if os.path.isdir(entry.path) if is_link else entry.is_dir():
+                    folders.append(Path(entry.path))
+                else:
+                    there = not is_link or os.path.exists(entry.path)
+                    yield entry.path, entry.stat().st_size if there else 0
+
+
 def write_json(path: Path, document: Mapping[str, object] | Sequence[object]) -> None:
     """Write a document atomically, readable by people."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n")
 
 
-def sha256_of(path: str | os.PathLike) -> str:
+def read_json(path: Path, kind: type[Document], remedy: str) -> Document:
+    """A JSON document that must be a dict or a list.
+
+    UserError with the remedy for a file that is missing, damaged, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, kind):
+            raise ValueError(f"it holds no {_NAMES[kind]}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {remedy}") from error
+    return found
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
     """Hexadecimal sha256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -4,7 +4,7 @@
 
 No weights are needed. `published` counts the algorithm as its authors' code computes it, `executed`
 what is computed here (models/flops.py). The last line is one JSON document of the published count:
-{model: {"plain": TFLOPs per image, "lazy": ..., "ratio": ...}}.
+{model: {"plain": TFLOPs per image, "lazy": ..., "balanced": ..., "fast": ..., "ratio": plain / lazy}}.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import torch
 
 from engine import cli
 from engine.mar import MARHost
+from models.fast_mar import PRESETS, FastMARConfig
 from models.flops import MARGeometry, Work, image_work
 from models.lazy_mar import CACHES, LazyMARConfig
 from models.plan import DecodingPlan
@@ -28,17 +29,31 @@ from util.files import atomic_path
 from util.markdown import markdown_table
 from util.published import tflops_at_64
 
-MODELS = ("mar_base", "mar_large", "mar_huge")
+MODELS = ("mar_base", "mar_large", "mar_huge", "mar_tiny")
 LAZY = LazyMARConfig()
-# Name of a row -> (configuration, guided).
-MODES: dict[str, tuple[LazyMARConfig | None, bool]] = {
-    "MAR": (None, True),
-    "LazyMAR": (LAZY, True),
-    **{f"{name} cache alone": (LAZY.with_caches([name]), True) for name in CACHES},
-    **{f"no {name} cache": (LAZY.with_caches(set(CACHES) - {name}), True) for name in CACHES},
-    "MAR without guidance": (None, False),
-    "LazyMAR without guidance": (LAZY, False),
-}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A row: how an image is sampled, and whether it is guided."""
+
+    config: FastMARConfig
+    guided: bool = True
+
+
+def modes(num_iter: int) -> dict[str, Mode]:
+    """Rows by name: MAR and LazyMAR with `num_iter` steps, and the presets with their own."""
+    without = {f"no {name} cache": LAZY.with_caches(set(CACHES) - {name}) for name in CACHES}
+    alone = {f"{name} cache alone": LAZY.with_caches([name]) for name in CACHES}
+    lazy = {"LazyMAR": LAZY, **alone, **without}
+    plain = FastMARConfig(num_iter)
+    return {
+        "MAR": Mode(plain),
+        **{name: Mode(FastMARConfig(num_iter, lazy=config)) for name, config in lazy.items()},
+        **{name: Mode(PRESETS[name]()) for name in ("balanced", "fast")},
+        "MAR without guidance": Mode(plain, guided=False),
+        "LazyMAR without guidance": Mode(FastMARConfig(num_iter, lazy=LAZY), guided=False),
+    }
 
 
 @dataclass(frozen=True)
@@ -70,25 +85,34 @@ def geometry_of(name: str) -> MARGeometry:
         return MARGeometry.of(host.build())
 
 
+def count(geometry: MARGeometry, mode: Mode) -> Counts:
+    """Operations for one image. The value of the guidance scale does not matter."""
+    config = mode.config
+    plan = DecodingPlan.create(
+        geometry.seq_len,
+        config.num_iter,
+        3.25 if mode.guided else 1.0,
+        guidance_start=config.head.guidance_start,
+        order=config.order,
+    )
+    published, executed = (
+        image_work(geometry, plan, config.lazy, e, config.head) for e in (False, True)
+    )
+    return Counts(published, executed)
+
+
 def tabulate(num_iter: int) -> dict[str, dict[str, Counts]]:
-    """Model -> mode -> operations for one image. The value of the guidance scale does not matter."""
+    """Model -> name of a row -> operations for one image."""
     table = {}
     for name in MODELS:
         geometry = geometry_of(name)
-        plans = {
-            guided: DecodingPlan.create(geometry.seq_len, num_iter, 3.25 if guided else 1.0)
-            for guided in (True, False)
-        }
-        table[name] = {
-            mode: Counts(*(image_work(geometry, plans[guided], config, e) for e in (False, True)))
-            for mode, (config, guided) in MODES.items()
-        }
+        table[name] = {row: count(geometry, mode) for row, mode in modes(num_iter).items()}
     return table
 
 
-def shares(modes: Mapping[str, Counts]) -> dict[str, Share]:
+def shares(rows: Mapping[str, Counts]) -> dict[str, Share]:
     """Cache -> what it saves."""
-    total = {mode: counts.published.total for mode, counts in modes.items()}
+    total = {row: counts.published.total for row, counts in rows.items()}
     saved = total["MAR"] - total["LazyMAR"]
     found = {}
     for name in CACHES:
@@ -101,19 +125,20 @@ def shares(modes: Mapping[str, Counts]) -> dict[str, Share]:
 def report(table: Mapping[str, Mapping[str, Counts]]) -> str:
     """Markdown tables, and one line of JSON."""
     work, saved, document = [], [], {}
-    for name, modes in table.items():
-        for mode, counts in modes.items():
-            plain = modes["MAR" if MODES[mode][1] else "MAR without guidance"]
+    for name, rows in table.items():
+        for row, counts in rows.items():
+            plain = rows["MAR without guidance" if row.endswith("without guidance") else "MAR"]
             published, executed = counts.published, counts.executed.total
             parts = (published.encoder, published.decoder, published.head, published.total)
             ratios = plain.published.total / published.total, plain.executed.total / executed
             costs = [*(x / 1e12 for x in parts), ratios[0], executed / 1e12, ratios[1]]
-            work.append([name, mode, *(f"{x:.2f}" for x in costs)])
-        for cache, found in shares(modes).items():
-            teraflops = [f"{x / 1e12:.2f}" for x in (found.alone, found.last)]
+            work.append([name, row, *(f"{x:.3g}" for x in costs)])
+        for cache, found in shares(rows).items():
+            teraflops = [f"{x / 1e12:.3g}" for x in (found.alone, found.last)]
             saved.append([name, cache, *teraflops, f"{found.share:.0%}"])
-        mar, lazy = (modes[mode].published.total / 1e12 for mode in ("MAR", "LazyMAR"))
-        document[name] = {"plain": mar, "lazy": lazy, "ratio": mar / lazy}
+        keys = {"plain": "MAR", "lazy": "LazyMAR", "balanced": "balanced", "fast": "fast"}
+        totals = {key: rows[row].published.total / 1e12 for key, row in keys.items()}
+        document[name] = {**totals, "ratio": totals["plain"] / totals["lazy"]}
     head = ("TFLOPs per image", "", "encoder", "decoder", "head", "all", "MAR / this")
     head_saved = ("TFLOPs saved", "cache", "alone", "last", "share of all saved")
     blocks = (
@@ -127,8 +152,10 @@ def report(table: Mapping[str, Mapping[str, Counts]]) -> str:
 def beside_the_paper(table: Mapping[str, Mapping[str, Counts]]) -> str:
     """Markdown: the published totals of 64 steps, and ours as a share of them."""
     rows = []
-    for name, modes in table.items():
-        plain, lazy = (modes[mode].published.total / 1e12 for mode in ("MAR", "LazyMAR"))
+    for name, rows_of in table.items():
+        if name == "mar_tiny":
+            continue
+        plain, lazy = (rows_of[row].published.total / 1e12 for row in ("MAR", "LazyMAR"))
         stated = [tflops_at_64(name, lazy_mar) for lazy_mar in (False, True)]
         ratios = stated[0] / stated[1], plain / lazy
         cells = [f"{stated[0]:.2f}", f"{plain / stated[0]:.1%}", f"{stated[1]:.2f}"]

@@ -5,11 +5,10 @@ behind and the same command can continue from the names that exist. Shapes: a pi
 (H, W, 3) RGB, a batch (B, H, W, 3).
 """
 
+import io
 import os
 import re
-import struct
 import threading
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,8 +21,9 @@ from PIL import Image, ImageDraw, ImageFont
 from util.errors import UserError
 from util.files import atomic_path
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")  # the files torch-fidelity scores in a folder
-_NUMBERED = re.compile(r"\d{5,}\.png")
+# torchvision.datasets.folder.IMG_EXTENSIONS, which the original trains on
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_NUMBERED = re.compile(r"[0-9]{5,}\.png")
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"  # PNG specification, section 5.2
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # section 11.2.5: empty IEND chunk with its CRC
 _CAPTION_GAP = 2  # pixels above and below a caption
@@ -83,30 +83,51 @@ def is_complete_png(path: str | os.PathLike) -> bool:
         return False
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Decode an image file to uint8 (H, W, 3) RGB; an unreadable file is named in a UserError."""
-    path = Path(path)
-    reason = "it is truncated or no PNG"
-    if path.suffix.lower() != ".png" or is_complete_png(path):
-        try:
-            with Image.open(path) as image:
-                return np.array(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, struct.error, zlib.error) as error:
-            reason = str(error)
-    raise UserError(f"cannot read the image {path} ({reason}); delete it and make it again")
+def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
+    """Decode an image file of 8 bits per channel; UserError naming a file that cannot be used.
+
+    The one reader: training, caching, statistics and scores see the same pixels, or the same refusal.
+    """
+    try:
+        data = Path(path).read_bytes()
+        if data.startswith(_PNG_SIGNATURE) and _PNG_END not in data:
+            raise ValueError("it is truncated")
+        with Image.open(io.BytesIO(data)) as image:
+            mode = image.mode
+            rgb = None if mode.startswith(("I", "F")) else image.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise almost anything for damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{path} cannot be read as an image ({reason}): remove or replace it"
+        ) from error
+    if rgb is None:  # Pillow would clip 16 bits to white
+        raise UserError(f"{path} has more than 8 bits per channel (mode {mode}): convert it to RGB")
+    return rgb
 
 
-def list_images(folder: str | os.PathLike, recursive: bool = False) -> list[Path]:
-    """The PNG and JPEG files of a folder in the order of their path strings (torch-fidelity's)."""
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """open_rgb as an array, uint8 (H, W, 3)."""
+    return np.array(open_rgb(path))
+
+
+def list_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """The image files of a folder, not of those in it, in the order of their path strings."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist; check its path")
-    files = folder.rglob("*") if recursive else folder.iterdir()
-    return sorted((f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()), key=str)
+    return sorted(
+        (f for f in folder.iterdir() if is_image_name(f.name) and not f.is_dir()), key=str
+    )
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file of this name counts as an image; hidden ones do not."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def check_numbered(images: Sequence[Path], below: int | None = None) -> None:
-    """UserError if an image is not named by its number, which is less than `below` if that is given."""
+    """UserError if an image is not named by its number, which is less than `below` if that is given,
+    or if two have the same number, such as 00000.png and 000000.png."""
     foreign = [
         image.name
         for image in images
@@ -119,13 +140,18 @@ def check_numbered(images: Sequence[Path], below: int | None = None) -> None:
             f"{png_name(0)}{f', below {below}' if below else ''} ({named}); move them away, or they "
             "would be scored"
         )
+    by_number: dict[int, Path] = {}
+    for image in images:
+        other = by_number.setdefault(int(image.stem), image)
+        if other != image:
+            raise UserError(f"{other} and {image.name} have the same number; move one of them away")
 
 
-def list_numbered_pngs(folder: str | os.PathLike, num_images: int) -> list[Path]:
+def list_numbered_pngs(folder: str | os.PathLike[str], num_images: int) -> list[Path]:
     """The `num_images` generated images 00000.png, 00001.png, ... of a folder, by their number.
 
-    Another image file is refused, because torch-fidelity would score it with the rest; files that
-    are no images cannot enter a score and are ignored. Raises UserError with the names or numbers.
+    Other image files are refused, because other tools would score them too; files that are no
+    images cannot enter a score and are ignored. Raises UserError with the names or numbers.
     """
     images = list_images(folder)
     check_numbered(images)
@@ -134,7 +160,14 @@ def list_numbered_pngs(folder: str | os.PathLike, num_images: int) -> list[Path]
             f"{folder} holds {len(images)} images, but {num_images} are to be scored; "
             "finish the generation, or score a folder of this run alone"
         )
-    return sorted(images, key=lambda image: int(image.stem))
+    images.sort(key=lambda image: int(image.stem))
+    for index, image in enumerate(images):
+        if int(image.stem) != index:  # or an image would be scored under the label of another
+            raise UserError(
+                f"{folder} holds {image.name}, but no {png_name(index)}: image i is named by its "
+                f"number, from {png_name(0)} to {png_name(num_images - 1)}"
+            )
+    return images
 
 
 class PngWriter:

@@ -38,10 +38,10 @@ from util.errors import UserError, run_main
 from util.evaluation.conditions import Condition
 from util.evaluation.feature_weights import inception_weights, prompts_weights, shapes_weights
 from util.evaluation.image_source import (
-    ImageFiles,
     ImageSource,
     Pictures,
     image_batches,
+    open_reference,
     open_source,
 )
 from util.evaluation.request import ScoreRequest
@@ -53,7 +53,6 @@ from util.evaluation.statistics import (
     save_stats,
 )
 from util.evaluation.sums import FeatureSums, Gaussian, Judge
-from util.images import list_images
 from util.tiny.captions import parse
 from util.tiny.classifier import IMAGE_SIZE, ShapeClassifier
 from util.tiny.prompt_classifier import PromptClassifier, compare, scenes_of
@@ -142,7 +141,8 @@ def register_features(name: str, spec: FeatureSpec, extractor: type[FeatureExtra
 def _judge_labels(logits: torch.Tensor, conditions: Sequence[Condition]) -> list[dict[str, bool]]:
     """accuracy: the largest logit is the label."""
     found = logits.argmax(1).tolist()
-    return [{"accuracy": a == b} for a, b in zip(found, conditions, strict=True)]
+    pairs = zip(found, conditions, strict=True)
+    return [{"accuracy": a == b} if isinstance(b, int) else {} for a, b in pairs]
 
 
 register_features(
@@ -402,7 +402,7 @@ def make_stats(
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f"the folder of {output} does not exist; create it or change --output")
     if not isinstance(source, Dataset):
-        source = ImageFiles(list_images(source, recursive=True), img_size)
+        source = open_reference(source, img_size)
     count = len(source)
     if count < 2:
         raise UserError(f"FID statistics need at least 2 images, got {count}; check the folder")

@@ -29,8 +29,9 @@ class Published:
     tflops: float | None = None
 
 
-# MAR: Li et al. 2024, Table 4 and README, 256 steps. LazyMAR: Yan et al. 2025, Table 1, 64 steps; the
-# paper names no guidance, 3.25 is that of its eval.py.
+# MAR: Li et al. 2024, 256 steps; without guidance at temperature 0.95 (MAR's README; FID and IS of these
+# three rows are quoted from memory of its Table 4). LazyMAR and 64 steps: Yan et al. 2025; the paper names
+# no guidance, 3.25 is that of its eval.py.
 # fmt: off
 ROWS = {
     "mar_base_256": Published("MAR-B", "--model mar_base --num_iter 256 --cfg 2.9 --eval_bsz 256", 2.31, 281.7),

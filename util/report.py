@@ -7,7 +7,6 @@ The first run is what the others are compared with: speed-up, and PSNR between i
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from util.errors import UserError, run_main
-from util.files import atomic_path, write_json
+from util.files import atomic_path, read_json, write_json
 from util.images import png_name, read_image, save_png, side_by_side_sheet
 from util.markdown import markdown_table
 
@@ -23,6 +22,7 @@ PAIRED = (
     "weights",
     "num_images",
     "class_num",
+    "prompts",
     "seed",
     "seed_mode",
     "model",
@@ -39,18 +39,46 @@ ON_REQUEST = (
     ("precision", "precision", ".3f"),
     ("recall", "recall", ".3f"),
 )
+# What is read of every run, and what must be a number where it is there.
+NEEDED = (
+    *(
+        "model",
+        "method",
+        "num_images",
+        "num_iter",
+        "cfg",
+        "dtype",
+        "device",
+        "processes",
+        "threads",
+    ),
+    *("eval_bsz", "torch", "commit", "command", "images_dir"),
+)
+NUMBERS = ("fid", "is_mean", "is_std", "accuracy", "sec_per_image", "num_images", "cfg")
+NUMBERS += tuple(key for key, _, _ in ON_REQUEST)
 Json = Mapping[str, object]
 
 
 def load_run(path: Path) -> dict[str, object]:
     """Configuration and results of a run folder. UserError if it is not a finished run."""
-    run: dict[str, object] = {"path": path}
-    for name, part in (("manifest.json", "config"), ("results.json", None)):
+    parts = []
+    for name in ("manifest.json", "results.json"):
         try:
-            found = json.loads((path / name).read_text())
-            run |= found[part] if part else found
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is no finished run of eval.py: {name}: {error}") from error
+            parts.append(read_json(path / name, dict, "finish or repeat the run"))
+        except UserError as error:
+            raise UserError(f"{path} is no finished run of eval.py: {error}") from error
+    manifest, results = parts
+    if not isinstance(manifest.get("config"), dict):
+        raise UserError(f"{path} is no finished run of eval.py: manifest.json has no configuration")
+    run = {"path": path, **manifest["config"], **results}
+    for name in NEEDED:
+        if name not in run:
+            raise UserError(f"{path} is no finished run of eval.py: it does not say its {name}")
+    for name in NUMBERS:
+        if not isinstance(run.get(name), (int, float, type(None))):
+            raise UserError(
+                f"{path} has the {name} {run[name]!r}, which is no number: score it again"
+            )
     return run
 
 

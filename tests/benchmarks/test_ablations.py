@@ -4,13 +4,11 @@ import json
 import sys
 
 import pytest
-import torch
 
 from benchmarks import ablations
 from benchmarks.ablation_rows import Row, changed, frontier_series, groups, scaled
 from models.lazy_mar import KEEP_SCHEDULE, LazyMARConfig
-from tests.cli.test_run import snapshot
-from tests.conftest import NUM_IMAGES, flags_for
+from tests.support.runs import NUM_IMAGES, flags_for, snapshot
 from util.errors import UserError
 from util.images import is_complete_png
 
@@ -40,6 +38,8 @@ def ablate(one_thread, monkeypatch, weights, tmp_path, capsys):
     def call(*more: str) -> tuple[dict, list]:
         images = ["--num_images", str(NUM_IMAGES), "--eval_bsz", str(NUM_IMAGES)]
         flags = flags_for(weights / "official", tmp_path / "out", *images, *more)
+        at = flags.index("--num_iter")  # the rows decide it
+        del flags[at : at + 2]
         results = ["--results", str(tmp_path / "results"), "--timing_bsz", "2", "--repeats", "2"]
         monkeypatch.setattr(sys, "argv", ["ablations.py", *flags, *results])
         capsys.readouterr()
@@ -103,7 +103,7 @@ def test_rows_take_turns_and_the_fastest_counts(ablate, monkeypatch, tmp_path):
 def test_turns_and_timed_batches_are_at_least_one():
     for flag in ("--repeats", "--timing_bsz"):
         with pytest.raises(UserError, match=f"{flag} is 0"):
-            ablations.parse_args(["--model", "mar_tiny", flag, "0"])
+            ablations.parse(["--model", "mar_tiny", flag, "0"])
 
 
 def test_a_dry_run_writes_nothing(ablate, tmp_path):
@@ -143,8 +143,7 @@ def test_the_frontier_has_all_rows_of_its_lines():
 
 
 def test_steps_at_equal_cost_cost_the_same(one_thread):
-    args = ablations.parse_args(["--model", "mar_tiny", "--device", "cpu"])
-    ablation = ablations.Ablation(args, torch.device("cpu"))
+    ablation = ablations.Ablation(ablations.parse(["--model", "mar_tiny", "--device", "cpu"]))
     lazy, head = Row("", ablation.base), ablation.base.with_caches(["head"])
     steps = ablation.steps_at(lazy, head)
     near = [ablation.tflops(Row("", head, n), executed=True) for n in (steps - 1, steps, steps + 1)]

@@ -18,8 +18,8 @@ from benchmarks import (
     waterfall,
 )
 from benchmarks.common import prepare_output, write_result
-from tests.cli.test_run import snapshot
-from tests.conftest import ROOT
+from tests.support import ROOT
+from tests.support.runs import snapshot
 from util.errors import UserError
 
 SCRIPTS = (latency, waterfall, training, line_latency)
@@ -40,7 +40,7 @@ def command(monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_told_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"result\.json cannot be written"):
+    with pytest.raises(UserError, match="result cannot be written"):
         prepare_output(tmp_path / "file" / "result")
 
 
@@ -66,7 +66,8 @@ def test_committed_results_are_written_only_where_a_flag_names_them(
 ):
     monkeypatch.chdir(tmp_path)
     command(script)
-    output = script.parse().output
+    parsed = script.parse()  # redundancy gives a selection of eval.py's flags beside it
+    output = parsed[1] if isinstance(parsed, tuple) else parsed.output
     assert output.parent == Path("output_dir/benchmarks")
     assert str(output) in script.__doc__.replace("MODEL*", "mar_tiny")
 

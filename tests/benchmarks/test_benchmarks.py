@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from benchmarks import (
 )
 from benchmarks.common import clock_of
 from benchmarks.eager_training import masked_loss
-from benchmarks.mar_work import MODELS, MODES, Work, build, count, count_work
+from benchmarks.mar_work import MODELS, MODES, Work, build, count, work_of
+from engine import cli
 from models.plan import DecodingPlan
-from tests.conftest import ROOT
-from tests.models.test_sampling import CLOSE, noise_of, sample, small_mar
+from tests.support import ROOT
 from tests.support.golden_data import relative_error
+from tests.support.sampling import CLOSE, noise_of, sample, small_mar
 from util.errors import UserError
 from util.markdown import markdown_table
 
@@ -56,7 +58,9 @@ def test_operations_are_counted_twice_per_multiply_add():
 
 
 def test_a_lazy_image_is_less_work_than_a_plain_one():
-    plain, lazy = (count_work("mar_tiny", MODES[m], 8, 3.0, 4) for m in ("plain", "lazy"))
+    model = build("mar_tiny", "meta", num_sampling_steps="ddim10")
+    plan = DecodingPlan.create(model.seq_len, 8, 3.0)
+    plain, lazy = (work_of(model, MODES[mode], plan, 4) for mode in ("plain", "lazy"))
     assert lazy.transformer_flops < plain.transformer_flops
     assert lazy.head_flops < plain.head_flops
     assert lazy.head_bytes < plain.head_bytes
@@ -67,12 +71,16 @@ def test_limits_are_work_over_rates():
     assert work.limits(batch=2, rate=10.0, bandwidth=4.0) == (18.0, 12.0 + 20.0)
 
 
-def test_the_heads_have_the_published_sizes():
-    nets = {name: build(name, "meta").diffloss.net for name in MODELS}
-    sizes = {name: (len(net.res_blocks), net.cond_embed.out_features) for name, net in nets.items()}
-    assert sizes == {  # MAR's README; the bundled model's own
-        "mar_base": (6, 1024), "mar_large": (8, 1280), "mar_huge": (12, 1536), "mar_tiny": (4, 160),
-    }  # fmt: skip
+def test_models_have_the_geometry_of_their_host_and_the_heads_the_published_sizes():
+    published = {"mar_base": (6, 1024), "mar_large": (8, 1280), "mar_huge": (12, 1536)}
+    for name in MODELS:
+        geometry = cli.named(name).host().geometry
+        head = geometry.diffloss_d, geometry.diffloss_w
+        assert head == published.get(name, head)
+        for model in (build(name, "meta"), build(name, "meta", **asdict(geometry))):
+            net = model.diffloss.net
+            assert (len(net.res_blocks), net.cond_embed.out_features) == head
+            assert len(model.decoder_blocks) == geometry.decoder_depth
 
 
 def test_one_thread_is_clocked_by_its_own_seconds(one_thread):

@@ -79,7 +79,7 @@ def call(monkeypatch, capsys):
 
 def test_a_janus_of_transformers_is_measured(call, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from tests.transformers_data import tiny_janus, tiny_processor
+    from tests.support.transformers_data import tiny_janus, tiny_processor
 
     tiny_janus((8, 8)).save_pretrained(tmp_path / "model")
     tiny_processor().save_pretrained(tmp_path / "model")

@@ -7,17 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models.presets import PRESETS
 from PIL import Image
 from safetensors.torch import save_file
-from util.flags import make_parser, resolve
 
 import main_cache
 import main_mar
+from engine import cli
 from models import mar, tokenizers
 from models.linear_tokenizer import LinearTokenizer
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
+from tests.support.train_small import WIDTHS
 from util import dist
+from util.data.config import DataConfig
 from util.data.datasets import BatchPlan, CachedFolder, ImageFolder, to_unit_range
 from util.errors import UserError
 
@@ -46,17 +47,27 @@ def root(tmp_path):
     return tmp_path
 
 
-def parse(root, program, *flags):
-    args = ["--model", "mar_tiny", "--data_path", str(root / "data"), "--img_size", "8"]
-    args += ["--vae_embed_dim", "4", "--vae_path", str(root / "tokenizer.safetensors")]
-    args += ["--cached_path", str(root / "cached"), "--batch_size", "2", "--num_workers", "0"]
-    args = make_parser(program).parse_args([*args, *flags])
-    resolve(args, program, PRESETS)
-    return args
+def words_for(root, *flags):
+    words = ["--model", "mar_tiny", "--data_path", str(root / "data"), "--img_size", "8"]
+    words += ["--vae_embed_dim", "4", "--vae_path", str(root / "tokenizer.safetensors")]
+    words += ["--cached_path", str(root / "cached"), "--batch_size", "2", "--num_workers", "0"]
+    return [*words, *map(str, flags)]
+
+
+def cache(root, *flags, world=None):
+    """main_cache.py in this process; returns the number of files written."""
+    selection = cli.parse("main_cache", words=words_for(root, *flags))
+    data = selection.flags.build(DataConfig)
+    return main_cache.cache(selection.host(), data, 2, world or dist.World(), CPU)
+
+
+def train(root, *flags):
+    """main_mar.py in this process."""
+    main_mar.run(main_mar.parse(words_for(root, *flags)), dist.Rendezvous())
 
 
 def test_every_picture_gets_the_moments_of_itself_and_of_its_mirror_image(root):
-    assert main_cache.cache(parse(root, "main_cache"), dist.World(), CPU) == 6
+    assert cache(root) == 6
     tokenizer = LinearTokenizer.from_file(root / "tokenizer.safetensors")
     images, latents = ImageFolder(root / "data" / "train", 8), CachedFolder(root / "cached")
     assert (root / "cached" / "cat" / "0.png.npz").is_file()
@@ -70,27 +81,26 @@ def test_every_picture_gets_the_moments_of_itself_and_of_its_mirror_image(root):
 
 
 def test_a_second_call_writes_only_what_is_missing(root):
-    main_cache.cache(parse(root, "main_cache"), dist.World(), CPU)
+    cache(root)
     kept, lost = (root / "cached" / "dog" / f"{i}.png.npz" for i in (0, 1))
     before = kept.stat().st_mtime_ns
     lost.unlink()
-    assert main_cache.cache(parse(root, "main_cache"), dist.World(), CPU) == 1
+    assert cache(root) == 1
     assert lost.is_file()
     assert kept.stat().st_mtime_ns == before
 
 
 def test_latents_of_another_tokenizer_are_neither_mixed_in_nor_trained_on(root):
-    main_cache.cache(parse(root, "main_cache"), dist.World(), CPU)
+    cache(root)
     write_tokenizer(root / "tokenizer.safetensors", scale=0.25)
     with pytest.raises(UserError, match="latents of another tokenizer"):
-        main_cache.cache(parse(root, "main_cache"), dist.World(), CPU)
+        cache(root)
     with pytest.raises(UserError, match="latents of another tokenizer"):
-        main_mar.open_data(parse(root, "main_mar", "--use_cached"))
+        train(root, "--use_cached", "--output_dir", root / "out")
 
 
 def test_the_scale_that_makes_the_deviation_one_is_told(root, capsys):
-    args = parse(root, "main_cache")
-    main_cache.cache(args, dist.World(), CPU)
+    cache(root)
     scale = float(capsys.readouterr().out.split("--latent_scale ")[1].split()[0])
     data = CachedFolder(root / "cached")
     moments = torch.stack([data[(i, False)][0] for i in range(6)])
@@ -102,31 +112,24 @@ def test_the_scale_that_makes_the_deviation_one_is_told(root, capsys):
 def test_nan_is_neither_written_nor_trained_on(root):
     write_tokenizer(root / "tokenizer.safetensors", scale=0.5, fill=torch.nan)
     with pytest.raises(UserError, match=r"makes NaN or infinity of cat/0\.png"):
-        main_cache.cache(parse(root, "main_cache"), dist.World(), CPU)
+        cache(root)
     assert not list((root / "cached").rglob("*.npz"))
 
 
 def test_processes_share_the_pictures(root):
-    args = parse(root, "main_cache")
-    written = [main_cache.cache(args, dist.World(rank, 2), CPU) for rank in range(2)]
+    written = [cache(root, world=dist.World(rank, 2)) for rank in range(2)]
     assert written == [3, 3]
 
 
 def test_a_missing_tokenizer_is_one_sentence(root):
-    args = parse(root, "main_cache", "--vae_path", "nowhere.safetensors")
     with pytest.raises(UserError, match="nowhere"):
-        main_cache.cache(args, dist.World(), CPU)
+        cache(root, "--vae_path", "nowhere.safetensors")
 
 
 @pytest.fixture
 def small_model(monkeypatch):
-    widths = {
-        f"{part}_{name}": value
-        for part in ("encoder", "decoder")
-        for name, value in (("embed_dim", 16), ("depth", 1), ("num_heads", 2))
-    }
-    monkeypatch.setattr(mar, "mar_tiny", partial(mar.MAR, **widths))
-    monkeypatch.setattr(mar, "mar_large", partial(mar.MAR, **widths))
+    for name in ("mar_tiny", "mar_large"):
+        monkeypatch.setitem(mar.SIZES, name, WIDTHS)
 
 
 def test_a_picture_that_breaks_off_is_named_when_it_comes_and_the_last_checkpoint_stays(
@@ -142,10 +145,10 @@ def test_a_picture_that_breaks_off_is_named_when_it_comes_and_the_last_checkpoin
     path.write_bytes(path.read_bytes()[:60])
     flags = ["--output_dir", str(root / "out"), "--save_minutes", "1e-9"]
     with pytest.raises(UserError, match=rf"{path} cannot be read as an image"):
-        main_mar.run(parse(root, "main_mar", *flags), dist.Rendezvous(), CPU)
+        train(root, *flags)
     kept = torch.load(root / "out" / "checkpoint-last.pth", weights_only=False)
     assert kept["progress"]["step"] == step
-    assert f"holds the run up to step {step}; go on with --resume" in capsys.readouterr().err
+    assert f"holds the run up to step {step}; continue with --resume" in capsys.readouterr().err
 
 
 LARGE = ["--model", "mar_large", "--vae_embed_dim", "16", "--class_num", "2", "--buffer_size", "2"]
@@ -171,7 +174,7 @@ def test_another_size_class_count_and_scale_train_with_a_kl_tokenizer(
     torch.save({"model": small(16, (1, 1, 2, 2, 4)).state_dict()}, root / "kl.ckpt")
     flags = [*LARGE, "--img_size", "96", "--vae_path", str(root / "kl.ckpt")]
     flags += ["--output_dir", str(root / "out")]
-    main_mar.run(parse(root, "main_mar", *flags), dist.Rendezvous(), CPU)
+    train(root, *flags)
     assert "latent scale 0.5" in capsys.readouterr().out
     weights = trained(root)
     assert weights["diffusion_pos_embed_learned"].shape == (1, 6 * 6, 16)
@@ -188,18 +191,18 @@ def test_512_pixels_train_from_latents_without_a_tokenizer(root, small_model):
             )
     flags = [*LARGE, "--img_size", "512", "--use_cached", "--vae_path", "none.ckpt"]
     flags += ["--output_dir", str(root / "out")]
-    main_mar.run(parse(root, "main_mar", *flags), dist.Rendezvous(), CPU)
+    train(root, *flags)
     assert trained(root)["diffusion_pos_embed_learned"].shape == (1, 32 * 32, 16)
 
 
 def test_training_from_pictures_equals_training_from_their_latents(root, small_model):
-    main_cache.cache(parse(root, "main_cache"), dist.World(), CPU)
+    cache(root)
     weights = []
     for flags in ([], ["--use_cached"]):
         out = root / f"out{len(flags)}"
         flags += ["--output_dir", str(out), "--max_steps", "4", "--lr", "0.01"]
         flags += ["--warmup_epochs", "0", "--log_freq", "1"]
-        main_mar.run(parse(root, "main_mar", *flags), dist.Rendezvous(), CPU)
+        train(root, *flags)
         weights.append(torch.load(out / "checkpoint-last.pth", weights_only=False)["model"])
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], atol=1e-4, rtol=1e-3)

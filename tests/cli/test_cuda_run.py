@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from models.vae import AutoencoderKL
-from tests.cli.test_run_scores import scores
-from tests.cli.test_torchrun import agent, finish, free_port, result_of
+from tests.support.processes import agent, finish, free_port, result_of
+from tests.support.runs import scores
 from util.device import to_device, to_host
 from util.images import png_name
 

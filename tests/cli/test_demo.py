@@ -7,25 +7,24 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from importlib.util import find_spec
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from models.presets import PRESETS
 
 import demo
-import engine
+from engine import cli
 from models import mar
-from models.lazy_mar import LazyMARConfig
 from models.linear_tokenizer import LinearTokenizer
-from tests.conftest import ROOT
+from tests.support import ROOT
 from util.checkpoint import load_into
 from util.errors import UserError
 from util.images import to_uint8
 
-PRESET = PRESETS["mar_tiny"]
+HOST = cli.named("mar_tiny", lazy_mar=True).host()
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PICTURES = """[...document.querySelectorAll("img[src*='/file=']")]"""
 
@@ -33,14 +32,13 @@ PICTURES = """[...document.querySelectorAll("img[src*='/file=']")]"""
 @pytest.fixture(scope="module")
 def bundled():
     model = mar.mar_tiny(num_sampling_steps="ddim10").eval()
-    load_into(model, ROOT / PRESET.resume)
-    return model, LinearTokenizer.from_file(ROOT / PRESET.vae_path)
+    load_into(model, ROOT / HOST.resume)
+    return model, LinearTokenizer.from_file(ROOT / HOST.tokenizer.vae_path)
 
 
 def side_by_side(bundled, cfg_schedule, temperature):
     model, tokenizer = bundled
-    config = LazyMARConfig(head_interval=PRESET.head_interval)
-    sampling = engine.SamplingConfig(64, PRESET.cfg, cfg_schedule, temperature, config)
+    sampling = replace(HOST.sampling, cfg_schedule=cfg_schedule, temperature=temperature)
     return demo.SideBySide(model, tokenizer, tokenizer.latent_scale, sampling, torch.float32)
 
 
@@ -84,9 +82,9 @@ def test_the_caption_compares_seconds_and_pixels():
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--model", "gpt_tiny"], "is not for --model gpt_tiny"),
+        (["--model", "gpt_tiny"], "--lazy_mar is for MAR models"),
         (["--port", "x"], "--port"),
-        (["--num_images", "4"], "unrecognized arguments: --num_images 4"),
+        (["--num_imges", "4"], "unrecognized arguments: --num_imges 4"),
         (["--top_k", "5"], "--top_k is for GPT models"),
     ],
 )

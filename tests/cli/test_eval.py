@@ -14,26 +14,19 @@ from PIL import Image
 import eval as eval_script
 import main_mar
 from models.tokenizers import latent_scale_of, load_tokenizer
-from tests.conftest import NUM_IMAGES, PROMISED, ROOT, flags_for, random_mar
-from util.evaluation.batches import image_label, image_seed
+from tests.support import ROOT
+from tests.support.runs import (
+    NUM_IMAGES,
+    PROMISED,
+    flags_for,
+    images_of,
+    pixels_of,
+    random_mar,
+    written_at,
+)
+from util.evaluation.batches import image_seed
+from util.evaluation.conditions import image_label
 from util.images import to_uint8
-
-
-def images_of(result: dict) -> list[bytes]:
-    """The bytes of every PNG of a run, in the order of their numbers."""
-    return [path.read_bytes() for path in sorted(Path(result["images_dir"]).glob("*.png"))]
-
-
-def pixels_of(result: dict) -> np.ndarray:
-    """(N, H, W, 3) int16."""
-    paths = sorted(Path(result["images_dir"]).glob("*.png"))
-    return np.stack([np.asarray(Image.open(path)) for path in paths]).astype(np.int16)
-
-
-def written_at(result: dict) -> dict[str, int]:
-    """When each PNG was last written, in nanoseconds."""
-    return {path.name: path.stat().st_mtime_ns for path in Path(result["images_dir"]).iterdir()}
-
 
 # ---- one scored run, as a command ------------------------------------------------------------------
 
@@ -132,16 +125,6 @@ def test_the_same_command_again_generates_nothing_and_gives_the_same_score(
     for name in ("fid", "is_mean", "is_std"):
         assert again[name] == pytest.approx(result[name], rel=1e-6)
     assert again["sec_per_image"] == result["sec_per_image"]
-
-
-def test_a_mistake_on_the_command_line_ends_in_one_sentence_and_exit_code_2(tmp_path):
-    argv = flags_for(tmp_path / "none", tmp_path / "out")
-    command = [sys.executable, "eval.py", *argv]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr.startswith(f"error: no checkpoint at {tmp_path / 'none'}")
-    assert process.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- weights -----------------------------------------------------------------------------------------

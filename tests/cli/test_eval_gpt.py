@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models.presets import PRESETS
 
-import engine
+from engine import cli
+from models import llamagen
 from models.gpt_images import GPTSampling, generate
 from models.line_cache import LineARConfig
 from models.vq import vq_tiny
-from tests.conftest import ROOT
+from tests.support import ROOT
 from tests.support.llamagen_data import recipe_gpt
 from util.checkpoint import load_into, save_safetensors
-from util.evaluation.batches import image_label, image_seed
+from util.evaluation.batches import image_seed
+from util.evaluation.conditions import image_label
 from util.images import read_image, to_uint8
 
 TINY = {"dim": 128, "n_layer": 6, "n_head": 4, "num_classes": 10, "vocab_size": 512}
@@ -63,7 +64,7 @@ def test_every_official_container_gives_the_same_images(sample, files, tmp_path)
 def test_the_images_are_those_of_their_labels_and_seeds_in_any_batch(sample):
     result = sample("--eval_bsz", 3)
     model, tokenizer = recipe_gpt(**TINY, block_size=64), vq_tiny().eval()
-    load_into(tokenizer, ROOT / PRESETS["gpt_tiny"].vae_path, use_ema=False)
+    load_into(tokenizer, ROOT / cli.named("gpt_tiny").host().images.vae_path, use_ema=False)
     for i, image in enumerate(images_of(result)):
         label, seed = image_label(i, 3, 10), image_seed(1, i)
         one = generate(model, tokenizer, [label], [seed], GPTSampling(2.0), 32)
@@ -100,11 +101,6 @@ def test_pictures_are_resized_to_the_size_of_evaluation(sample):
     assert images_of(sample("--image_size_eval", 20))[0].shape == (20, 20, 3)
 
 
-def test_the_published_models_are_saved_at_256_pixels():
-    for name in ("gpt_b", "gpt_l", "gpt_xl", "gpt_xxl", "gpt_3b"):
-        assert (PRESETS[name].img_size, PRESETS[name].image_size_eval) == (384, 256)
-
-
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -112,19 +108,19 @@ def test_the_published_models_are_saved_at_256_pixels():
             ("--line_ar", "--line_budget", "1/8", "--line_recent", "2"),
             "32 tokens (2 lines of 16) is too small for 8 anchors and 32 recent",
         ),
-        (("--line_ar", "--line_budget", "2/0"), "'2/0' is no budget like 1/6, 0.25 or 4"),
-        (("--line_ar", "--line_budget", "1e400"), "'1e400' is no budget like 1/6, 0.25 or 4"),
+        (("--line_ar", "--line_budget", "2/0"), "'2/0' is not a budget like 1/6, 0.25 or 4"),
+        (("--line_ar", "--line_budget", "1e400"), "'1e400' is not a budget like 1/6, 0.25 or 4"),
         (("--line_ar", "--line_budget", "2.5"), "budget is 2.5"),
         (
             ("--line_ar", "--line_method", "h2o", "--line_anchors", 3),
             "--line_anchors is LineAR's, --line_method h2o has none",
         ),
-        (("--num_iter", "32"), "--num_iter is for MAR models, --model gpt_tiny is none"),
+        (("--num_iter", "32"), "--num_iter is for MAR models; --model gpt_tiny is a GPT model"),
         (("--cfg_schedule", "constant"), "--cfg_schedule is for MAR models"),
         (("--latent_scale", "0.2"), "--latent_scale is for MAR models"),
         (("--line_ar", "--line_method", "magic"), "'magic'; use one of none, linear"),
         (("--line_anchors", "4"), "--line_anchors belongs to LineAR: add --line_ar"),
-        (("--lazy_mar",), "--lazy_mar is not for --model gpt_tiny"),
+        (("--lazy_mar",), "--lazy_mar is for MAR models"),
         (("--img_size", "30"), "--img_size is 30; it must be a multiple of --vae_stride 4"),
         (("--top_p", "0"), "top_p is 0.0"),
         (("--top_k", "-1"), "--top_k is -1"),
@@ -139,23 +135,23 @@ def test_a_mistake_is_one_sentence(refused, files, flags, sentence):
 
 
 def test_flags_of_a_gpt_are_refused_for_mar(refused):
-    assert "--line_ar is not for --model mar_tiny" in refused("--line_ar")
+    assert "--line_ar is for GPT models; --model mar_tiny is a MAR model" in refused("--line_ar")
     assert "--top_k is for GPT models" in refused("--top_k", 5)
 
 
 @pytest.mark.parametrize("name", ["gpt_b", "gpt_xl"])
 def test_a_missing_file_is_named_before_gigabytes_are_made_for_it(refused, name, monkeypatch):
-    monkeypatch.setattr(engine, "build_model", None)
-    preset = PRESETS[name]
-    sentence = refused("--model", name, "--no_score", resume=preset.resume)
-    assert f"no checkpoint at {preset.resume}" in sentence
+    resume = cli.named(name).host().resume
+    monkeypatch.setattr(llamagen, name, None)
+    sentence = refused("--model", name, "--no_score", resume=resume)
+    assert f"no checkpoint at {resume}" in sentence
     assert f"python -m util.download {name}`" in sentence
 
 
 def test_a_missing_tokenizer_is_named_with_the_command_that_brings_it(refused, files):
     flags = ("--vae_path", "none.pt", "--no_score")
     sentence = refused("--model", "gpt_tiny", *flags, resume=files / "bare.pt")
-    assert "--vae_path: none.pt not found" in sentence
+    assert "--vae_path: the tokenizer none.pt is missing" in sentence
     assert "python -m util.download vq16" in sentence
 
 
@@ -177,6 +173,7 @@ def test_a_file_of_another_size_is_refused(refused, tmp_path):
         (LineARConfig(0.1666), "LineAR 0.1666"),
         (LineARConfig(5, pooling="max"), "LineAR 5, pooling max"),
         (LineARConfig(3 / 8, method="rkv"), "rkv 3/8"),
+        (LineARConfig(1 / 4, 0, 1, "stratified", spaced=2), "stratified 1/4, recent 1, spaced 2"),
     ],
 )
 def test_a_cache_is_named_by_its_budget_and_by_what_was_changed(config, name):

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,9 @@ import pytest
 
 import main_mar
 from models import mar
-from tests.cli.test_torchrun import free_port
-from tests.cli.test_training import assert_same
-from tests.conftest import ROOT
+from tests.support import ROOT
+from tests.support.assertions import assert_same
+from tests.support.processes import free_port
 from tests.support.train_small import WIDTHS
 from util.checkpoint import read_pickle
 from util.errors import run_main
@@ -41,7 +40,7 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def train(one_thread, monkeypatch, pictures, tmp_path, capsys):
     """Calls main_mar.py in this process; returns the output folder and what it printed."""
-    monkeypatch.setattr(mar, "mar_tiny", partial(mar.MAR, **WIDTHS))
+    monkeypatch.setitem(mar.SIZES, "mar_tiny", WIDTHS)
 
     def call(*flags, out="out"):
         out = tmp_path / out
@@ -103,7 +102,7 @@ def test_sigterm_in_an_evaluation_ends_it_and_resume_completes_it_exactly(
     with monkeypatch.context() as patch:
         patch.setattr(generation.PngSink, "take", take_then_signal)
         out, printed = train(out="parts")
-    assert "stopped in an evaluation; go on with --resume" in printed.out
+    assert "stopped in an evaluation; continue with --resume" in printed.out
     assert list(results_of(out)) == NAMES[:1]
     assert read_pickle(out / "checkpoint-last.pth")["epoch"] == 1  # saved although not yet due
     made = results_of(out)[NAMES[0]]
@@ -134,7 +133,7 @@ def test_a_finished_run_says_so_and_evaluates_nothing_again(train, tmp_path):
 
     before = times()
     _, printed = train("--epochs", "2", "--resume", out)
-    assert "has 2 epochs, --epochs is 2: no more to train" in printed.err
+    assert "has 2 epochs, --epochs is 2: nothing is left to train" in printed.err
     after = times()
     assert {p.name for p in after if after[p] != before[p]} <= {"classes.json", "out"}
 

@@ -11,34 +11,27 @@ import pytest
 import torch
 from PIL import Image
 
-import engine
 import main_mar
+from engine.mar import MarGenerator, SamplingConfig
 from models.lazy_mar import LazyMARConfig
 from models.tokenizers import latent_scale_of, load_tokenizer
-from tests.cli.test_eval import images_of, pixels_of, written_at
-from tests.conftest import ROOT, flags_for, random_mar
+from tests.support import ROOT
+from tests.support.runs import (
+    flags_for,
+    folder_of,
+    images_of,
+    manifest_of,
+    pixels_of,
+    random_mar,
+    snapshot,
+    written_at,
+)
 from util import files, images
 from util.evaluation.run_folder import MAY_DIFFER, RunFolder
 
 CPU = torch.device("cpu")
 LAZY = ["--num_iter", 6, "--lazy_mar", "--warmup", 1, "--interval", 3, "--probe_layer", 1]
 LAZY += ["--keep_floor", 4, "--keep", "0:1,0.1:0.05"]
-
-
-def folder_of(result: dict) -> Path:
-    return Path(result["images_dir"]).parent
-
-
-def manifest_of(result: dict) -> dict:
-    return json.loads((folder_of(result) / "manifest.json").read_text())
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 # ---- the same bits -----------------------------------------------------------------------------------
@@ -48,9 +41,9 @@ def generator_of(lazy_mar, dtype):
     tokenizer = load_tokenizer(
         "linear", ROOT / "pretrained_models/mar_tiny/tokenizer.safetensors", 8
     )
-    sampling = engine.SamplingConfig(6, 2.0, "linear", 1.0, lazy_mar)
+    sampling = SamplingConfig(6, 2.0, "linear", 1.0, lazy_mar)
     scale = latent_scale_of(tokenizer, None)
-    return engine.MarGenerator(random_mar(1), tokenizer, scale, sampling, CPU, dtype)
+    return MarGenerator(random_mar(1), tokenizer, scale, sampling, CPU, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 
 import eval as eval_script
-from tests.cli.test_eval import pixels_of
-from tests.cli.test_run import folder_of, snapshot
-from tests.conftest import ROOT, flags_for
+from tests.support import ROOT
+from tests.support.runs import flags_for, folder_of, pixels_of, scores, snapshot
 from util.errors import UserError, run_main
 
 SCORED = ["--num_images", 20, "--eval_bsz", 8]
-SCORES = ("fid", "is_mean", "is_std", "accuracy")
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +26,6 @@ def scored_run(weights, tmp_path_factory):
         run_main(eval_script.main)
     (folder,) = out.iterdir()
     return folder
-
-
-def scores(result: dict) -> dict[str, float]:
-    return {name: result[name] for name in SCORES}
 
 
 @pytest.fixture
@@ -134,7 +128,7 @@ def test_a_folder_that_is_not_there_cannot_be_scored(score_only, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--metrics", "fid,lpips"], "'lpips' is no metric"),
+        (["--metrics", "fid,lpips"], "'lpips' is not a metric"),
         (["--metrics", "kid"], "neither features nor images"),
         (["--metrics", "sfid"], "sfid"),
         (["--no_save", "--no_score"], "--no_save keeps no images, so --no_score"),

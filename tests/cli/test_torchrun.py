@@ -1,10 +1,8 @@
 """eval.py by torchrun: two processes, two machines, a machine that dies."""
 
-import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,63 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_eval import images_of
-from tests.cli.test_run_scores import scores
-from tests.conftest import ROOT, flags_for
+from tests.support import ROOT
+from tests.support.processes import LIMIT, agent, finish, free_port, result_of, workers_of
+from tests.support.runs import flags_for, images_of, scores
 
 IMAGES, BATCH = 23, 2  # twelve batches, the last of them padded
 FLAGS = ["--num_images", IMAGES, "--eval_bsz", BATCH, "--num_iter", 8]
-LIMIT = 150  # seconds, for machines much slower than those this was written on
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def agent(
-    nodes: int, processes: int, port: int, argv: list[str], hosts: bool = True
-) -> subprocess.Popen:
-    """One machine's torchrun; one of them `hosts` the place where they meet."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}"]
-    command += [f"--nproc_per_node={processes}", "--rdzv-backend=c10d"]
-    command += [f"--rdzv-endpoint=127.0.0.1:{port}"]
-    command += [f"--rdzv-conf=is_host={int(hosts)}", "eval.py", *argv]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr; killed if it hangs, which fails the test."""
-    try:
-        out, err = process.communicate(timeout=LIMIT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail(f"{process.args} hangs")
-    return process.returncode, out, err
-
-
-def result_of(*outputs: tuple[int, str, str]) -> dict:
-    """The JSON document that one of some processes has printed."""
-    assert [code for code, _, _ in outputs] == [0] * len(outputs), outputs
-    (last,) = [out.splitlines()[-1] for _, out, _ in outputs if out.strip()]
-    return json.loads(last)
-
-
-def workers_of(process: subprocess.Popen) -> list[int]:
-    """Process ids of an agent's children."""
-    listing = subprocess.run(
-        ["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True
-    )
-    pairs = (line.split() for line in listing.stdout.splitlines())
-    return [int(pid) for pid, parent in pairs if int(parent) == process.pid]
 
 
 @pytest.fixture(scope="module")

@@ -3,21 +3,19 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from models.presets import PRESETS
 from torch import nn
-from util.flags import make_parser, resolve
 
 import main_mar
 from models import mar
+from tests.support import ROOT
+from tests.support.assertions import assert_same
+from tests.support.processes import free_port
 from tests.support.train_small import WIDTHS
 from util import dist
 from util.checkpoint import read_pickle
@@ -27,7 +25,6 @@ from util.training.ema import EMA
 from util.training.log import RunLog
 from util.training.optimizer import LRSchedule, make_optimizer
 
-ROOT = Path(__file__).parents[2]
 GEOMETRY = ["--img_size", "16", "--vae_stride", "4", "--vae_embed_dim", "4", "--class_num", "2"]
 GEOMETRY += ["--buffer_size", "2", "--diffloss_d", "1", "--diffloss_w", "16"]
 GEOMETRY += ["--latent_scale", "1", "--device", "cpu", "--num_workers", "0"]
@@ -37,7 +34,7 @@ SCHEDULE += ["--log_freq", "1"]
 
 @pytest.fixture(autouse=True)
 def small_model(monkeypatch):
-    monkeypatch.setattr(mar, "mar_tiny", partial(mar.MAR, **WIDTHS))
+    monkeypatch.setitem(mar.SIZES, "mar_tiny", WIDTHS)
 
 
 @pytest.fixture(scope="module")
@@ -60,29 +57,11 @@ def train(latents, tmp_path):
         out = tmp_path / out
         args = [*GEOMETRY, "--use_cached", "--cached_path", str(latents), "--model", "mar_tiny"]
         args += ["--output_dir", str(out), "--batch_size", "8", *SCHEDULE]
-        args = make_parser("main_mar").parse_args([*args, *map(str, flags)])
-        resolve(args, "main_mar", PRESETS)
-        main_mar.run(args, dist.Rendezvous(), torch.device("cpu"))
+        main_mar.run(main_mar.parse([*args, *map(str, flags)]), dist.Rendezvous())
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return read_pickle(out / "checkpoint-last.pth", mmap=False), log
 
     return run
-
-
-def assert_same(a, b):
-    """Equal bit for bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 RUN_KEYS = ("model", "model_ema", "optimizer", "epoch", "progress")
@@ -282,11 +261,13 @@ def test_accumulated_batches_follow_the_whole_batch(train, accum_iter):
 
 def test_two_processes_with_half_the_batch_follow_one_with_the_whole(train, latents, tmp_path):
     whole = train(*NO_DROPOUT)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [f"--master_port={port}", "tests/support/train_small.py", *GEOMETRY, *NO_DROPOUT]
+    command += [
+        f"--master_port={free_port()}",
+        "tests/support/train_small.py",
+        *GEOMETRY,
+        *NO_DROPOUT,
+    ]
     command += ["--model", "mar_tiny", "--use_cached", "--cached_path", str(latents)]
     command += ["--output_dir", str(tmp_path / "2")]
     command += ["--batch_size", "2", "--accum_iter", "2", *SCHEDULE]

@@ -1,45 +1,71 @@
-"""The bundled model draws what its label says, with MAR and with LazyMAR, and its latents stay sane."""
+"""The bundled models draw what their label says, with and without caches."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from models.presets import PRESETS
 
-from models import mar
-from models.lazy_mar import LazyMARConfig
-from models.linear_tokenizer import LinearTokenizer
-from util.checkpoint import load_into
+from engine import cli
+from engine.llamagen import LlamaGenHost
+from engine.mar import MARHost
+from models.gpt_images import generate
+from tests.support import ROOT
 from util.images import to_uint8
+from util.shapes import HELD_OUT_START, ShapesDataset
 from util.tiny.classifier import ShapeClassifier
 
-ROOT = Path(__file__).parents[2]
-PRESET = PRESETS["mar_tiny"]
+CPU = torch.device("cpu")
+LABELS = list(range(10))
 
 
-@pytest.fixture(scope="module")
-def model():
-    model = mar.mar_tiny().eval()
-    load_into(model, ROOT / PRESET.resume)
-    return model
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize(
-    "lazy_mar",
-    [None, replace(LazyMARConfig(), head_interval=PRESET.head_interval)],
-    ids=["mar", "lazymar"],
-)
-def test_shapes_are_recognised_and_latents_have_the_spread_of_real_ones(model, lazy_mar):
-    tokenizer = LinearTokenizer.from_file(ROOT / PRESET.vae_path)
-    classifier = ShapeClassifier.from_file(ROOT / PRESET.features_path)
-    labels = torch.arange(20) % 10
-    latents = model.sample_tokens(
-        20, 16, PRESET.cfg, labels=labels, noise=model.image_noise(range(20)), lazy_mar=lazy_mar
-    )
+def recognised(images: torch.Tensor) -> int:
+    """Of images (10, 3, 64, 64) in [-1, 1], how many the classifier takes for their label."""
+    classifier = ShapeClassifier.from_file(cli.named("mar_tiny").request().features_path)
+    _, logits = classifier(torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2))
+    return int((logits.argmax(dim=1) == torch.tensor(LABELS)).sum())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lazy_mar", [False, True], ids=["mar", "lazymar"])
+def test_shapes_of_mar_are_recognised_and_latents_have_the_spread_of_real_ones(lazy_mar):
+    host = cli.named("mar_tiny", lazy_mar=lazy_mar, num_iter=16).host()
+    assert isinstance(host, MARHost)
+    loaded = host.load(CPU)
+    sampling, noise = vars(host.sampling), loaded.model.image_noise(LABELS)
+    latents = loaded.model.sample_tokens(10, **sampling, labels=LABELS, noise=noise)
     assert 0.85 < latents.std() < 1.15
     assert latents.abs().max() < 8
-    with torch.no_grad():
-        images = to_uint8(tokenizer.decode(latents / tokenizer.latent_scale))
-        _, logits = classifier(torch.from_numpy(images).permute(0, 3, 1, 2))
-    assert (logits.argmax(dim=1) == labels).sum() >= 17
+    images = loaded.tokenizer.decode(latents / host.tokenizer.scale(loaded.tokenizer))
+    assert recognised(images) >= 8
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("line_ar", [False, True], ids=["full", "linear"])
+def test_shapes_of_the_gpt_are_recognised(line_ar):
+    budget = {"line_budget": 1 / 2} if line_ar else {}
+    host = cli.named("gpt_tiny", line_ar=line_ar, **budget).host()
+    assert isinstance(host, LlamaGenHost)
+    loaded = host.load(CPU)
+    size = host.images.img_size
+    images = generate(loaded.model, loaded.tokenizer, LABELS, LABELS, host.sampling, size)
+    assert recognised(images) >= 8
+
+
+@torch.no_grad()
+def test_held_out_pictures_survive_the_tokenizer_of_the_gpt():
+    tokenizer = cli.named("gpt_tiny").host().open_tokenizer(CPU)
+    data = ShapesDataset(HELD_OUT_START, 20)
+    images = torch.stack([data[i][0] for i in range(20)]).float() / 127.5 - 1
+    error = ((tokenizer.decode(tokenizer.encode(images)) - images) / 2).square().mean()
+    assert -10 * error.log10() > 33  # dB
+
+
+def test_a_changed_sampling_leaves_the_host_as_it_was():
+    host = cli.named("mar_tiny").host()
+    assert host.with_sampling(cfg=1.0) == replace(host, sampling=replace(host.sampling, cfg=1.0))
+    assert host.sampling.cfg != 1.0

@@ -8,8 +8,8 @@ import torch
 
 from models.decoding import Decoding
 from models.sampler import Sampler
-from tests.models.test_sampling import CONFIGS, noise_of, small_mar
 from tests.support.golden_data import golden, golden_model, golden_noise, relative_error
+from tests.support.sampling import CONFIGS, noise_of, small_mar
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,8 +8,8 @@ import torch
 from models.fast_mar import FastMARConfig
 from models.lazy_mar import LazyMARConfig
 from models.plan import DecodingPlan
-from tests.models.test_sampling import CLOSE, CONFIGS, noise_of, sample, small_mar
 from tests.support.golden_data import relative_error
+from tests.support.sampling import CLOSE, CONFIGS, noise_of, sample, small_mar
 
 EVERY_STEP = LazyMARConfig(interval=1, head_cache=False)
 # small_mar has noise for 25 denoising steps.

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import engine
 from benchmarks.mar_work import count, work_of
+from engine import cli
 from models import mar
 from models.flops import MARGeometry, Work, image_work
 from models.head_config import HeadConfig, denoising_runs
@@ -219,10 +219,9 @@ def test_guidance_costs_a_second_branch_and_every_cache_saves():
 
 
 def test_a_dry_run_counts_what_is_executed():
+    host = cli.named("mar_base").host()
     with torch.device("meta"):
-        base = mar.mar_base(diffloss_d=6, diffloss_w=1024)
-    sampling = engine.SamplingConfig(64, 3.0, "linear", 1.0, None)
-    assert engine.flops_per_image(base, sampling) == pytest.approx(13.927e12, rel=1e-4)
+        assert host.flops_per_image(host.build()) == pytest.approx(13.927e12, rel=1e-4)
 
 
 # ---- the command -------------------------------------------------------------------------------------
@@ -237,9 +236,12 @@ def printed() -> tuple[str, dict]:
 
 def test_the_document_holds_the_papers_table(printed):
     _, document = printed
-    assert list(document) == ["mar_base", "mar_large", "mar_huge"]
+    assert list(document) == ["mar_base", "mar_large", "mar_huge", "mar_tiny"]
     for name, found in document.items():
-        assert list(found) == ["plain", "lazy", "ratio"]
+        assert list(found) == ["plain", "lazy", "balanced", "fast", "ratio"]
+        assert found["plain"] / found["fast"] >= 8
+        if name == "mar_tiny":
+            continue
         plain, lazy = (published.tflops_at_64(name, lazy_mar) for lazy_mar in (False, True))
         assert 0.94 <= found["plain"] / plain <= 1
         assert abs(found["lazy"] / lazy - 1) < 0.06
@@ -261,7 +263,7 @@ def test_shares_of_the_caches_add_up_to_all_that_is_saved():
 def test_every_model_and_mode_has_its_row(printed, monkeypatch, capsys):
     text, document = printed
     for name in document:
-        for mode in flops.MODES:
+        for mode in flops.modes(64):
             assert sum(line.startswith(f"| {name} | {mode} |") for line in text.splitlines()) == 1
     monkeypatch.setattr(sys, "argv", ["flops", "--num_iter", "32"])
     flops.main()

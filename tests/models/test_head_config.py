@@ -11,9 +11,9 @@ from models.lazy_mar import LazyMARConfig
 from models.mar import mar_tiny
 from models.noise import ImageNoise
 from models.plan import DecodingPlan
-from tests.conftest import ROOT
-from tests.models.test_sampling import CLOSE, CONFIGS, noise_of, sample, small_mar
+from tests.support import ROOT
 from tests.support.golden_data import relative_error
+from tests.support.sampling import CLOSE, CONFIGS, noise_of, sample, small_mar
 from util.checkpoint import load_into
 
 OWN = create_diffusion("100")

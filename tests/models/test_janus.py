@@ -19,7 +19,7 @@ from models.janus import (  # noqa: E402
     unconditional,
 )
 from models.transformers_cache import LineARCache, cache_argument, line_ar_attention  # noqa: E402
-from tests.transformers_data import (  # noqa: E402
+from tests.support.transformers_data import (  # noqa: E402
     BOI,
     BOS,
     MaskingOracle,

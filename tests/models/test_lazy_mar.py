@@ -8,7 +8,7 @@ import torch
 from models.lazy_mar import LazyMARConfig, step_policies
 from models.lazy_predictor import LazyPredictor
 from models.plan import DecodingPlan
-from tests.models.test_sampling import noise_of, small_mar
+from tests.support.sampling import noise_of, small_mar
 
 PUBLISHED_KEEP = [1.0] * 20 + [0.6] + [0.5] * 4 + [0.4] * 5 + [0.15] * 5 + [0.12] * 5 + [0.05] * 24
 

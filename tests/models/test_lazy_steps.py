@@ -11,9 +11,8 @@ from models.lazy_mar import LazyMARConfig, step_policies
 from models.mar import MAR, mar_base, mar_huge, mar_large
 from models.plan import DecodingPlan
 from models.sampler import Sampler
-from tests.models.test_sampler import Replays
-from tests.models.test_sampling import CLOSE, GEOMETRIES, noise_of, sample, small_mar
 from tests.support.golden_data import relative_error
+from tests.support.sampling import CLOSE, GEOMETRIES, Replays, noise_of, sample, small_mar
 
 PROBE = LazyMARConfig(warmup=2, interval=4, head_cache=False)
 LOCAL = replace(PROBE, lazy_step="local")

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from models.lumina import ImageVocabulary, expand_norms, load_lumina, sample_tokens  # noqa: E402
 from models.transformers_cache import cache_argument  # noqa: E402
-from tests.transformers_data import BOS, MaskingOracle, padded, tiny_chameleon  # noqa: E402
+from tests.support.transformers_data import BOS, MaskingOracle, padded, tiny_chameleon  # noqa: E402
 
 GRID = (8, 4)
 LINE_GRID = (8, 5)  # with the newline

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.mar import compile_for_training
-from tests.models.test_sampling import small_mar
+from tests.support.sampling import small_mar
 
 LATENTS = (6, 4, 8, 8)  # of small_mar
 

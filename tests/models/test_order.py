@@ -6,8 +6,8 @@ import torch
 from models.noise import ImageNoise
 from models.order import OrderConfig, halton_order
 from models.plan import DecodingPlan
-from tests.models.test_sampling import CONFIGS, sample, small_mar
 from tests.support.golden_data import relative_error
+from tests.support.sampling import CONFIGS, sample, small_mar
 
 GTR = OrderConfig("gtr")
 

@@ -14,9 +14,9 @@ from models.line_config import LineARConfig
 from models.line_methods import METHODS
 from models.sampler import Sampler
 from models.step_cache import BUCKET
-from tests.models.test_sampling import CONFIGS, noise_of, small_mar
 from tests.support.llamagen_data import small_gpt
 from tests.support.replay import CpuGraphs
+from tests.support.sampling import CONFIGS, noise_of, small_mar
 
 MARS = {
     "mar": {},

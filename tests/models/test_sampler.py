@@ -9,8 +9,8 @@ from models.denoiser import ADALN_OUTPUTS, FINAL_COLUMNS, ModulationTable, time_
 from models.lazy_mar import LazyMARConfig
 from models.sampler import Sampler
 from models.sampling_copy import CastLinear, PackedLinear, sampling_copy, sampling_linear
-from tests.models.test_sampling import CLOSE, CONFIGS, noise_of, sample, small_mar
 from tests.support.golden_data import golden, golden_model, golden_noise, relative_error
+from tests.support.sampling import CLOSE, CONFIGS, Replays, noise_of, sample, small_mar
 
 KINDS = {"mar": None, "lazymar": CONFIGS["all"], "from the first step": LazyMARConfig(warmup=0)}
 
@@ -29,16 +29,6 @@ def test_a_sampler_leaves_nothing_of_one_batch_in_the_next(lazy_mar):
     for seeds, labels in (((3, 4), (1, 2)), ((5, 6), (0, 1)), ((3, 4), (1, 2)), ((7,), (4,))):
         expected = sample(model, seeds=seeds, labels=labels, lazy_mar=lazy_mar)
         assert torch.equal(batch(sampler, seeds, labels, lazy_mar), expected)
-
-
-class Replays:
-    """As CudaGraphs, but on any device: does what was given when a key was new, ever after."""
-
-    def __init__(self):
-        self.calls = {}
-
-    def __call__(self, key, call):
-        self.calls.setdefault(key, call)()
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])

@@ -4,9 +4,10 @@ import argparse
 
 import pytest
 import torch
-from models.presets import PRESETS
 
+from engine.mar import PRESETS
 from models import mar
+from models.mar_config import MARConfig
 from tests.support.golden_recipe import load_shapes
 from util import checkpoint
 from util.training.ema import EMA
@@ -24,7 +25,9 @@ def build(name: str, **kwargs: object) -> mar.MAR:
 
 
 def head_of(name: str) -> dict[str, int]:
-    return {"diffloss_d": PRESETS[name].diffloss_d, "diffloss_w": PRESETS[name].diffloss_w}
+    """Those of mar_huge are the command's own default."""
+    huge = {"diffloss_d": 12, "diffloss_w": 1536}
+    return {key: PRESETS[name].get(key, huge[key]) for key in huge}
 
 
 def shapes(model: mar.MAR) -> dict[str, tuple[int, ...]]:
@@ -96,14 +99,16 @@ def test_every_tensor_of_a_checkpoint_is_trained():
 
 
 def test_mar_tiny_has_the_geometry_of_its_preset():
-    model, preset = build("mar_tiny"), PRESETS["mar_tiny"]
-    side = preset.img_size // preset.vae_stride // preset.patch_size
-    width = model.fake_latent.shape[1]
-    own = shapes(model)
+    model, preset = build("mar_tiny"), MARConfig(**mar.SIZES["mar_tiny"], **mar.TINY)
+    assert (len(model.encoder_blocks), len(model.decoder_blocks)) == (
+        preset.encoder_depth,
+        preset.decoder_depth,
+    )
+    own, width, tokens = shapes(model), preset.encoder_embed_dim, preset.grid_size**2
     assert own["class_emb.weight"] == (preset.class_num, width)
-    assert own["encoder_pos_embed_learned"] == (1, preset.buffer_size + side**2, width)
-    assert own["diffusion_pos_embed_learned"] == (1, side**2, width)
-    assert own["z_proj.weight"] == (width, preset.vae_embed_dim * preset.patch_size**2)
+    assert own["encoder_pos_embed_learned"] == (1, preset.buffer_size + tokens, width)
+    assert own["diffusion_pos_embed_learned"] == (1, tokens, width)
+    assert own["z_proj.weight"] == (width, preset.token_dim)
     assert len(model.diffloss.net.res_blocks) == preset.diffloss_d
     assert own["diffloss.net.input_proj.weight"][0] == preset.diffloss_w
     assert model.diffloss.num_sampling_steps == int(preset.num_sampling_steps.removeprefix("ddim"))

@@ -16,9 +16,8 @@ from models.lazy_mar import (
 from models.plan import DecodingPlan
 from models.sampler import Sampler
 from models.token_selection import lowest, random_score
-from tests.models.test_sampler import Replays
-from tests.models.test_sampling import noise_of, sample, small_mar
 from tests.support.golden_data import relative_error
+from tests.support.sampling import Replays, noise_of, sample, small_mar
 
 # Few positions, for long: then it matters which ones.
 CONFIG = LazyMARConfig(

@@ -13,7 +13,7 @@ from models.transformers_cache import (  # noqa: E402
     cache_argument,
     line_ar_attention,
 )
-from tests.transformers_data import (  # noqa: E402
+from tests.support.transformers_data import (  # noqa: E402
     BOI,
     BOS,
     MaskingOracle,

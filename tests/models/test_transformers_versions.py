@@ -17,7 +17,7 @@ DRAWING = """
 import json, transformers
 from models import janus, lumina
 from models.line_config import LineARConfig
-from tests.transformers_data import BOI, BOS, padded, tiny_chameleon, tiny_janus
+from tests.support.transformers_data import BOI, BOS, padded, tiny_chameleon, tiny_janus
 
 prompts = padded([[BOS, 9, 8, BOI], [BOS, 5, 6, 7, 8, 11, BOI]])
 codes = {}

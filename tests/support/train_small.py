@@ -1,7 +1,5 @@
 """main_mar.py with a model of a few thousand weights, for tests that start processes."""
 
-from functools import partial
-
 import main_mar
 from models import mar
 from util.errors import run_main
@@ -13,5 +11,5 @@ WIDTHS = {
 }
 
 if __name__ == "__main__":
-    mar.mar_tiny = partial(mar.MAR, **WIDTHS)
+    mar.SIZES["mar_tiny"] = WIDTHS
     run_main(main_mar.main)

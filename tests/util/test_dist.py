@@ -11,7 +11,7 @@ from util.errors import UserError
 
 
 @pytest.fixture
-def meetings(monkeypatch):
+def pair(monkeypatch):
     """Two Rendezvous over one store; the second must be entered by the test."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
@@ -23,42 +23,42 @@ def meetings(monkeypatch):
     return [dist.Rendezvous(dist.World(rank, 2), patience=0.5) for rank in range(2)]
 
 
-def test_one_process_meets_itself():
+def test_one_process_hears_its_own_messages():
     with dist.Rendezvous() as rendezvous:
         rendezvous.next_round()
         rendezvous.publish("made", {"images": 3})
         assert rendezvous.wait("made") == [{"images": 3}]
 
 
-def test_words_arrive_by_rank_and_every_round_has_its_own(meetings):
-    first, second = meetings
+def test_messages_arrive_by_rank_and_every_round_has_its_own(pair):
+    first, second = pair
     with first, second:
         for turn in range(2):
-            for rendezvous in meetings:
+            for rendezvous in pair:
                 rendezvous.next_round()
-            first.say("made", turn)
-            threading.Timer(0.1, second.say, ("made", -turn)).start()
+            first.publish("made", turn)
+            threading.Timer(0.1, second.publish, ("made", -turn)).start()
             assert first.wait("made") == [turn, -turn]
             assert second.wait("made", ranks=[0]) == [turn]
 
 
-def test_a_process_that_lives_is_waited_for_longer_than_patience(meetings):
-    first, second = meetings
+def test_a_process_that_lives_is_waited_for_longer_than_patience(pair):
+    first, second = pair
     with first, second:
-        threading.Timer(1.2, second.say, ("made", 7)).start()
+        threading.Timer(1.2, second.publish, ("made", 7)).start()
         assert first.wait("made", ranks=[1]) == [7]
 
 
-def test_a_process_that_shows_no_life_ends_the_wait_with_a_sentence(meetings):
+def test_a_process_that_shows_no_life_ends_the_wait_with_a_sentence(pair):
     began = time.monotonic()
-    with meetings[0] as first, pytest.raises(UserError, match="process 1 of 2 has shown no sign"):
-        first.say("made")
+    with pair[0] as first, pytest.raises(UserError, match="process 1 of 2 has shown no sign"):
+        first.publish("made")
         first.wait("made")
     assert time.monotonic() - began < 20
 
 
-def test_the_sentence_of_a_process_that_failed_reaches_the_others(meetings):
-    first, second = meetings
+def test_the_sentence_of_a_process_that_failed_reaches_the_others(pair):
+    first, second = pair
     with first:
         with pytest.raises(UserError), second:
             raise UserError("no space left")
@@ -66,20 +66,23 @@ def test_the_sentence_of_a_process_that_failed_reaches_the_others(meetings):
             first.wait("made", ranks=[1])
 
 
-def test_a_failed_collective_is_blamed_on_the_process_that_stopped(meetings, monkeypatch):
-    monkeypatch.setattr(dist, "_BLAME_WITHIN", 0.2)
-    first, second = meetings
+def test_a_failed_collective_is_blamed_on_the_process_that_stopped(pair, monkeypatch):
+    monkeypatch.setattr(dist, "_FAILURE_WITHIN", 0.2)
+    first, second = pair
     error = RuntimeError("connection closed by peer")
     with first:
-        assert first.blame(error) is error
+        with pytest.raises(RuntimeError, match="connection closed by peer"):
+            first.raise_peer_failure(error)
         with pytest.raises(UserError), second:
             raise UserError("a.png cannot be read")
-        assert "process 1 of 2 has stopped: a.png cannot be read" in str(first.blame(error))
-    assert dist.Rendezvous().blame(error) is error
+        with pytest.raises(UserError, match="process 1 of 2 has stopped: a.png cannot be read"):
+            first.raise_peer_failure(error)
+    with pytest.raises(RuntimeError, match="connection closed by peer"):
+        dist.Rendezvous().raise_peer_failure(error)
 
 
-def test_a_lost_store_is_a_sentence(meetings, monkeypatch):
-    with meetings[0] as first:
+def test_a_lost_store_is_a_sentence(pair, monkeypatch):
+    with pair[0] as first:
 
         class Lost:
             def check(self, *arguments):
@@ -88,12 +91,12 @@ def test_a_lost_store_is_a_sentence(meetings, monkeypatch):
             set = get = check
 
         first.store = Lost()
-        for call in (lambda: first.say("made"), lambda: first.wait("made")):
+        for call in (lambda: first.publish("made"), lambda: first.wait("made")):
             with pytest.raises(UserError, match="lost the launcher's store"):
                 call()
 
 
 def test_a_launcher_that_cannot_be_reached_is_a_sentence(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(UserError, match=r"process 1 of 2 cannot meet the others at env://"):
+    with pytest.raises(UserError, match=r"process 1 of 2 cannot reach the others at env://"):
         dist.Rendezvous(dist.World(1, 2))

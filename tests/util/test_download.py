@@ -10,13 +10,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from models.presets import PRESETS
 
+from engine import cli
+from tests.support import ROOT
 from util import download
 from util.errors import UserError, run_main
 
 CONTENT = bytes(range(256)) * 1200  # 300 KiB
-ROOT = Path(__file__).parents[2]
 
 
 class FileServer(ThreadingHTTPServer):
@@ -317,14 +317,16 @@ def test_the_manifest_puts_every_file_where_the_presets_look_for_it(monkeypatch,
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     targets = {name: item.target for name, item in download.read_manifest().items()}
     for name in ("mar_base", "mar_large", "mar_huge"):
-        assert targets[name] == Path(PRESETS[name].resume) / "checkpoint-last.pth"
-        assert targets["vae"] == Path(PRESETS[name].vae_path)
-        assert targets["fid_stats"] == Path(PRESETS[name].fid_stats)
-        assert targets["adm_batch"].parent == targets["fid_stats"].parent
+        host = cli.named(name).host()
+        assert targets[name] == Path(host.resume) / "checkpoint-last.pth"
+        assert targets["vae"] == Path(host.tokenizer.vae_path)
+        assert targets["fid_stats"] == Path(cli.named(name).request().stats_path)
     for name in ("gpt_b", "gpt_l", "gpt_xl", "gpt_xxl", "gpt_3b"):
-        assert targets[name] == Path(PRESETS[name].resume)
-        assert targets["vq16"] == Path(PRESETS[name].vae_path)
-        assert targets["fid_stats"] == Path(PRESETS[name].fid_stats)
+        host = cli.named(name).host()
+        assert targets[name] == Path(host.resume)
+        assert targets["vq16"] == Path(host.images.vae_path)
+        assert targets["fid_stats"] == Path(cli.named(name).request().stats_path)
+    assert targets["adm_batch"].parent == targets["fid_stats"].parent
     hub = tmp_path / "hub" / "checkpoints"
     assert targets["inception"] == hub / "weights-inception-2015-12-05-6726825d.pth"
 

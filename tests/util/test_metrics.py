@@ -1,112 +1,35 @@
-"""Scores equal torch-fidelity's own, and what would spoil them is refused in one sentence.
-
-A toy extractor stands in for Inception: eight fixed projections of a 4x4 thumbnail, and nine channels of
-that thumbnail as spatial features.
-"""
+"""Scores equal torch-fidelity's own, and what would spoil them is refused in one sentence."""
 
 import os
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset
-from torch_fidelity import FeatureExtractorBase, calculate_metrics
+from torch_fidelity import calculate_metrics
 from torch_fidelity.metric_isc import isc_features_to_metric
 
+from tests.support.assertions import is_one_sentence
+from tests.support.scoring import (
+    Pictures,
+    ToyExtractor,
+    features_of,
+    pictures,
+    request,
+    toy_score,
+    toy_stats,
+    write_pictures,
+)
 from util import metrics
 from util.errors import UserError
-from util.evaluation.image_source import image_batches, open_source
-from util.evaluation.request import METRICS, ScoreRequest
+from util.evaluation.image_source import image_batches
+from util.evaluation.request import METRICS
 from util.evaluation.statistics import load_stats
 from util.images import png_name, save_png
 
 
-class ToyExtractor(FeatureExtractorBase):
-    def __init__(self, name, features_list, **_):
-        super().__init__(name, list(features_list))
-        draws = torch.Generator().manual_seed(0)
-        self.register_buffer("projection", torch.randn(48, 8, generator=draws))
-        self.register_buffer("classes", torch.randn(8, 4, generator=draws))
-        self.spatial = torch.nn.utils.skip_init(torch.nn.Conv2d, 3, 9, 1, bias=False)
-        torch.nn.init.normal_(self.spatial.weight, generator=draws)
-
-    @staticmethod
-    def get_provided_features_list():
-        return ("8", "logits")
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return {"fid": "8", "isc": "logits", "kid": "8", "prc": "8"}[metric]
-
-    @staticmethod
-    def can_be_compiled():
-        return False
-
-    def forward(self, input):
-        thumbnail = torch.nn.functional.adaptive_avg_pool2d(input.float() / 255, 4)
-        self.spatial(thumbnail)
-        features = thumbnail.flatten(1) @ self.projection
-        layers = {"8": features, "logits": features @ self.classes}
-        return tuple(layers[name] for name in self.features_list)
-
-
-metrics.register_features(
-    "toy", metrics.FeatureSpec("8", 8, "logits", True, lambda path: path, "spatial"), ToyExtractor
-)
-
-
-class Pictures(Dataset):
-    def __init__(self, images, labels=None):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        image = torch.from_numpy(self.images[index]).permute(2, 0, 1)
-        return image if self.labels is None else (image, self.labels[index])
-
-
-def pictures(count, seed=0, size=8):
-    draws = np.random.default_rng(seed)
-    light = draws.integers(1, 256, (count, 1, 1, 3))
-    return (draws.random((count, size, size, 3)) * light).astype(np.uint8)
-
-
-def folder_of(path, images):
-    path.mkdir()
-    for index, image in enumerate(images):
-        save_png(path / png_name(index), image)
-    return path
-
-
-def toy_stats(path, images):
-    metrics.make_stats(Pictures(images), "toy", None, path, "cpu")
-    return path
-
-
-def toy_score(source, num_images, stats, **options):
-    return metrics.score(source, num_images, request(stats), "cpu", **options)
-
-
-def request(stats, *names, features="toy", path=None):
-    return ScoreRequest(features, path, stats, names or ("fid", "isc"))
-
-
-def features_of(source, batch_size=64, name="toy", path=None):
-    """{layer: (N, d)} of a folder or a Dataset."""
-    extract = metrics.Extractor(name, path, "cpu")
-    parts = [extract(images) for _, images in image_batches(open_source(source), batch_size)]
-    return {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
-
-
-def is_one_sentence(error):
-    return "\n" not in str(error.value) and len(str(error.value)) < 400
-
-
 def test_scores_of_two_folders_equal_torch_fidelitys_own(tmp_path):
-    ours = folder_of(tmp_path / "ours", pictures(37, seed=1))
-    reference = folder_of(tmp_path / "reference", pictures(50, seed=2))
+    ours = write_pictures(tmp_path / "ours", pictures(37, seed=1))
+    reference = write_pictures(tmp_path / "reference", pictures(50, seed=2))
     stats = tmp_path / "stats.npz"
     metrics.make_stats(reference, "toy", None, stats, "cpu", batch_size=16, keep_features=True)
     asked = request(stats, "fid", "isc", "kid", "pr")
@@ -200,7 +123,7 @@ def test_the_fid_of_the_reference_images_themselves_is_zero(tmp_path):
 def test_a_folder_a_dataset_and_a_dataset_with_labels_give_equal_features(tmp_path):
     images = pictures(11)
     sources = [
-        folder_of(tmp_path / "images", images),
+        write_pictures(tmp_path / "images", images),
         Pictures(images),
         Pictures(images, labels=list(range(11))),
     ]
@@ -234,7 +157,7 @@ def test_sums_of_shards_in_any_order_score_as_the_whole(tmp_path):
 
 def test_scoring_draws_nothing_from_torchs_random_generator(tmp_path):
     stats = toy_stats(tmp_path / "stats.npz", pictures(30, seed=2))
-    folder = folder_of(tmp_path / "images", pictures(12))
+    folder = write_pictures(tmp_path / "images", pictures(12))
     state = torch.get_rng_state(), np.random.get_state()[1].copy()
     toy_score(folder, 12, stats)
     assert torch.equal(torch.get_rng_state(), state[0])
@@ -260,16 +183,16 @@ def test_one_image_has_no_fid(tmp_path):
 def test_accuracy_is_the_share_of_images_that_show_their_label(tmp_path):
     stats = toy_stats(tmp_path / "stats.npz", pictures(30, seed=2))
     images = Pictures(pictures(10))
-    labels = features_of(images)["logits"].argmax(1)
+    labels = features_of(images)["logits"].argmax(1).tolist()
     assert toy_score(images, 10, stats, labels=labels)["accuracy"] == 1
-    labels[:3] += 1
-    assert toy_score(images, 10, stats, labels=labels)["accuracy"] == 0.7
+    wrong = [label + (i < 3) for i, label in enumerate(labels)]
+    assert toy_score(images, 10, stats, labels=wrong)["accuracy"] == 0.7
     assert "accuracy" not in toy_score(images, 10, stats)
 
 
 def test_another_number_of_images_than_asked_is_refused_with_both(tmp_path):
     stats = toy_stats(tmp_path / "stats.npz", pictures(30, seed=2))
-    folder = folder_of(tmp_path / "images", pictures(12))
+    folder = write_pictures(tmp_path / "images", pictures(12))
     for source in (folder, Pictures(pictures(12))):
         with pytest.raises(UserError, match="12 images, but 50 are") as error:
             toy_score(source, 50, stats)
@@ -278,7 +201,7 @@ def test_another_number_of_images_than_asked_is_refused_with_both(tmp_path):
 
 def test_a_truncated_image_is_named(tmp_path):
     stats = toy_stats(tmp_path / "stats.npz", pictures(30, seed=2))
-    folder = folder_of(tmp_path / "images", pictures(12))
+    folder = write_pictures(tmp_path / "images", pictures(12))
     broken = folder / png_name(7)
     broken.write_bytes(broken.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"00007\.png") as error:
@@ -287,7 +210,7 @@ def test_a_truncated_image_is_named(tmp_path):
 
 
 def test_images_of_different_sizes_are_named(tmp_path):
-    folder = folder_of(tmp_path / "images", pictures(3))
+    folder = write_pictures(tmp_path / "images", pictures(3))
     save_png(folder / png_name(2), pictures(1, size=6)[0])
     for batch_size in (2, 3):
         with pytest.raises(UserError, match=r"00002\.png.* 6x6.*00000\.png \(8x8\)"):
@@ -352,8 +275,8 @@ def test_make_stats_reads_class_folders_and_crops_as_for_training(tmp_path, monk
     images = pictures(12, size=8)
     root, output = tmp_path / "data", tmp_path / "stats.npz"
     root.mkdir()
-    folder_of(root / "a", images[:5])
-    folder_of(root / "b", images[5:])
+    write_pictures(root / "a", images[:5])
+    write_pictures(root / "b", images[5:])
     wide = np.pad(images[11], ((0, 0), (2, 2), (0, 0)))  # the middle of it is the image
     save_png(root / "b" / png_name(6), wide)
     flags = ["--data_path", root, "--features", "toy", "--output", output, "--device", "cpu"]

@@ -4,7 +4,6 @@ Names, sizes and classes are known of every file. One file of each class is read
 latent whose length is unusual; with --check_data all files are.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from util.data.datasets import CachedFolder, CachedTensors, ImageFolder
 from util.data.latents import check_note
 from util.dist import World
 from util.errors import UserError
-from util.files import write_json
+from util.files import read_json, write_json
 
 IN_MEMORY_BELOW = 4 << 30  # bytes of cached latents that are read into memory without being asked
 CLASSES = "classes.json"
@@ -85,12 +84,8 @@ def _check_classes(data: ImageFolder | CachedFolder, class_num: int, world: Worl
             f"are never trained, and an evaluation samples all; give --class_num {count}",
             world,
         )
-    if data.files.skipped:
-        note(
-            f"{data.files.skipped} file(s) of another kind are not used, such as "
-            f"{data.files.skipped_path}",
-            world,
-        )
+    for text in data.files.notes():
+        note(text, world)
 
 
 def unusual(data: CachedFolder) -> list[int]:
@@ -165,10 +160,9 @@ def record_classes(folder: str | Path, classes: Sequence[str]) -> None:
 def check_same_classes(folder: str | Path, classes: Sequence[str]) -> None:
     """UserError if the run in `folder` was trained on other classes; labels would change their meaning."""
     path = Path(folder) / CLASSES
-    try:
-        before = json.loads(path.read_text()) if path.is_file() else list(classes)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore or remove it") from error
+    if not path.is_file():
+        return
+    before = read_json(path, list, "restore or remove it")
     for label, (old, new) in enumerate(zip(before, classes, strict=False)):
         if old != new:
             raise UserError(

@@ -1,13 +1,14 @@
 """Class folders on disk, ROOT/CLASS/**/FILE: which files are there, of which class, how large."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from util.errors import UserError
+from util.files import files_below
 
 NAMED_AT_MOST = 5  # files in one sentence
 
@@ -16,8 +17,8 @@ NAMED_AT_MOST = 5  # files in one sentence
 class ClassFolders:
     """Files (path, label) by class and path; label i belongs to classes[i], in the order of names.
 
-    sizes: bytes of each file (N,). skipped: how many files have another extension, skipped_path is
-    one of them.
+    sizes: bytes of each file (N,). skipped: how many files of the class folders have another
+    extension, skipped_path is one of them. outside: files that would count, but are in no class folder.
     """
 
     root: Path
@@ -26,26 +27,33 @@ class ClassFolders:
     sizes: np.ndarray
     skipped: int
     skipped_path: str
+    outside: tuple[str, ...]
 
     @classmethod
     def scan(cls, root: str | Path, extensions: Sequence[str]) -> "ClassFolders":
         """Look at every name and size, and into no file. Hidden files and folders do not count.
 
+        Links are followed. In a class, each folder counts once; a link back to `root` is no class.
         UserError: no such folder, no class folder, a class without files, empty files.
         """
         root = Path(root)
         if not root.is_dir():
             raise UserError(f"no data folder at {root}: files are looked for in {root}/CLASS/*")
+        closed = [root.resolve(), *root.resolve().parents]
         try:
-            classes = sorted(
-                entry.name
-                for entry in os.scandir(root)
-                if entry.is_dir() and not entry.name.startswith(".")
+            entries = sorted(e for e in os.listdir(root) if not e.startswith("."))
+            folders = [root / name for name in entries if (root / name).is_dir()]
+            classes = [folder.name for folder in folders if folder.resolve() not in closed]
+            lost = [str(root / name) for name in entries if not (root / name).exists()]
+            outside = tuple(
+                str(root / name)
+                for name in entries
+                if name.lower().endswith(tuple(extensions)) and not (root / name).is_dir()
             )
             samples, sizes, others = [], [], []
             for label, name in enumerate(classes):
                 found = []
-                for path, size in _files_below(root / name):
+                for path, size in files_below(root / name, closed):
                     if path.lower().endswith(tuple(extensions)):
                         found.append((path, size))
                     else:
@@ -57,31 +65,32 @@ class ClassFolders:
                     sizes.append(size)
         except OSError as error:
             raise UserError(f"cannot look through {root} ({error})") from error
+        if lost:
+            raise UserError(f"{name_some(lost)} is a link to nothing: remove or replace it")
         if not samples:
             raise UserError(f"{root} must hold one folder per class, it holds no folder")
         empty = [path for (path, _), size in zip(samples, sizes, strict=True) if size == 0]
         if empty:
             raise UserError(f"{name_some(empty)} of 0 bytes: remove or replace what is empty")
         example = others[0] if others else ""
-        return cls(root, tuple(classes), samples, np.array(sizes), len(others), example)
+        return cls(root, tuple(classes), samples, np.array(sizes), len(others), example, outside)
+
+    def notes(self) -> list[str]:
+        """Sentences about files that are there and not used."""
+        found = []
+        if self.skipped:
+            found.append(
+                f"{self.skipped} file(s) of another kind are not used, such as {self.skipped_path}"
+            )
+        if self.outside:
+            found.append(
+                f"{len(self.outside)} file(s) outside the class folders are not used, such as "
+                f"{self.outside[0]}"
+            )
+        return found
 
 
 def name_some(paths: Sequence[str]) -> str:
     """The first few paths and how many more there are, as part of a sentence."""
     more = len(paths) - NAMED_AT_MOST
     return ", ".join(paths[:NAMED_AT_MOST]) + (f" and {more} more files" if more > 0 else "")
-
-
-def _files_below(folder: Path) -> Iterator[tuple[str, int]]:
-    """Path and bytes of each file; a link to nothing has 0."""
-    folders = [os.fspath(folder)]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.path)
-                else:
-                    there = not entry.is_symlink() or os.path.exists(entry.path)
-                    yield entry.path, entry.stat().st_size if there else 0

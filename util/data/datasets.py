@@ -5,11 +5,11 @@ run can go on in the middle of an epoch with the same batches, whatever the numb
 """
 
 import signal
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
+from multiprocessing import active_children
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,14 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from util.data.class_folders import ClassFolders
 from util.data.latents import MOMENTS, read_moments
 from util.errors import UserError
-
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+from util.images import IMAGE_SUFFIXES, open_rgb
+from util.training.signals import STOP_SIGNALS
 
 Pick = tuple[int, bool]  # index of an item, and whether to flip it
 Item = TypeVar("Item")
-# What Pillow raises for a damaged file, depending on the format.
-_UNREADABLE = (OSError, SyntaxError, ValueError, struct.error, zlib.error)
-_UNREADABLE += (Image.DecompressionBombError,)
 _RAISED = "util.errors.UserError: "  # how a traceback begins its last line
 
 
@@ -58,7 +55,7 @@ class ImageFolder(Dataset):
     """Images ROOT/CLASS/*; item ((index, flip)) is (uint8 (3, size, size), label)."""
 
     def __init__(self, root: str | Path, size: int) -> None:
-        self.files, self.size = ClassFolders.scan(root, IMG_EXTENSIONS), size
+        self.files, self.size = ClassFolders.scan(root, IMAGE_SUFFIXES), size
 
     def __len__(self) -> int:
         return len(self.files.samples)
@@ -70,17 +67,7 @@ class ImageFolder(Dataset):
     def __getitem__(self, pick: Pick) -> tuple[Tensor, int]:
         index, flip = pick
         path, label = self.files.samples[index]
-        try:
-            with Image.open(path) as file:
-                if file.mode.startswith(("I", "F")):
-                    raise UserError(
-                        f"{path} has more than 8 bits per channel (mode {file.mode}): convert it to RGB"
-                    )
-                image = center_crop(file, self.size)
-        except _UNREADABLE as error:
-            raise UserError(
-                f"{path} cannot be read as an image ({error}): remove or replace it"
-            ) from error
+        image = center_crop(open_rgb(path), self.size)
         return (image.flip(-1) if flip else image), label
 
 
@@ -192,14 +179,30 @@ def batches(
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """Schedulers and Ctrl-C signal all processes; the run still needs its workers to end its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def in_one_sentence(loader: Iterable[Item]) -> Iterator[Item]:
-    """The loader's batches; a UserError of a worker process without the traceback torch adds."""
+    """The loader's batches; a UserError of a worker process without the traceback torch adds.
+
+    The death of a worker is raised here. torch would raise it from a signal handler, wherever the run
+    is, even between the weights and their averages.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    others = set(active_children())
+    source = iter(loader)
+    workers = set(active_children()) - others
+    with suppress(ValueError):  # not the main thread, where torch sets no handler
+        signal.signal(signal.SIGCHLD, handler)
     try:
-        yield from loader
+        yield from source
+    except RuntimeError:
+        for (
+            worker
+        ) in workers:  # they ignore SIGTERM, and may wait forever for a lock of the dead one
+            worker.kill()
+        raise
     except UserError as error:
         raise UserError(str(error).strip().splitlines()[-1].removeprefix(_RAISED)) from None
 

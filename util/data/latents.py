@@ -4,7 +4,6 @@ CACHED/CLASS/NAME.npz holds `moments` and `moments_flip` (2C, h, w); CACHED/toke
 digest of the tokenizer's file, because latents of another tokenizer train a model of noise.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from util.errors import UserError
-from util.files import atomic_path, sha256_of, write_json
+from util.files import atomic_path, read_json, sha256_of, write_json
 from util.npz import read_arrays
 
 NOTE = "tokenizer.json"
@@ -70,7 +69,8 @@ def check_note(cached_path: str | Path, tokenizer_files: Sequence[str], img_size
     note = Path(cached_path) / NOTE
     if not note.is_file() or not all(Path(file).is_file() for file in tokenizer_files):
         return
-    if json.loads(note.read_text()) != _describe(tokenizer_files, img_size):
+    remedy = "remove it if the latents are of this tokenizer, or write them anew with main_cache.py"
+    if read_json(note, dict, remedy) != _describe(tokenizer_files, img_size):
         raise UserError(
             f"{cached_path} holds latents of another tokenizer or image size than {tokenizer_files[0]} "
             f"at {img_size} pixels: write them anew into an empty folder with main_cache.py"

@@ -12,6 +12,12 @@ from util.errors import UserError
 Condition = int | str
 
 
+def class_labels(conditions: Sequence[Condition]) -> list[int] | None:
+    """The conditions if they are class labels, None if they are prompts."""
+    labels = [condition for condition in conditions if not isinstance(condition, str)]
+    return labels if len(labels) == len(conditions) else None
+
+
 class Conditions(Protocol):
     """The conditions of a run."""
 

@@ -5,18 +5,19 @@ the middle of training must not draw from torch's global random generator, as a 
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
+from util.data.class_folders import ClassFolders
 from util.data.datasets import center_crop
 from util.errors import UserError
-from util.images import list_images, list_numbered_pngs, read_image
+from util.images import IMAGE_SUFFIXES, list_images, list_numbered_pngs, open_rgb
 
 ImageSource = str | os.PathLike | Dataset  # a folder, or uint8 tensors with or without labels
 
@@ -35,10 +36,10 @@ class ImageFiles(Dataset):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        pixels = read_image(self._paths[index])
+        image = open_rgb(self._paths[index])
         if self._img_size is not None:
-            return center_crop(Image.fromarray(pixels), self._img_size)
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+            return center_crop(image, self._img_size)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     def __getitems__(self, indices: Sequence[int]) -> list[torch.Tensor]:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -81,6 +82,20 @@ def open_source(source: ImageSource, num_images: int | None = None) -> Dataset:
     if num_images is not None:
         return ImageFiles(list_numbered_pngs(source, num_images))
     return ImageFiles(list_images(source))
+
+
+def open_reference(folder: str | os.PathLike[str], img_size: int | None = None) -> Dataset:
+    """The images of class folders, as training sees them, or of a folder without folders.
+
+    Says on stderr which files are not used. UserError as ClassFolders.scan.
+    """
+    flat = list_images(folder)
+    if not any(path.is_dir() for path in Path(folder).iterdir() if not path.name.startswith(".")):
+        return ImageFiles(flat, img_size)
+    files = ClassFolders.scan(folder, IMAGE_SUFFIXES)
+    for text in files.notes():
+        print(f"note: {text}", file=sys.stderr, flush=True)
+    return ImageFiles([Path(path) for path, _ in files.samples], img_size)
 
 
 def image_batches(

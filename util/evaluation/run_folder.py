@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from util.errors import UserError
-from util.files import atomic_path, write_json
+from util.evaluation.conditions import Condition, class_labels
+from util.files import atomic_path, read_json, write_json
 from util.images import (
     check_numbered,
     contact_sheet,
@@ -40,6 +41,7 @@ MAY_DIFFER = (
     *("commit", "torch", "device_name", "threads"),
     *("compile", "cuda_graphs", "eval_bsz", "vae_bsz"),
 )
+_MADE = ("generated", "computed", "seconds", "wall_seconds")
 
 
 class RunFolder:
@@ -52,16 +54,15 @@ class RunFolder:
     def manifest(self) -> dict[str, object]:
         """{"config": {...}, "calls": [...]}, or {} where there is none. UserError if it is damaged."""
         path = self.path / MANIFEST
-        try:
-            found = json.loads(path.read_text()) if path.exists() else {}
-            if found and not (
-                isinstance(found["config"], dict) and isinstance(found["calls"], list)
-            ):
-                raise ValueError("it lacks a configuration or calls")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): restore it, or delete the folder and start anew"
-            ) from error
+        if not path.exists():
+            return {}
+        remedy = "restore it, or delete the folder and start anew"
+        found = read_json(path, dict, remedy)
+        calls = found.get("calls")
+        if not isinstance(found.get("config"), dict) or not isinstance(calls, list) or not calls:
+            raise UserError(f"{path} lacks its configuration or calls: {remedy}")
+        if not all(isinstance(call, dict) and _is_whole(call) for call in calls):
+            raise UserError(f"{path} has a call that is not whole: {remedy}")
         return found
 
     def conflict(self, config: Json) -> str | None:
@@ -127,14 +128,15 @@ class RunFolder:
 
     def _discard(self) -> None:
         """Delete what this project put there, and nothing else."""
-        self._delete_images()
+        self.delete_images()
         for name in ("results.json", "sheet.png", "samples.npz", MANIFEST):
             (self.path / name).unlink(missing_ok=True)
 
-    def _delete_images(self) -> None:
+    def delete_images(self) -> None:
+        """Delete the numbered images."""
         for file in self.images.glob("*.png"):
             if file.stem.isdigit():
-                file.unlink()
+                file.unlink(missing_ok=True)
 
     def image(self, index: int) -> Path:
         """Where image `index` lies."""
@@ -143,12 +145,7 @@ class RunFolder:
     def results(self) -> dict[str, object]:
         """The results of an earlier call, or {}. UserError if they are damaged."""
         path = self.path / "results.json"
-        try:
-            return json.loads(path.read_text()) if path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} cannot be read ({error}): delete it, it is made again"
-            ) from error
+        return read_json(path, dict, "delete it, it is made again") if path.exists() else {}
 
     def missing(self, indices: Sequence[int]) -> list[int]:
         """Those of the indices that have no complete PNG yet."""
@@ -172,23 +169,23 @@ class RunFolder:
 
     def finished(self, weights: str) -> bool:
         """Whether it holds the results of these weights."""
-        return bool(self.results()) and self.manifest()["config"]["weights"] == weights
+        return bool(self.results()) and self.manifest()["config"].get("weights") == weights
 
     def drop_images(self) -> None:
         """Delete the numbered images and say in the results that they are gone."""
-        self._delete_images()
+        self.delete_images()
         with suppress(OSError):  # it may hold what others put there
             self.images.rmdir()
         write_json(self.path / "results.json", {**self.results(), "images_dir": None})
 
-    def write_npz(self, labels: Sequence[int]) -> Path:
+    def write_npz(self, conditions: Sequence[Condition]) -> Path:
         """samples.npz as ADM's evaluator reads it, image by image: memory does not grow with N.
 
-        arr_0 (N, H, W, 3) uint8 in the order of the indices, arr_1 (N,) int64 labels
-        (guided-diffusion, scripts/image_sample.py).
+        arr_0 (N, H, W, 3) uint8 in the order of the indices; arr_1 (N,) int64 labels, if the images
+        have any (guided-diffusion, scripts/image_sample.py).
         """
-        path = self.path / "samples.npz"
-        shape = (len(labels), *read_image(self.image(0)).shape)
+        path, labels = self.path / "samples.npz", class_labels(conditions)
+        shape = (len(conditions), *read_image(self.image(0)).shape)
         with (
             atomic_path(path) as temporary,
             zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
@@ -196,11 +193,22 @@ class RunFolder:
             with archive.open("arr_0.npy", "w", force_zip64=True) as file:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(file, header)
-                for index in range(len(labels)):
+                for index in range(len(conditions)):
                     file.write(read_image(self.image(index)).tobytes())
-            with archive.open("arr_1.npy", "w") as file:
-                np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))
+            if labels is not None:
+                with archive.open("arr_1.npy", "w") as file:
+                    np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64))
         return path
+
+
+def _is_whole(call: Json) -> bool:
+    """Whether a call says what it was given and, unless it was interrupted, what it has made."""
+    made = call.get("made", dict.fromkeys(_MADE, 0))
+    return (
+        isinstance(call.get("arguments"), dict)
+        and isinstance(made, dict)
+        and all(isinstance(made.get(name), (int, float)) for name in _MADE)
+    )
 
 
 def provenance() -> dict[str, object]:

@@ -70,16 +70,20 @@ class RunLog:
 
 def _drop_after(path: Path, step: int) -> None:
     """Keep whole lines of steps up to `step`: a resumed run writes the later ones again."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if 0 <= _step_of(line) <= step]
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    steps = [_step_of(line) for line in lines]
+    kept = [line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]
     if kept != lines:
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_bytes(b"".join(kept))
+    if broken := steps.count(None):
+        print(f"note: {broken} damaged line(s) of {path} are dropped", file=sys.stderr, flush=True)
 
 
-def _step_of(line: str) -> int:
-    """The step of a line of the log, -1 for one that was cut off."""
+def _step_of(line: bytes) -> int | None:
+    """The step of a line of the log, None for one that was cut off or damaged."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else -1
-    except (ValueError, KeyError, TypeError):
-        return -1
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) and step >= 0 else None

@@ -2,7 +2,6 @@
 
 import json
 import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 from PIL import Image
 
 from util.data.checks import (
+    DataShape,
     check_files,
     check_same_classes,
     check_spread,
@@ -19,6 +19,7 @@ from util.data.checks import (
     unusual,
 )
 from util.data.class_folders import ClassFolders
+from util.data.config import DataConfig
 from util.data.datasets import CachedFolder, CachedTensors, ImageFolder
 from util.dist import World
 from util.errors import UserError
@@ -51,11 +52,11 @@ def pictures(tmp_path):
     return tmp_path / "train"
 
 
-def args_for(folder, **changes):
-    values = {"use_cached": True, "cached_path": str(folder), "data_path": str(folder.parent)}
-    values |= {"img_size": 8, "vae_stride": 4, "vae_embed_dim": 2, "vae_path": "", "class_num": 2}
-    values |= {"check_data": False, "num_workers": 2, "cache_in_memory": None}
-    return SimpleNamespace(**{**values, **changes})
+def opened(folder, world=None, class_num=2, **changes):
+    """The data of `folder`, by default latents, for a model of 8 pixels with 2x2 latents."""
+    paths = {"data_path": str(folder.parent), "cached_path": str(folder)}
+    config = DataConfig(**{**paths, "use_cached": True, "num_workers": 2, **changes})
+    return open_data(config, DataShape(8, (2, 2, 2), class_num, ""), world)
 
 
 # ---- files and folders -------------------------------------------------------------------------------
@@ -86,10 +87,10 @@ def test_empty_files_and_links_to_nothing_are_named_without_opening_any(pictures
 
 def test_skipped_files_and_untrained_classes_are_told_once(pictures, capsys):
     (pictures / "cat" / "readme.txt").write_text("x")
-    args = args_for(pictures, use_cached=False, cached_path=None, class_num=1000)
-    open_data(args, World(rank=1, size=2))
+    flags = {"use_cached": False, "cached_path": None, "class_num": 1000}
+    opened(pictures, World(rank=1, size=2), **flags)
     assert capsys.readouterr().err == ""
-    open_data(args, World(rank=0, size=2))
+    opened(pictures, World(rank=0, size=2), **flags)
     notes = capsys.readouterr().err.splitlines()
     assert len(notes) == 2
     assert "1 file(s) of another kind are not used, such as" in notes[1]
@@ -104,18 +105,17 @@ def damage(path):
 
 
 def test_the_first_file_of_each_class_is_read_and_with_check_data_every_one(pictures):
-    args = args_for(pictures, use_cached=False)
     damage(pictures / "dog" / "2.png")
-    open_data(args)
+    opened(pictures, use_cached=False)
     with pytest.raises(UserError, match=r"dog/2\.png cannot be read as an image"):
-        open_data(args_for(pictures, use_cached=False, check_data=True))
+        opened(pictures, use_cached=False, check_data=True)
     damage(pictures / "dog" / "0.png")
     with pytest.raises(UserError, match=r"dog/0\.png cannot be read as an image"):
-        open_data(args)
+        opened(pictures, use_cached=False)
     with pytest.raises(
         UserError, match=r"2 of 6 files cannot be used: .*0\.png, .*2\.png; the first"
     ):
-        open_data(args_for(pictures, use_cached=False, check_data=True))
+        opened(pictures, use_cached=False, check_data=True)
 
 
 def test_the_processes_share_the_files_to_be_checked(pictures):
@@ -147,7 +147,7 @@ def test_sixteen_bits_are_refused_rather_than_clipped_to_white(pictures):
 
 
 def test_the_files_of_the_original_load(latents):
-    data = open_data(args_for(latents))
+    data = opened(latents)
     assert isinstance(data, CachedTensors)
     moments, labels = data.batch([(0, False), (11, True)])
     assert labels.tolist() == [0, 1]
@@ -162,13 +162,13 @@ def test_one_latent_of_another_shape_is_found_by_its_length_before_training(late
     with pytest.raises(
         UserError, match=rf"{odd} holds moments \(4, 3, 3\), the model needs \(4, 2, 2\)"
     ):
-        open_data(args_for(latents, cache_in_memory=in_memory))
+        opened(latents, cache_in_memory=in_memory)
 
 
 def test_a_truncated_latent_is_found_by_its_length_before_training(latents):
     damage(latents / "n01440764" / NAMES[5])
     with pytest.raises(UserError, match="is no cached latent"):
-        open_data(args_for(latents, cache_in_memory=False))
+        opened(latents, cache_in_memory=False)
 
 
 def test_compressed_latents_of_various_lengths_are_no_error(latents):
@@ -176,17 +176,17 @@ def test_compressed_latents_of_various_lengths_are_no_error(latents):
         moments = np.random.default_rng(i).normal(size=SHAPE).round(i).astype(np.float32)
         np.savez_compressed(path, moments=moments, moments_flip=moments)
     assert len(unusual(CachedFolder(latents))) > 3
-    assert len(open_data(args_for(latents, cache_in_memory=False))) == 12
+    assert len(opened(latents, cache_in_memory=False)) == 12
 
 
 def test_nan_is_found_where_it_is_read(latents):
     bad = latents / "n01443537" / NAMES[3]
     write_latent(bad, moments_flip=np.full(SHAPE, np.nan, dtype=np.float32))
-    data = open_data(args_for(latents, cache_in_memory=False))
+    data = opened(latents, cache_in_memory=False)
     assert torch.isfinite(data[(9, False)][0]).all()
     for flags in ({"cache_in_memory": True}, {"check_data": True, "cache_in_memory": False}):
         with pytest.raises(UserError, match=f"{bad} holds NaN or infinity"):
-            open_data(args_for(latents, **flags))
+            opened(latents, **flags)
 
 
 @pytest.mark.parametrize("kind", ["bare array", "text", "one mirroring"])
@@ -227,6 +227,6 @@ def test_latents_far_from_a_deviation_of_one_are_told_with_the_scale_that_mends_
 
 def test_some_items_are_spread_over_the_classes(latents):
     for in_memory in (True, False):
-        data = open_data(args_for(latents, cache_in_memory=in_memory))
+        data = opened(latents, cache_in_memory=in_memory)
         assert some_items(data, 3)[:, 0, 0, 0].tolist() == [0, 5, 15]
         assert some_items(data, 100).shape == (12, *SHAPE)

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from util.evaluation.batches import BatchGrid, Task, image_label, jobs_of
+from util.evaluation.batches import BatchGrid, Task, jobs_of
+from util.evaluation.conditions import ClassLabels, image_label
 
 
 @pytest.mark.parametrize(
@@ -50,25 +51,25 @@ def test_what_a_process_makes_does_not_depend_on_what_the_others_have_written():
 
 
 def test_padding_has_the_last_label_and_seeds_that_no_image_has():
-    task = Task(BatchGrid.create(10, 4), class_num=5, seed=3)
-    assert task.labels(task.grid.padded(2)) == [4, 4, 4, 4]
+    task = Task(BatchGrid.create(10, 4), ClassLabels(5), seed=3)
+    assert task.conditions(task.grid.padded(2)) == [4, 4, 4, 4]
     assert list(task.grid.images(2)) == [8, 9]
     seeds = [seed for batch in range(3) for seed in task.seeds(batch)]
     assert len(set(seeds)) == 12
     assert seeds[8:10] == [(3 << 32) + 8, (3 << 32) + 9]
-    assert task.labels(range(10)) == [image_label(i, 10, 5) for i in range(10)]
+    assert task.conditions(range(10)) == [image_label(i, 10, 5) for i in range(10)]
 
 
 def test_seeds_that_follow_the_process_repeat_for_the_same_processes_and_change_with_their_number():
     grid = BatchGrid.create(24, 4)
 
     def seeds(processes):
-        task = Task(grid, 5, 1, "rank", processes)
+        task = Task(grid, ClassLabels(5), 1, "rank", processes)
         return [tuple(task.seeds(batch)) for batch in range(6)]
 
     assert seeds(2) == seeds(2)
     assert len(set(seeds(2))) == 6
     assert seeds(2)[0] == seeds(1)[0]  # process 0, first batch
     assert seeds(2)[1] != seeds(1)[1]
-    other = Task(grid, 5, 2, "rank", 2)
+    other = Task(grid, ClassLabels(5), 2, "rank", 2)
     assert tuple(other.seeds(0)) == seeds(2)[1]  # seed 2 + rank 0 is seed 1 + rank 1, as in MAR

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.utils import create_feature_extractor
 
-from tests.util.test_metrics import Pictures, features_of, is_one_sentence, pictures, request
+from tests.support.assertions import is_one_sentence
+from tests.support.scoring import Pictures, features_of, pictures, request
 from util import metrics
 from util.errors import UserError
 from util.evaluation.statistics import FidStatistics, save_stats

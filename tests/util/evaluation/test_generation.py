@@ -9,11 +9,12 @@ import torch
 from util import images
 from util.errors import UserError
 from util.evaluation.batches import BatchGrid, Task, jobs_of
+from util.evaluation.conditions import ClassLabels
 from util.evaluation.generation import FeatureSink, PngSink, produce
 from util.images import is_complete_png, png_name, read_image
 
 CPU = torch.device("cpu")
-TASK = Task(BatchGrid.create(10, 4), class_num=10, seed=0)
+TASK = Task(BatchGrid.create(10, 4), ClassLabels(10), seed=0)
 
 
 class Flat:
@@ -121,7 +122,7 @@ def test_images_that_are_scored_as_they_come_are_bytes_without_padding():
 
 
 def test_more_images_than_may_wait_are_all_written(tmp_path):
-    task = Task(BatchGrid.create(600, 2), class_num=10, seed=0)
+    task = Task(BatchGrid.create(600, 2), ClassLabels(10), seed=0)
     sink = PngSink(lambda i: tmp_path / png_name(i), 2)
     produce(Flat(), task, jobs_of(task.grid, 0, 1, list), sink, CPU)
     values = [int(read_image(tmp_path / png_name(i))[0, 0, 0]) for i in (0, 599)]

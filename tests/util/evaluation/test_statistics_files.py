@@ -5,7 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.support import ROOT
 from util import metrics
 from util.errors import UserError
 from util.evaluation.request import ScoreRequest

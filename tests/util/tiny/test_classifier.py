@@ -99,7 +99,7 @@ def test_the_tokenizer_command_makes_one_as_good_as_the_bundled_one(tmp_path):
 
 
 def test_a_missing_classifier_says_how_to_make_it(tmp_path):
-    with pytest.raises(UserError, match=r"util\.tiny_assets classifier"):
+    with pytest.raises(UserError, match=r"util\.tiny\.assets classifier"):
         ShapeClassifier.from_file(tmp_path / "classifier.safetensors")
 
 

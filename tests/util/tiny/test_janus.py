@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from util import tiny_gpt
 from util.checkpoint import save_safetensors
 from util.errors import UserError
 from util.files import sha256_of
 from util.shapes import HELD_OUT_START
+from util.tiny import gpt as tiny_gpt
 from util.tiny.captions import WORDS, caption_of
 from util.tiny.janus_vq import janus_vq
 from util.tiny.prompt_classifier import CLASSIFIER, FOLDER, PromptClassifier, prompt_agreement

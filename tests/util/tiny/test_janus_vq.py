@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from util import tiny_vq
 from util.errors import UserError
 from util.tiny import janus_vq
+from util.tiny import vq as tiny_vq
 
 STEPS = 4
 
@@ -61,7 +61,7 @@ def test_the_sheet_of_reconstructions_has_a_row_of_each_kind(tmp_path):
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    from tests.conftest import ROOT
+    from tests.support import ROOT
 
     with pytest.raises(UserError, match="of another model|check the model's flags"):
         janus_vq.load_tokenizer(ROOT / "pretrained_models/gpt_tiny/tokenizer.safetensors")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.support import ROOT
 from util.checkpoint import save_safetensors
 from util.errors import UserError
 from util.files import sha256_of

@@ -1,0 +1,23 @@
+"""Comparisons that several tests make."""
+
+import torch
+
+
+def assert_same(a, b):
+    """Equal bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def is_one_sentence(error):
+    return "\n" not in str(error.value) and len(str(error.value)) < 400
