@@ -154,7 +154,8 @@ class GPT(nn.Module):
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.grid = (math.isqrt(block_size),) * 2 if grid is None else tuple(grid)
+        lines, line = (math.isqrt(block_size),) * 2 if grid is None else grid
+        self.grid = (lines, line)
         if math.prod(self.grid) != block_size or min(self.grid) < 1:
             raise ValueError(
                 f"block_size is {block_size}, which is not {self.grid[0]} x {self.grid[1]}: "
