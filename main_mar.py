@@ -8,7 +8,6 @@ computes, on a CPU, the very same numbers as a run that was never stopped.
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,6 +46,7 @@ from util.training.config import TrainConfig
 from util.training.ema import EMA
 from util.training.monitor import TrainingMonitor, sheet_of
 from util.training.optimizer import LRSchedule, OptimizerConfig, make_optimizer, scaled_lr
+from util.training.resume import resume, starting_point
 from util.training.signals import Stopped, StopRequest
 
 SHEET_COLUMNS = 10
@@ -265,7 +265,11 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
             due = config.online_eval and done
             if due and (done % config.eval_freq == 0 or done == config.epochs):
                 assert tokenizer is not None
-                with state.ema.swapped_into(model), stop_request.at_once(), monitor.paused():
+                with (
+                    state.ema.swapped_into(model),
+                    stop_request.at_once(),
+                    monitor.optional_evaluation(done, rendezvous),
+                ):
                     evaluate_online(command, model, tokenizer, rendezvous, done, monitor)
 
         if resumed and first_step == 0:
@@ -294,27 +298,6 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
                 monitor.save(done, 0)
             evaluate_if_due(done)
     dist.barrier(world)
-
-
-def starting_point(resume: str, config: TrainConfig, world: dist.World) -> str:
-    """What to resume, "" for a fresh start.
-
-    As in the original's commands, --resume may name the --output_dir of a run that has not begun.
-    UserError if another run's checkpoint would be overwritten.
-    """
-    last = Path(config.output_dir) / checkpoint.LAST
-    if resume and os.path.realpath(resume) == os.path.realpath(config.output_dir):
-        if last.exists() or (last.parent / "model.safetensors").exists():
-            return resume
-        note(f"no {checkpoint.LAST} in {config.output_dir} yet: starting at step 0", world)
-        return ""
-    same = resume and checkpoint.find_checkpoint(resume).resolve() == last.resolve()
-    if last.exists() and not same and not config.overwrite:
-        raise UserError(
-            f"{last} is of another run: continue it with --resume {config.output_dir}, choose "
-            "another --output_dir, or replace it with --overwrite"
-        )
-    return resume
 
 
 def evaluate_online(
@@ -346,7 +329,11 @@ def evaluate_online(
     rows: dict[str, np.ndarray] = {}
     for cfg, (host, run_folder) in runs.items():
         if cfg not in finished:
-            made = evaluate_loaded(command, host, loaded, rendezvous, str(folder))
+            try:
+                made = evaluate_loaded(command, host, loaded, rendezvous, str(folder))
+            except Exception:
+                run_folder.delete_images()  # on a full disk they would end the training, too
+                raise
             if rendezvous.world.is_main:
                 print(json.dumps(made), flush=True)
         if rendezvous.world.is_main:
@@ -360,36 +347,6 @@ def evaluate_online(
     if rendezvous.world.is_main:
         for _, run_folder in runs.values():
             run_folder.drop_images()
-
-
-def resume(
-    state: training.TrainState, plan: BatchPlan, path: str, world: dist.World
-) -> tuple[int, int]:
-    """Restore a run; returns (epoch, step inside it) to go on with."""
-    epoch, progress = checkpoint.restore_checkpoint(
-        path,
-        model=state.model,
-        ema=state.ema,
-        optimizer=state.optimizer,
-        scaler=state.scaler,
-    )
-    step_in_epoch = progress.get("step_in_epoch", 0)
-    if step_in_epoch and progress["images_per_step"] != plan.images_per_step:
-        raise UserError(
-            f"{path} stopped inside an epoch with {progress['images_per_step']} images per step, "
-            f"this run has {plan.images_per_step}: give --batch_size and --accum_iter so that "
-            "they and the processes make as many"
-        )
-    images = progress.get("images", plan.item_count)
-    if step_in_epoch and images != plan.item_count:
-        note(
-            f"there were {images} images, now {plan.item_count}: another order from here on", world
-        )
-        if step_in_epoch >= plan.steps:
-            epoch, step_in_epoch = epoch + 1, 0
-    state.step = progress.get("step", epoch * plan.steps)
-    state.skipped = progress.get("skipped", 0)
-    return epoch, step_in_epoch
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""What each constant of LazyMAR is worth: quality and cost of many settings, beside MAR.
+"""Ablations of LazyMAR's constants: quality and cost of many settings, compared with MAR.
 
     python -m benchmarks.ablations --group caches --model mar_tiny --dtype bf16
     torchrun --nproc_per_node=8 -m benchmarks.ablations --group all        # mar_huge, 50,000 images
 
-The rows of each group are in benchmarks/ablation_rows.py. A row is a run of eval.py in a folder of its
-own below --output_dir: the same command goes on where it stopped, and a row that is finished, also
-for another group, is not made again. All flags of eval.py may be given, but for LazyMAR's, which
-the rows decide. When all images are there, each row is timed: the rows take turns, --repeats times,
-with batches of --timing_bsz, and the fastest counts; on a CPU with one thread the clock counts the
-thread's own seconds. Results: RESULTS/ablations_MODEL_GROUP.{json,md} (--results); frontier draws a
-plot, too. The last line is one JSON document.
+The rows of each group are in benchmarks/ablation_rows.py. Each row is a run of eval.py in its own folder
+below --output_dir, so the same command resumes, and groups share rows. All flags of eval.py are accepted
+except those of LazyMAR, which the rows set. Then every row is timed --repeats times with batches of
+--timing_bsz, rows in turns; the fastest counts (CPU seconds if there is one thread). Results:
+RESULTS/ablations_MODEL_GROUP.{json,md} (--results), and a plot for frontier. The last line is one JSON
+document.
 """
 
 import json

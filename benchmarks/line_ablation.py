@@ -1,10 +1,10 @@
-"""Settles LineAR's constants: how far a compressed cache moves the next-token distribution.
+"""LineAR's constants: how far a compressed cache moves the distribution of the next token.
 
     python -m benchmarks.line_ablation
 
-Codes that the bundled GPT sampled with the full cache are fed, position by position, through each
-compressed one. KL(full || compressed) of the next token, in nats, averaged over images and the
-tokens of a line, needs no second sampling, no FID and few images: all settings see the same codes.
+Codes that the bundled GPT sampled with the full cache are fed to each compressed cache, position by
+position. Measured is KL(full || compressed) of the next token, in nats, averaged over images and the tokens
+of a line. All settings see the same codes, so few images suffice.
 Results: output_dir/benchmarks/line_ablation.{json,md}, or where --output says; those of the documents
 are benchmarks/results/line_ablation.{json,md}.
 """

@@ -1,9 +1,9 @@
-"""What compression costs: FID and accuracy of the bundled GPT for every method and budget.
+"""FID and accuracy of the bundled GPT for every method and budget of cache compression.
 
     python -m benchmarks.line_quality --num_images 1000
 
-Every row has the labels and seeds of the first, so rows differ by the cache alone. A row is written
-when it is done, with the commit that made it; the same command continues. Results:
+All rows have the same labels and seeds, so they differ by the cache alone. A row is written when it is
+finished, with its commit; the same command resumes. Results:
 output_dir/benchmarks/line_quality.{json,md,png} and line_quality_fid.png, or where --output says;
 those of the documents are in benchmarks/results.
 """

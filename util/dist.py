@@ -7,8 +7,8 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous as rendezvous_at
 
 from util.config import setting
-from util.errors import UserError
+from util.errors import UserError, sentence_of
 
 PATIENCE = 120.0  # seconds without a sign of life until a process counts as dead
 _BEAT_EVERY = 2.0  # seconds
@@ -138,7 +138,7 @@ class Rendezvous:
         world = world or World()
         self.world, self.patience = world, patience
         self.store = _open_store(world, url) if world.size > 1 else None
-        self._round = 0
+        self._attempt = self._round = 0
         self._messages: dict[str, Json] = {}  # of a single process
         self._left = threading.Event()
         self._heartbeat = threading.Thread(target=self._beat, daemon=True)
@@ -160,11 +160,23 @@ class Rendezvous:
         self._heartbeat.join()
         if error is not None:
             with suppress(RuntimeError):
-                self.store.set(f"failed/{self.world.rank}", str(error) or type(error).__name__)
+                self.store.set(f"failed/{self.world.rank}", reason_of(error))
 
     def next_round(self) -> None:
         """Begin another evaluation with its own messages; every process calls it."""
         self._round += 1
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Work that may fail: its rounds then end in all processes with the error, but not the run."""
+        self._attempt, self._round = self._attempt + 1, 0
+        try:
+            yield
+        except Exception as error:
+            if self.store is not None:
+                with suppress(RuntimeError):
+                    self.store.set(self._failure_key(self.world.rank), reason_of(error))
+            raise
 
     def publish(self, topic: str, message: Json = None) -> None:
         """Publish a JSON document, once per topic and round."""
@@ -196,8 +208,13 @@ class Rendezvous:
         raise error
 
     def _raise_failure_of(self, store: "dist.Store | None", rank: int) -> None:
-        if store is not None and (failure := _read(store, f"failed/{rank}")):
-            raise UserError(f"process {rank} of {self.world.size} has stopped: {failure}") from None
+        if store is None:
+            return
+        for key, happened in ((f"failed/{rank}", "stopped"), (self._failure_key(rank), "failed")):
+            if failure := _read(store, key):
+                raise UserError(
+                    f"process {rank} of {self.world.size} has {happened}: {failure}"
+                ) from None
 
     def _wait_for(self, store: dist.Store, topic: str, rank: int) -> Json:
         last, since = None, time.monotonic()
@@ -215,7 +232,10 @@ class Rendezvous:
         return json.loads(message)
 
     def _key(self, topic: str, rank: int) -> str:
-        return f"{self._round}/{topic}/{rank}"
+        return f"{self._attempt}/{self._round}/{topic}/{rank}"
+
+    def _failure_key(self, rank: int) -> str:
+        return f"{self._attempt}/failed/{rank}"
 
     def _lost(self) -> UserError:
         return UserError(
@@ -232,6 +252,11 @@ class Rendezvous:
                 return  # the waiting process will notice and say so
             if self._left.wait(_BEAT_EVERY):
                 return
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in one sentence, for the other processes."""
+    return sentence_of(error) or str(error) or type(error).__name__
 
 
 def _read(store: dist.Store, key: str) -> str | None:

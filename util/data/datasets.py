@@ -6,8 +6,10 @@ run can go on in the middle of an epoch with the same batches, whatever the numb
 
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
+from multiprocessing import active_children
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +23,7 @@ from util.data.class_folders import ClassFolders
 from util.data.latents import MOMENTS, read_moments
 from util.errors import UserError
 from util.images import IMAGE_SUFFIXES, open_rgb
+from util.training.signals import STOP_SIGNALS
 
 Pick = tuple[int, bool]  # index of an item, and whether to flip it
 Item = TypeVar("Item")
@@ -176,14 +179,30 @@ def batches(
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """Schedulers and Ctrl-C signal all processes; the run still needs its workers to end its step."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def in_one_sentence(loader: Iterable[Item]) -> Iterator[Item]:
-    """The loader's batches; a UserError of a worker process without the traceback torch adds."""
+    """The loader's batches; a UserError of a worker process without the traceback torch adds.
+
+    The death of a worker is raised here. torch would raise it from a signal handler, wherever the run
+    is, even between the weights and their averages.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    others = set(active_children())
+    source = iter(loader)
+    workers = set(active_children()) - others
+    with suppress(ValueError):  # not the main thread, where torch sets no handler
+        signal.signal(signal.SIGCHLD, handler)
     try:
-        yield from loader
+        yield from source
+    except RuntimeError:
+        for (
+            worker
+        ) in workers:  # they ignore SIGTERM, and may wait forever for a lock of the dead one
+            worker.kill()
+        raise
     except UserError as error:
         raise UserError(str(error).strip().splitlines()[-1].removeprefix(_RAISED)) from None
 

@@ -129,14 +129,15 @@ class RunFolder:
 
     def _discard(self) -> None:
         """Delete what this project put there, and nothing else."""
-        self._delete_images()
+        self.delete_images()
         for name in ("results.json", "sheet.png", "samples.npz", MANIFEST):
             (self.path / name).unlink(missing_ok=True)
 
-    def _delete_images(self) -> None:
+    def delete_images(self) -> None:
+        """Delete the numbered images."""
         for file in self.images.glob("*.png"):
             if file.stem.isdigit():
-                file.unlink()
+                file.unlink(missing_ok=True)
 
     def image(self, index: int) -> Path:
         """Where image `index` lies."""
@@ -173,7 +174,7 @@ class RunFolder:
 
     def drop_images(self) -> None:
         """Delete the numbered images and say in the results that they are gone."""
-        self._delete_images()
+        self.delete_images()
         with suppress(OSError):  # it may hold what others put there
             self.images.rmdir()
         write_json(self.path / "results.json", {**self.results(), "images_dir": None})

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from util import checkpoint, dist
 from util.data.datasets import BatchPlan
-from util.errors import UserError
 from util.images import save_png, side_by_side_sheet
 from util.training import step as training
 from util.training.config import TrainConfig
@@ -53,17 +52,22 @@ class TrainingMonitor:
         self.losses: list[Tensor] = []
         self.logged = self.saved = time.monotonic()
         self.saved_step: int | None = None
+        self.first_step, self.epoch_began = state.step, state.step
         self.epoch, self.bar = 0, None
 
     def __enter__(self) -> "TrainingMonitor":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        failed = kind is not None and issubclass(kind, Exception)
+        if failed and self.state.step > self.first_step and self.state.is_sound:
+            with suppress(Exception):  # what failed first is what the user must read
+                self.save(*self._next_step())
         if self.bar is not None:
             self.bar.close()
         if self.log:
             self.log.close()
-        if kind and issubclass(kind, UserError) and self.saved_step is not None:
+        if failed and self.saved_step is not None:
             print(
                 f"note: {self.config.output_dir} holds the run up to step {self.saved_step}; "
                 f"continue with --resume {self.config.output_dir}",
@@ -72,7 +76,7 @@ class TrainingMonitor:
 
     def begin(self, epoch: int, first_step: int) -> None:
         """Start of an epoch."""
-        self.epoch = epoch
+        self.epoch, self.epoch_began = epoch, self.state.step - first_step
         if self.bar is not None:
             self.bar.close()
         if self.world.is_main and sys.stderr.isatty():
@@ -86,6 +90,22 @@ class TrainingMonitor:
         began = time.monotonic()
         yield
         self.logged += time.monotonic() - began
+
+    @contextmanager
+    def optional_evaluation(self, epoch: int, rendezvous: dist.Rendezvous) -> Iterator[None]:
+        """An evaluation whose failure is a note: hours of training are worth more than a score."""
+        with self.paused():
+            try:
+                with rendezvous.attempt():
+                    yield
+            except Exception as error:
+                if self.world.is_main:
+                    print(
+                        f"note: epoch {epoch} has no score ({dist.reason_of(error)}): the training "
+                        "goes on",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
     def save(self, epoch: int, step_in_epoch: int) -> None:
         """Write checkpoint-last.pth as seen from (epoch, step_in_epoch), the next step to take."""
@@ -123,14 +143,19 @@ class TrainingMonitor:
         self.must_stop = asked or (config.max_steps is not None and state.step >= config.max_steps)
         late = config.save_minutes and time.monotonic() - self.saved > 60 * config.save_minutes
         if self.must_stop or late:
-            ended = done == self.plan.steps
-            self.save(self.epoch + ended, 0 if ended else done)
+            self.save(*self._next_step())
         if self.must_stop and self.world.is_main:
             print(
                 f"stopped after step {state.step}; continue with --resume {config.output_dir}",
                 flush=True,
             )
         return self.must_stop
+
+    def _next_step(self) -> tuple[int, int]:
+        """Epoch and step in it of the next step to take."""
+        done = self.state.step - self.epoch_began
+        ended = done >= self.plan.steps
+        return self.epoch + ended, 0 if ended else done
 
     def evaluated(self, epoch: int, scores: dict[str, float], rows: dict[str, np.ndarray]) -> None:
         """Log an online evaluation; `rows` are images (N, H, W, 3) uint8 of the same seeds."""

@@ -1,9 +1,13 @@
-"""A polite end: the first SIGTERM or Ctrl-C stops the run at the next step, the second at once."""
+"""A polite end: a signal stops the run at the next step, a second SIGTERM or Ctrl-C at once."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+_INSISTENT = (signal.SIGTERM, signal.SIGINT)
+# Also a terminal that is closed, a scheduler's warning, and the end of the CPU time.
+STOP_SIGNALS = (*_INSISTENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 
 
 class Stopped(KeyboardInterrupt):
@@ -11,14 +15,19 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """`requested` turns true on the first SIGTERM or SIGINT while inside the `with` block."""
+    """`requested` turns true on the first of STOP_SIGNALS while inside the `with` block.
+
+    A SIGHUP that nohup ignores stays ignored.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        self._at_once = False
+        self._at_once = self._insisted = False
 
     def __enter__(self) -> "StopRequest":
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signals = [s for s in STOP_SIGNALS if not (ignored and s == signal.SIGHUP)]
+        self._before = {s: signal.signal(s, self._ask) for s in signals}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -37,7 +46,8 @@ class StopRequest:
             self._at_once = False
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        again, self.requested = self.requested, True
+        self.requested, again = True, self._insisted and number in _INSISTENT
+        self._insisted |= number in _INSISTENT
         if self._at_once:
             self._at_once = False
             raise Stopped

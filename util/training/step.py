@@ -36,6 +36,12 @@ class TrainState:
     step: int = 0  # steps since the beginning of the run
     skipped: int = 0  # steps without a finite gradient, in all
     skipped_in_a_row: int = 0
+    is_updating: bool = False  # weights, averages and optimizer are of two steps
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether a checkpoint of it would be worth resuming."""
+        return not self.is_updating and self.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
     # A bad loss makes bad gradients, and gradients, being averaged, are bad in all processes alike.
     if torch.isfinite(norm):
+        state.is_updating = True
         state.scaler.step(state.optimizer)
         state.ema.update(state.model)
         state.skipped_in_a_row = 0
@@ -105,6 +112,7 @@ def train_step(
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
+    state.is_updating = False
     if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise UserError(
             f"{MAX_SKIPPED_IN_A_ROW} steps in a row without a finite loss, up to {state.step}: "
