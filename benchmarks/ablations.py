@@ -86,7 +86,7 @@ class Ablation:
         self.dtype = pick_dtype(request.place.config.dtype, self.device)
         self.loaded = request.host.load(self.device)
         self.model = cast(MAR, self.loaded.model)
-        self.geometry = MARGeometry.of(self.model)
+        self.geometry = MARGeometry.from_model(self.model)
         lazy_mar = request.host.sampling.lazy_mar
         assert lazy_mar is not None
         self.base = lazy_mar

@@ -173,7 +173,7 @@ def main() -> None:
         row = {
             "method": method,
             "budget": budget,
-            "lines": LineARConfig.of(config).plan(GRID).budget // GRID[1],
+            "lines": LineARConfig.from_argument(config).plan(GRID).budget // GRID[1],
             **run.score(images),
             "images_per_s": args.num_images / seconds,
             "commit": about["commit"],

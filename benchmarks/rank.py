@@ -110,7 +110,8 @@ class Ranking:
     ) -> None:
         """Runs MAR, which all are compared with, on the model's device."""
         assert isinstance(loaded.model, MAR)
-        self.sampler, self.geometry = Sampler(loaded.model, dtype), MARGeometry.of(loaded.model)
+        self.sampler = Sampler(loaded.model, dtype)
+        self.geometry = MARGeometry.from_model(loaded.model)
         model = self.sampler.model
         assert isinstance(model, MAR)
         plan = DecodingPlan.create(model.seq_len, args.num_iter, host.sampling.cfg)

@@ -33,9 +33,9 @@ def space_timesteps(num_steps: int, respacing: str) -> list[int]:
             "'10,20', or an even stride such as 'ddim50'"
         )
     if respacing.startswith("ddim"):
-        for stride in range(1, num_steps + 1):
-            if digits == str(len(range(0, num_steps, stride))):
-                return list(range(0, num_steps, stride))
+        for whole in range(1, num_steps + 1):
+            if digits == str(len(range(0, num_steps, whole))):
+                return list(range(0, num_steps, whole))
         raise ValueError(
             f"no whole stride over {num_steps} steps gives {digits} of them ({respacing!r})"
         )

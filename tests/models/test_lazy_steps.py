@@ -152,7 +152,7 @@ MODELS = {
 @pytest.mark.parametrize("executed", [False, True], ids=["published", "executed"])
 def test_fast_has_an_eighth_of_the_operations_and_balanced_a_fifth(name, executed):
     with torch.device("meta"):
-        geometry = MARGeometry.of(MODELS[name]())
+        geometry = MARGeometry.from_model(MODELS[name]())
 
     def total(preset: FastMARConfig) -> float:
         head, order = preset.head, preset.order
