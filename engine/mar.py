@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, bundled
 from engine.mar_settings import (
     DETOK,
-    FAST_PRESETS,
     TOKENIZERS,
     EMAConfig,
     HeadSteps,
