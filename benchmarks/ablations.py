@@ -46,7 +46,7 @@ from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
 from util.files import read_json, write_json
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 GROUPS = tuple(groups(LazyMARConfig(), lambda row, config: None))
 TINY_IMAGES = 300

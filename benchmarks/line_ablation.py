@@ -31,7 +31,7 @@ from models.llamagen import GPT
 from util.checkpoint import describe
 from util.device import pick_device, pick_dtype
 from util.errors import run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 ANCHORS = (0, 1, 4, 8, 12, 24)
 RECENT = (1, 2, 3)

@@ -38,7 +38,7 @@ from models.line_methods import METHODS
 from models.llamagen import GPT
 from util.device import DTYPES, device_name, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 HEAD = ["batch", "budget", "slots", "images_per_s", "speedup", "cache_gb", "cache_over_theory"]
 HEAD += ["workspace_gb", "peak_gb", "read_gb_per_s"]

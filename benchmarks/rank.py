@@ -62,7 +62,7 @@ from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
 from util.files import write_json
-from util.markdown import markdown_table
+from util.report import markdown_table
 from util.shapes import HELD_OUT_START
 from util.tiny.assets import DEFAULT_IMAGES
 

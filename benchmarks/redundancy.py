@@ -43,7 +43,7 @@ from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
 from util.evaluation.config import EvaluationConfig
 from util.images import to_uint8
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 GROUPS = ("earlier", "previous", "now", "later")
 NOW, PREVIOUS, CHANGED, REUSED = "npc."  # what happened to a token, in the maps of the strip

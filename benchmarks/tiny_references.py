@@ -31,7 +31,7 @@ from models.linear_tokenizer import LinearTokenizer
 from util import metrics
 from util.device import device_name, set_threads
 from util.errors import run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 from util.shapes import CLASSES, HELD_OUT_START, label_of, render
 from util.tiny.assets import DEFAULT_IMAGES, batches, channel_spread, psnr, restore, to_float
 

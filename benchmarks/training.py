@@ -30,7 +30,7 @@ from models import mar
 from models.noise import TrainingNoise
 from util.device import DTYPES, device_name, pick_device
 from util.errors import UserError, run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 from util.training import step as training
 from util.training.ema import EMA
 from util.training.optimizer import LRSchedule, make_optimizer

@@ -32,7 +32,7 @@ from models.plan import DecodingPlan
 from models.sampler import Sampler
 from util.device import DTYPES, autocast, device_name, pick_device, pick_dtype
 from util.errors import run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 Call = Callable[[], object]
 

@@ -13,7 +13,7 @@ LEAVES = {
     f"util.{name}"
     for name in (
         *("checkpoint", "config", "data.latent_stats", "device", "dist", "download", "errors"),
-        *("files", "images", "markdown", "npz", "streams", "weights"),
+        *("data.npz", "files", "images", "streams", "weights"),
     )
 }
 AVERAGED = "util.training.ema"  # what a checkpoint of a training holds; it imports nothing of ours

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import pytest
 
+from engine.published import ROWS, tflops_at_64
 from tests.support import ROOT
 from tests.test_documents import DOCUMENTS
 from util import flops
-from util.published import ROWS, tflops_at_64
 
 TABLE = re.compile(r"(?:^<!-- from (.+) -->\n)?((?:^\|.*\n)+)", re.MULTILINE)
 NUMBER = re.compile(r"[\d.,]+%?")

@@ -9,11 +9,11 @@ from benchmarks import ablations
 from benchmarks.ablation_rows import ABOUT, MAR, groups
 from engine import cli
 from engine.mar import MARHost
+from engine.published import ROWS, flags_of
 from models.lazy_mar import LazyMARConfig
 from tests.support import ROOT
 from util.errors import UserError
 from util.evaluation.config import EvaluationConfig
-from util.published import ROWS, flags_of
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
 

@@ -1,7 +1,7 @@
 """Published results on ImageNet 256x256, and the flags of eval.py that reproduce each of them.
 
-    python -m util.published                  # list all rows
-    python -m util.published lazymar_huge     # flags of one row, for scripts/reproduce.sh
+    python -m engine.published                  # list all rows
+    python -m engine.published lazymar_huge     # flags of one row, for scripts/reproduce.sh
 
 A row added to ROWS is listed, can be reproduced by its name, and belongs in the README's table.
 """
@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 
 from util.errors import UserError, run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 
 @dataclass(frozen=True)
