@@ -20,9 +20,20 @@ AVERAGED = "util.training.ema"  # what a checkpoint of a training holds; it impo
 
 
 def imports(tree: ast.AST, module: str) -> set[str]:
-    """Absolute dotted names of everything that a file imports, inside functions too."""
+    """Absolute dotted names of everything that a file imports, inside functions too.
+
+    What is imported for the type checker alone does not count.
+    """
     names = set()
+    unseen = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
     for node in ast.walk(tree):
+        if node in unseen:
+            continue
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
