@@ -51,7 +51,9 @@ def kl_per_line(
 def sweep(grid: tuple[int, int]) -> Iterator[tuple[str, LineARConfig]]:
     """Every setting whose budget fits, with the budget's name."""
     for budget, share in BUDGETS.items():
-        settings = [{"anchors": a, "recent": r} for a in ANCHORS for r in RECENT]
+        settings: list[dict[str, Any]] = [
+            {"anchors": a, "recent": r} for a in ANCHORS for r in RECENT
+        ]
         settings += [{"recent": r, "pooling": p} for r in RECENT for p in POOLINGS if p != "mean"]
         settings += [{"method": name} for name in METHODS if name != "linear"]
         for setting in settings:

@@ -25,7 +25,7 @@ def evaluate(
     dtype: torch.dtype,
     arguments: Mapping[str, object],
     redo: bool = True,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Generate what is missing of a run, score it, and return its results (process 0; others {}).
 
     Args:
