@@ -22,8 +22,7 @@ from benchmarks.common import (
     at_least,
     origin,
     prepare_output,
-    with_ending,
-    write_text,
+    write_result,
 )
 from benchmarks.line_common import BUDGETS, HOST, Run, load_tiny
 from models.line_cache import LineARConfig
@@ -32,7 +31,6 @@ from models.llamagen import GPT
 from util.checkpoint import describe
 from util.device import pick_device, pick_dtype
 from util.errors import run_main
-from util.files import write_json
 from util.markdown import markdown_table
 
 ANCHORS = (0, 1, 4, 8, 12, 24)
@@ -125,8 +123,6 @@ def main() -> None:
         "device": str(device),
         "dtype": "float32",
     }
-    output = with_ending(args.output, ".json")
-    write_json(output, {"about": about, "rows": rows})
     ours = [row for row in rows if row["method"] == "linear"]
     parts = [
         "KL(full cache || compressed) of the next token, thousandths of a nat, mean over images and lines.",
@@ -136,10 +132,8 @@ def main() -> None:
         table([row for row in ours if row["anchors"] == 8], ("pooling", "recent")),
         "Methods, each with its own protected tokens; LineAR with 8 anchors:",
         table([r for r in rows if r["method"] != "linear"], ("method",)),
-        "\n".join(f"    {key}: {value}" for key, value in about.items()),
     ]
-    write_text(with_ending(args.output, ".md"), "\n\n".join(parts) + "\n")
-    print(json.dumps({"rows": len(rows), "output": str(output)}))
+    write_result(args.output, {"about": about, "rows": rows}, "\n\n".join(parts))
 
 
 if __name__ == "__main__":
