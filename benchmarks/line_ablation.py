@@ -12,6 +12,7 @@ are benchmarks/results/line_ablation.{json,md}.
 import argparse
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor

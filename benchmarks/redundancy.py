@@ -52,7 +52,7 @@ NOW, PREVIOUS, CHANGED, REUSED = "npc."  # what happened to a token, in the maps
 
 
 def positions_of(step: DecodingStep, seq_len: int) -> dict[str, slice]:
-    """Positions in the decoding order of the tokens decoded earlier, in the previous step, now, and later."""
+    """Where in the decoding order the tokens of each of GROUPS are."""
     bounds = (0, step.previous, step.start, step.stop, seq_len)
     return {g: slice(*pair) for g, pair in zip(GROUPS, pairwise(bounds), strict=True)}
 
