@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -345,7 +345,7 @@ def main() -> None:
     ablation.measure_seconds(rows)
     for name, path in request.paths().items():
         found = ablation.results(name)
-        document = {"about": ablation.about(name), "rows": found}
+        document: dict[str, Any] = {"about": ablation.about(name), "rows": found}
         text = table(found)
         if name == "frontier":
             draw(path.with_suffix(".png"), ablation.series(), found, ablation.base)

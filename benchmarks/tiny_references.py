@@ -148,8 +148,8 @@ def main() -> None:
     ]
     channels = ("channel", *(str(k) for k in range(len(spread))))
     text = markdown_table(HEAD, scores) + "\n" + markdown_table(channels, latents)
-    spread = [dict(zip(("std", "largest", "kurtosis"), row, strict=True)) for row in spread]
-    write_result(args.output, {"about": about, "rows": rows, "channels": spread}, text)
+    channel_rows = [dict(zip(("std", "largest", "kurtosis"), row, strict=True)) for row in spread]
+    write_result(args.output, {"about": about, "rows": rows, "channels": channel_rows}, text)
 
 
 if __name__ == "__main__":

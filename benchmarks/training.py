@@ -11,6 +11,7 @@ a CPU that of the whole process (Linux). The last line is one JSON document.
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -90,7 +91,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     times: dict[str, list[float]] = {row: [] for row in args.rows}
     for k in range(args.warmup + args.repeats):
         for row, step in steps.items():
-            seconds = timed(lambda step=step, k=k: step(k), device)
+            seconds = timed(partial(step, k), device)
             if k >= args.warmup:
                 times[row].append(seconds)
             print(
