@@ -26,7 +26,7 @@ demo: $(READY)
 		--sheet $(DEMO)/sheet.png --table $(DEMO)/table.md
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q  # tiny models run slower in two threads than in one
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile  # one thread each: the models are tiny
 
 test-slow: $(READY)
 	$(PY) -m pytest -q -m slow

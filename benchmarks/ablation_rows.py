@@ -1,4 +1,4 @@
-"""The rows of all ablations: what is sampled, and how. Names, integers and configurations only.
+"""The rows of all ablations: names, integers and configurations; nothing is sampled here.
 
 python -m benchmarks.ablation_rows        # list the ablations
 """

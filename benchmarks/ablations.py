@@ -1,19 +1,18 @@
-"""What each constant of LazyMAR is worth: quality and cost of many settings, beside MAR.
+"""Ablations of LazyMAR's constants: quality and cost of many settings, compared with MAR.
 
     python -m benchmarks.ablations --group caches --model mar_tiny --dtype bf16
     torchrun --nproc_per_node=8 -m benchmarks.ablations --group all        # mar_huge, 50,000 images
 
-The rows of each group are in benchmarks/ablation_rows.py. A row is a run of eval.py in a folder of its
-own below --output_dir: the same command goes on where it stopped, and a row that is finished, also
-for another group, is not made again. All flags of eval.py may be given, but for LazyMAR's, which
-the rows decide. When all images are there, each row is timed: the rows take turns, --repeats times,
-with batches of --timing_bsz, and the fastest counts; on a CPU with one thread the clock counts the
-thread's own seconds. Results: RESULTS/ablations_MODEL_GROUP.{json,md} (--results); frontier draws a
-plot, too. The last line is one JSON document.
+The rows of each group are in benchmarks/ablation_rows.py. Each row is a run of eval.py in its own folder
+below --output_dir, so the same command resumes, and groups share rows. All flags of eval.py are accepted
+except those of LazyMAR, which the rows set. Then every row is timed --repeats times with batches of
+--timing_bsz, rows in turns; the fastest counts (CPU seconds if there is one thread). Results:
+RESULTS/ablations_MODEL_GROUP.{json,md} (--results), and a plot for frontier. The last line is one JSON
+document.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -22,15 +21,16 @@ from typing import cast
 
 from tqdm import tqdm
 
-from benchmarks.ablation_rows import STEPS, Row, Series, frontier_series, groups, rivals
+from benchmarks.ablation_rows import STEPS, Row, Series, frontier_series, groups
 from benchmarks.common import (
     OUTPUT,
     origin,
     timed,
     write_result,
 )
+from benchmarks.frontier import Result, conclusion, draw
 from benchmarks.memory import SampledBatch, peak_gb
-from benchmarks.plots import require_matplotlib, save_cost_plot
+from benchmarks.plots import require_matplotlib
 from engine import cli
 from engine.base import ComputeConfig
 from engine.mar import MARHost
@@ -55,7 +55,6 @@ NOT_PAIRED = {"psnr": None, "identical": None}
 CUDA_WARMUPS = 2  # one compiles, one records
 PEAK = {True: "of the device", False: "of a whole process, its head with 4 denoising steps"}
 COST = ("TFLOPs as published", "TFLOPs executed", "s / image", "speed-up", "peak GB")
-Result = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Ablation:
         self.dtype = pick_dtype(request.place.config.dtype, self.device)
         self.loaded = request.host.load(self.device)
         self.model = cast(MAR, self.loaded.model)
-        self.geometry = MARGeometry.of(self.model)
+        self.geometry = MARGeometry.from_model(self.model)
         lazy_mar = request.host.sampling.lazy_mar
         assert lazy_mar is not None
         self.base = lazy_mar
@@ -272,63 +271,6 @@ def table(rows: list[Result]) -> str:
         ]
         body.append([*quality, *costs, f"{row['speedup']:.2f}", row["peak_gb"]])
     return markdown_table((*QUALITY, *COST), body)
-
-
-def undominated(rows: list[Result], cost: str) -> list[Result]:
-    """Rows that no other beats in both FID and cost, the cheapest first."""
-    best, found = float("inf"), []
-    for row in sorted(rows, key=lambda row: (row[cost], row["fid"])):
-        if row["fid"] < best:
-            best = row["fid"]
-            found.append(row)
-    return found
-
-
-def default_row(rows: list[Result], base: LazyMARConfig) -> Result:
-    """LazyMAR as it is unless told otherwise; `base` is its configuration."""
-    default = STEPS, _key(asdict(base))
-    return next(row for row in rows if (row["num_iter"], _key(row["lazy_mar"])) == default)
-
-
-def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
-    """What the frontier says, in sentences made from its numbers; `base` is the default row's."""
-    lazy = default_row(rows, base)
-    lines = [
-        f"LazyMAR with {STEPS} steps has FID {lazy['fid']:.3f} at {lazy['tflops_executed']:.3g} TFLOPs "
-        f"per image as executed, MAR {rows[0]['fid']:.3f} at {rows[0]['tflops_executed']:.3g}."
-    ]
-    for name, config in rivals(base).items():
-        own = [row for row in rows if _key(row["lazy_mar"]) == _key(config and asdict(config))]
-        near = min(own, key=lambda row: abs(row["tflops_executed"] - lazy["tflops_executed"]))
-        lines.append(
-            f"Nearest to the cost of LazyMAR is, of {name}, the row with {near['num_iter']} steps: FID "
-            f"{near['fid']:.3f} at {near['tflops_executed']:.3g} TFLOPs."
-        )
-    for cost, title in (("tflops_executed", "FLOPs"), ("s_per_image", "seconds")):
-        names = "; ".join(row["name"] for row in undominated(rows, cost))
-        lines.append(f"No row has both a lower FID and fewer {title} than: {names}.")
-    return "\n\n".join(lines) + "\n"
-
-
-def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) -> None:
-    """Plot FID over operations and over seconds."""
-    found = {(row["num_iter"], _key(row["lazy_mar"])): row for row in rows}
-    named = {"MAR": rows[0], "LazyMAR": default_row(rows, base)}
-    panels, marks = {}, {}
-    for title, cost in (
-        ("TFLOPs per image, executed", "tflops_executed"),
-        ("s / image", "s_per_image"),
-    ):
-        panels[title] = {}
-        for name, line in series.items():
-            of = [found[r.num_iter, _key(r.config and asdict(r.config))] for r in line]
-            panels[title][name] = [(row[cost], row["fid"]) for row in of]
-        marks[title] = {name: (row[cost], row["fid"]) for name, row in named.items()}
-    save_cost_plot(path, "Quality over cost", "FID", panels, marks)
-
-
-def _key(config: Mapping[str, object] | None) -> str:
-    return json.dumps(config, sort_keys=True)
 
 
 def parse(words: Sequence[str] | None = None) -> Request:

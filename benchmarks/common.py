@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, ceilings of the machine, checks of flags, and files of results."""
+"""Shared by the benchmarks: clocks, limits of the machine, checks of flags, result files."""
 
 import argparse
 import json

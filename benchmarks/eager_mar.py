@@ -1,4 +1,4 @@
-"""MAR's sampling as one would first write it: the baseline that the waterfall starts from.
+"""MAR's sampling, written straightforwardly: the baseline of benchmarks/waterfall.py.
 
 Tokens in raster order with masks, indices looked up at every step, both branches in full, the head
 called step by step with the whole of z. The arithmetic is that of MAR's paper and code; blocks,

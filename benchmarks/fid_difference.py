@@ -1,10 +1,10 @@
-"""Is one method's FID worse than another's? The difference of runs of the same seeds, with an interval.
+"""Difference of the FIDs of runs with the same seeds, with a confidence interval.
 
     python -m benchmarks.fid_difference RUN_OF_MAR RUN_OF_LAZYMAR ... --output output_dir/difference
 
-Runs are folders of eval.py; the first is what the others are compared with. Common seeds have common
-luck, which the difference of two FIDs does not see: images are resampled together (bootstrap, 95%).
-Features are kept in RUN/features.npz, so each run's are computed once, and its images may go then.
+Runs are folders of eval.py; the others are compared with the first. Equal seeds share their luck, so the
+difference scatters less than each FID: the bootstrap (95%) resamples images of both runs together. Features
+are kept in RUN/features.npz; after that, the images may be deleted.
 The last line is one JSON document.
 """
 

@@ -1,14 +1,13 @@
-"""Seconds per image of MAR and LazyMAR at the real sizes, beside what the hardware allows.
+"""Seconds per image of MAR and LazyMAR at the real sizes, beside the limits of the hardware.
 
     python -m benchmarks.latency --models mar_huge --batches 1,8,64,128          # on a GPU: bf16
     python -m benchmarks.latency --models mar_base --batches 1 --threads 1 --device cpu
 
-Random weights, so nothing has to be downloaded. After warm-up the modes take turns, so that a slow
-moment hits all of them; medians count. Limits use ceilings measured in the same run: `arithmetic`
-is FLOPs over the rate of a large matrix product; `with reads` also reads the head's weights at
-every denoising step. Peak memory is the device's own count on CUDA, on CPUs that of a fresh process
-with a head of 4 steps (--memory). On one CPU thread the clock counts the thread's own seconds. The last
-line is one JSON document.
+Random weights, so nothing has to be downloaded. After a warm-up the modes take turns; the median counts.
+Limits use rates measured in the same run: `arithmetic` is operations over the rate of a large matrix
+product; `with reads` adds the head's weights, read at every denoising step. Peak memory: CUDA's count, or
+on a CPU that of a new process with a head of 4 steps (--memory). With one CPU thread, CPU seconds are
+counted. The last line is one JSON document.
 """
 
 import argparse

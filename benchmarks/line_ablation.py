@@ -1,10 +1,10 @@
-"""Settles LineAR's constants: how far a compressed cache moves the next-token distribution.
+"""LineAR's constants: how far a compressed cache moves the distribution of the next token.
 
     python -m benchmarks.line_ablation
 
-Codes that the bundled GPT sampled with the full cache are fed, position by position, through each
-compressed one. KL(full || compressed) of the next token, in nats, averaged over images and the
-tokens of a line, needs no second sampling, no FID and few images: all settings see the same codes.
+Codes that the bundled GPT sampled with the full cache are fed to each compressed cache, position by
+position. Measured is KL(full || compressed) of the next token, in nats, averaged over images and the tokens
+of a line. All settings see the same codes, so few images suffice.
 Results: output_dir/benchmarks/line_ablation.{json,md}, or where --output says; those of the documents
 are benchmarks/results/line_ablation.{json,md}.
 """
@@ -22,8 +22,7 @@ from benchmarks.common import (
     at_least,
     origin,
     prepare_output,
-    with_ending,
-    write_text,
+    write_result,
 )
 from benchmarks.line_common import BUDGETS, HOST, Run, load_tiny
 from models.line_cache import LineARConfig
@@ -32,7 +31,6 @@ from models.llamagen import GPT
 from util.checkpoint import describe
 from util.device import pick_device, pick_dtype
 from util.errors import run_main
-from util.files import write_json
 from util.markdown import markdown_table
 
 ANCHORS = (0, 1, 4, 8, 12, 24)
@@ -123,8 +121,6 @@ def main() -> None:
         "device": str(device),
         "dtype": "float32",
     }
-    output = with_ending(args.output, ".json")
-    write_json(output, {"about": about, "rows": rows})
     ours = [row for row in rows if row["method"] == "linear"]
     parts = [
         "KL(full cache || compressed) of the next token, thousandths of a nat, mean over images and lines.",
@@ -134,10 +130,8 @@ def main() -> None:
         table([row for row in ours if row["anchors"] == 8], ("pooling", "recent")),
         "Methods, each with its own protected tokens; LineAR with 8 anchors:",
         table([r for r in rows if r["method"] != "linear"], ("method",)),
-        "\n".join(f"    {key}: {value}" for key, value in about.items()),
     ]
-    write_text(with_ending(args.output, ".md"), "\n\n".join(parts) + "\n")
-    print(json.dumps({"rows": len(rows), "output": str(output)}))
+    write_result(args.output, {"about": about, "rows": rows}, "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the LineAR benchmarks share: the bundled model, its images and scores."""
+"""Shared by the LineAR benchmarks: the bundled model, its images and scores."""
 
 from dataclasses import dataclass
 from typing import cast

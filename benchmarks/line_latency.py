@@ -4,13 +4,11 @@
     python -m benchmarks.line_latency --model gpt_b --batches 16 --device cpu --dtype bf16
     python -m benchmarks.line_latency --model gpt_xl --batches 256 --sizes_only    # bytes, anywhere
 
-Per batch and budget: images per second of sample_tokens with guidance (a batch of B is 2B rows),
-bytes of the cache and of what LineAR holds besides, against theory, peak memory where the device
-counts it, and the bytes of weights and live keys and values that a step must read at least, per
-second: compare it with the rate at which the device adds up a large tensor, which is told below
-the table. --max_batch looks for the largest batch that fits. Budgets take turns, so that a slow
-moment hits all of them. On a CPU with one thread the clock counts the thread's own seconds, which
-other work on the machine does not lengthen. The last line is one JSON document.
+Per batch and budget: images per second of sample_tokens with guidance; bytes of the cache and of LineAR's
+workspace, against theory; peak memory on CUDA; and the bytes per second that a step reads at least
+(weights, live keys and values), to be compared with the device's read rate below the table. --max_batch
+finds the largest batch that fits. Budgets take turns. With one CPU thread, CPU seconds are counted. The
+last line is one JSON document.
 """
 
 import argparse
@@ -147,7 +145,7 @@ def parse() -> argparse.Namespace:
     add_output(parser)
     args = parser.parse_args()
     if args.max_batch and args.sizes_only:
-        raise UserError("--max_batch samples, which --sizes_only does not: leave one of them away")
+        raise UserError("--max_batch samples, which --sizes_only does not: remove one of them")
     if not args.model.startswith("gpt_") or not hasattr(llamagen, args.model):
         raise UserError(f"--model {args.model} is no GPT: use gpt_b to gpt_3b or gpt_tiny")
     if args.method not in METHODS:

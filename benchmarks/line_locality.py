@@ -1,14 +1,15 @@
-"""Do LineAR's premises hold for a model? Three numbers per line, from one run with the full cache.
+"""Whether LineAR's premises hold for a model: three numbers per line, from one run with the full cache.
 
     python -m benchmarks.line_locality --model gpt_tiny
     python -m benchmarks.line_locality --model pretrained_models/janus_tiny --prompts prompts.txt
 
-condition: share of a line's attention on the class or prompt tokens; LineAR expects that it stays high.
-older: share on lines older than the last three; LineAR expects little. coverage: of a line's attention
-to the tokens that a budget has to choose from, the share on those that the line before attended to
-most, as many as the budget holds; best is the share of the best choice of as many. A model is gpt_tiny
-or the folder of a Janus model saved by transformers, with its processor. Shares are means over images,
-layers, heads and queries of the conditional branch.
+* condition: share of a line's attention on the class or prompt tokens. LineAR expects it to stay high.
+* older: share on lines older than the last three. LineAR expects it to be small.
+* coverage: share of a line's attention that the budget's tokens get if they are those that the line before
+  attended to most. best: the same for the best possible choice of as many tokens.
+
+A model is gpt_tiny, or the folder of a Janus model saved by transformers, with its processor. Shares are
+means over images, layers, heads and queries of the conditional branch.
 """
 
 import argparse

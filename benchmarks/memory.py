@@ -1,4 +1,4 @@
-"""Peak memory of some work, in a process of its own."""
+"""Peak memory of a function, in its own process."""
 
 import concurrent.futures
 import multiprocessing

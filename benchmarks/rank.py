@@ -1,4 +1,4 @@
-"""LazyMAR's constants ranked in minutes: the error that each makes at real images, beside MAR.
+"""LazyMAR's constants ranked in minutes, by their error on real images compared with MAR.
 
     python -m benchmarks.rank --model mar_tiny --images 100 --group all
     python -m benchmarks.rank --model mar_base --cached_path data/imagenet_latents --group token_selection
@@ -8,14 +8,14 @@ latents are decoded in random orders (benchmarks/teacher_forcing.py):
 
 * z error: |z - z of MAR|^2 / |z of MAR|^2 of the tokens decoded now, mean over tokens; conditional
   branch, and unconditional.
-* path KL: nats per token between the denoising paths of MAR and of the row, of --kl_images images; also
-  without the last steps, at whose end less noise is left than anybody sees: the whole sum is mostly theirs.
+* path KL: nats per token between the denoising paths of MAR and of the row, of --kl_images images. Also
+  without the last steps, which make most of the sum although their noise is invisible.
 * energy distance of the head's samples to MAR's for the same z, of rows with another head (--head_tokens).
-* with --samples N, N images are sampled, too: Frechet distance of 3x3 latent windows to those of real
+* with --samples N, N images are also sampled: Frechet distance of 3x3 latent windows to those of real
   images and to MAR's, and the tear ratio of neighbours decoded together.
 
 `/ default` are ratios to the group's default over the same images. Rows are written as they are done, to
-RESULTS/rank_MODEL_GROUP.json (--results): the same command goes on where it stopped. The last line of each
+RESULTS/rank_MODEL_GROUP.json (--results): the same command resumes. The last line of each
 group is one JSON document.
 """
 
@@ -110,7 +110,8 @@ class Ranking:
     ) -> None:
         """Runs MAR, which all are compared with, on the model's device."""
         assert isinstance(loaded.model, MAR)
-        self.sampler, self.geometry = Sampler(loaded.model, dtype), MARGeometry.of(loaded.model)
+        self.sampler = Sampler(loaded.model, dtype)
+        self.geometry = MARGeometry.from_model(loaded.model)
         model = self.sampler.model
         assert isinstance(model, MAR)
         plan = DecodingPlan.create(model.seq_len, args.num_iter, host.sampling.cfg)

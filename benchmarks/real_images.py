@@ -1,4 +1,4 @@
-"""Models and real images of the measures that need both: latents that no training has seen."""
+"""Models, and real images that no training has seen, for the measures that need both."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""LazyMAR's motivation, measured on any MAR checkpoint and drawn: what hardly changes from step to step.
+"""What hardly changes from step to step in MAR: LazyMAR's motivation, measured on any checkpoint and drawn.
 
     python -m benchmarks.redundancy                                          # the bundled model
     python -m benchmarks.redundancy --model mar_huge --num_images 16         # an official one

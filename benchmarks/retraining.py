@@ -1,10 +1,10 @@
-"""How trainings of the bundled model from nothing compare: their scores, and their losses step by step.
+"""Repeated trainings of the bundled model compared: their scores, and their losses step by step.
 
     python -m benchmarks.retraining
 
-Reads, in benchmarks/results, what runs of scripts/train_tiny.sh have left: the log.jsonl of each
-training as retraining_NAME.jsonl, the results.json of 1,000 images as retraining_NAME.json, and
-the score of the bundled file from tiny_1000. Writes retraining.md there.
+Reads results of scripts/train_tiny.sh from benchmarks/results: log.jsonl of each training, renamed
+retraining_NAME.jsonl; results.json of 1,000 images, renamed retraining_NAME.json; and the bundled model's
+score from tiny_1000. Writes retraining.md there.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What the tokenizer and the scores of the bundled models say of real pictures, whole and damaged.
+"""Scores of real pictures, intact and damaged: what a FID of the bundled models means.
 
     python -m benchmarks.tiny_references
 
-Tells what a FID of mar_tiny or gpt_tiny means: how real pictures score that the statistics have not
-seen, how much the tokenizer costs, and which faults the classifier's features see. Also the spread
-of each latent channel over the pictures that the tokenizer was fitted to. A minute or two of one core.
+The FID of real pictures that the statistics have not seen, the cost of the tokenizer, and which faults the
+classifier's features see. Also the spread of each latent channel over the pictures that the tokenizer was
+fitted to. A minute or two on one core.
 Results: output_dir/benchmarks/tiny_references.{json,md}, or where --output says; those of the
 documents are benchmarks/results/tiny_references.{json,md}.
 """

@@ -1,12 +1,11 @@
-"""Images per second of a training step, against the step as one would first write it.
+"""Images per second of a training step, against a step written straightforwardly.
 
     python -m benchmarks.training --model mar_large --batch 64                   # on a GPU: bf16
     python -m benchmarks.training --model mar_base --batch 4 --device cpu --dtype bf16 --memory
 
-Random weights and latents. After warm-up the rows take turns, so that a slow moment hits all of
-them; medians count. Step k masks as many tokens in every row. --memory adds each row's peak in a
-process of its own: CUDA's count, or on a CPU that of the whole process (Linux). The last line is one
-JSON document.
+Random weights and latents. After a warm-up the rows take turns; the median counts. Step k masks the same
+number of tokens in every row. --memory adds each row's peak, measured in a new process: CUDA's count, or on
+a CPU that of the whole process (Linux). The last line is one JSON document.
 """
 
 import argparse

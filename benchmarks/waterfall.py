@@ -1,9 +1,9 @@
-"""From the straightforward eager MAR to ours, one technique per row.
+"""From MAR written straightforwardly to ours, one technique per row.
 
     python -m benchmarks.waterfall --model mar_huge --batch 128               # on a GPU: bf16
     python -m benchmarks.waterfall --model mar_base --dtype bf16 --threads 1 --device cpu
 
-Each row keeps what the rows above it have. Rows take turns; medians count. Random weights. The last
+Each row adds one technique to those above it. Rows take turns; the median counts. Random weights. The last
 line is one JSON document.
 """
 

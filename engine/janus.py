@@ -24,7 +24,7 @@ PRESETS: dict[str, Preset] = {
     "janus_pro_1b": {**_PUBLISHED, "resume": "deepseek-community/Janus-Pro-1B"},
     "janus_pro_7b": {**_PUBLISHED, "resume": "deepseek-community/Janus-Pro-7B"},
     "janus_tiny": {
-        "cfg": 3.0,
+        "cfg": 2.0,
         "line_recent": 1,  # of 16 lines, few are kept
         "resume": _TINY,
         "features": "prompts",
@@ -68,7 +68,7 @@ class JanusHost(Host):
         janus = _transformers()
         try:
             model = janus.JanusForConditionalGeneration.from_pretrained(
-                self.resume, use_safetensors=True
+                self.resume, use_safetensors=True, dtype=torch.float32
             )
             processor = janus.AutoProcessor.from_pretrained(self.resume)
         except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -22,6 +22,7 @@ from models.line_config import LineARConfig
 from models.line_methods import METHODS
 from util import checkpoint
 from util.config import FlagParser, Flags, setting
+from util.device import can_compile
 from util.errors import UserError
 from util.files import sha256_of
 
@@ -139,7 +140,8 @@ class LlamaGenHost(Host):
         images = self.images
         size = images.image_size_eval or images.img_size
         model = loaded.model.to(dtype)
-        return GPTGenerator(model, loaded.tokenizer, self.sampling, size, compute.vae_bsz)
+        fast = not compute.no_compile and can_compile(device, show)
+        return GPTGenerator(model, loaded.tokenizer, self.sampling, size, compute.vae_bsz, fast)
 
     def config(self, loaded: Loaded, dtype: torch.dtype) -> dict[str, object]:
         images = self.images

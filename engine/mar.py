@@ -21,7 +21,7 @@ from models.noise import ImageNoise
 from models.order import OrderConfig
 from models.plan import DecodingPlan
 from models.sampler import Sampler
-from models.tokenizers import latent_scale_of, load_tokenizer
+from models.tokenizers import Tokenizer, latent_scale_of, load_tokenizer
 from util import checkpoint
 from util.config import FlagParser, Flags, flags_of, setting
 from util.device import DTYPES, autocast, can_compile, to_device
@@ -101,7 +101,7 @@ class TokenizerConfig:
     )
     vae_dtype: str | None = setting(None, "precision; default --dtype", choices=tuple(DTYPES))
 
-    def open(self, embed_dim: int, stride: int, device: torch.device) -> nn.Module:
+    def open(self, embed_dim: int, stride: int, device: torch.device) -> Tokenizer:
         """The tokenizer on the device. UserError if its file is missing or does not fit."""
         try:
             tokenizer = load_tokenizer(self.tokenizer, self.vae_path, embed_dim, self.latent_stats)
@@ -123,7 +123,7 @@ class TokenizerConfig:
         """Kind and first digits of the sha256 of its files."""
         return " ".join([self.tokenizer, *(sha256_of(path)[:16] for path in self.files)])
 
-    def scale(self, tokenizer: nn.Module | None) -> float:
+    def scale(self, tokenizer: Tokenizer | None) -> float:
         """Factor from the tokenizer's latents to the model's. UserError if nothing states it."""
         try:
             return latent_scale_of(tokenizer, self.latent_scale)
@@ -265,7 +265,7 @@ class MARHost(Host):
         """The model with fresh weights, on the CPU."""
         return mar.MAR(**vars(self.geometry))
 
-    def open_tokenizer(self, device: torch.device) -> nn.Module:
+    def open_tokenizer(self, device: torch.device) -> Tokenizer:
         """The tokenizer on the device."""
         geometry = self.geometry
         return self.tokenizer.open(geometry.vae_embed_dim, geometry.vae_stride, device)
@@ -331,7 +331,7 @@ class MARHost(Host):
         plan = DecodingPlan.create(
             model.seq_len, sampling.num_iter, sampling.cfg, sampling.cfg_schedule
         )
-        return image_work(MARGeometry.of(model), plan, executed=True).total
+        return image_work(MARGeometry.from_model(model), plan, executed=True).total
 
     def with_sampling(self, **changes: Any) -> "MARHost":
         """The same model, sampled with these fields of SamplingConfig changed."""
@@ -405,7 +405,7 @@ class MarGenerator:
     def __init__(
         self,
         model: mar.MAR,
-        tokenizer: nn.Module,
+        tokenizer: Tokenizer,
         latent_scale: float,
         sampling: SamplingConfig,
         device: torch.device,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.gpt_sampler import GPTSampler
 from models.line_config import LineARConfig
 from models.line_methods import METHODS
 from models.llamagen import GPT
@@ -70,9 +71,15 @@ class GPTGenerator:
         sampling: GPTSampling,
         size: int,
         vae_bsz: int | None = None,
+        fast: bool = False,
     ) -> None:
-        """Pictures of size x size pixels; vae_bsz: images decoded at once, all without it."""
-        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
+        """Pictures of size x size pixels; vae_bsz: images decoded at once, all without it.
+
+        fast: torch.compile and CUDA graphs, see models.gpt_sampler.GPTSampler.
+        """
+        self.sampler = GPTSampler(model, compile=fast, graphs=fast)
+        self.execution = {"compile": fast, "cuda_graphs": fast}
+        self.tokenizer, self.sampling = tokenizer, sampling
         self.size, self.vae_bsz = size, vae_bsz
 
     def prepare(
@@ -83,12 +90,11 @@ class GPTGenerator:
 
     def generate(self, prepared: tuple[Sequence[int], Sequence[int]]) -> Tensor:
         """Images (B, 3, size, size) float32, about [-1, 1]."""
-        return generate(
-            self.model, self.tokenizer, *prepared, self.sampling, self.size, self.vae_bsz
+        return _generate(
+            self.sampler, self.tokenizer, *prepared, self.sampling, self.size, self.vae_bsz
         )
 
 
-@torch.no_grad()
 def generate(
     model: GPT,
     tokenizer: VQModel,
@@ -104,7 +110,20 @@ def generate(
     resized by bicubic interpolation before they are clamped (LlamaGen, sample_c2i_ddp.py). One that the
     GPT could not compute is NaN.
     """
-    codes = model.sample_tokens(
+    return _generate(GPTSampler(model), tokenizer, labels, seeds, sampling, size, vae_bsz)
+
+
+@torch.no_grad()
+def _generate(
+    sampler: GPTSampler,
+    tokenizer: VQModel,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    sampling: GPTSampling,
+    size: int,
+    vae_bsz: int | None,
+) -> Tensor:
+    codes = sampler.sample_tokens(
         torch.tensor(labels),
         sampling.cfg,
         sampling.temperature,
@@ -114,7 +133,7 @@ def generate(
         line_ar=sampling.line_ar,
         seeds=seeds,
     )
-    return pictures(tokenizer.decode, codes.unflatten(1, model.grid), size, vae_bsz)
+    return pictures(tokenizer.decode, codes.unflatten(1, sampler.model.grid), size, vae_bsz)
 
 
 def pictures(

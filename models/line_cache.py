@@ -11,6 +11,8 @@ order of slots means nothing: the new line's rows move into the slots of evicted
 live slots are always a prefix of the buffer, attended to as a view, without a mask.
 """
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,27 @@ class KVLayer:
         self.v[:, :, self.live : stop] = v
         return self.k[:, :, :stop], self.v[:, :, :stop]
 
+    def put(
+        self, slot: Tensor, place: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: int
+    ) -> tuple[Tensor, Tensor]:
+        """`append` and `remember` of one position, for StepCache: q, k, v (rows, H, 1, d).
+
+        slot, place: (1,) int64, where keys and values go, and the query in its line. Returns views of
+        the first `attended` slots.
+        """
+        del place, q
+        if self.k.numel() == 0:
+            self._allocate(k)
+        self.k.index_copy_(2, slot, k)
+        self.v.index_copy_(2, slot, v)
+        return self.k[:, :, :attended], self.v[:, :, :attended]
+
+    def reset(self) -> None:
+        """Forget the images and keep the memory."""
+        self.live = self.count = 0
+        self.k.zero_()
+        self.v.zero_()
+
     def remember(self, q: Tensor) -> None:
         """See the queries (rows, heads, m, d) of the positions just appended."""
 
@@ -68,7 +91,7 @@ class KVLayer:
 
     def _allocate(self, k: Tensor) -> None:
         shape = (k.shape[0], k.shape[1], self.slots, k.shape[3])
-        self.k, self.v = k.new_empty(shape), k.new_empty(shape)
+        self.k, self.v = k.new_zeros(shape), k.new_zeros(shape)  # a mask may hide only numbers
 
     @property
     def nbytes(self) -> int:
@@ -101,12 +124,30 @@ class LineLayer(KVLayer):
         if not self.method.needs_queries:
             return
         heads, groups = self.k.shape[1], q.shape[1] // self.k.shape[1]
-        if self.queries.numel() == 0:
-            self.queries = q.new_empty(len(q), heads, self.plan.line * groups, q.shape[3])
+        queries = self._queries(q, heads, groups)
         token = self.count - self.plan.condition
         if token >= 0:
             start = token % self.plan.line * groups
-            self.queries[:, :, start : start + groups] = q[:, :, 0].unflatten(1, (heads, groups))
+            queries[:, :, start : start + groups] = q[:, :, 0].unflatten(1, (heads, groups))
+
+    def put(
+        self, slot: Tensor, place: Tensor, q: Tensor, k: Tensor, v: Tensor, attended: int
+    ) -> tuple[Tensor, Tensor]:
+        if self.method.needs_queries:  # of the condition too; the line's last query overwrites it
+            self._queries(q, q.shape[1], groups=1).index_copy_(2, place, q)
+        return super().put(slot, place, q, k, v, attended)
+
+    def _queries(self, q: Tensor, heads: int, groups: int) -> Tensor:
+        """The line's queries, allocated at the first call."""
+        if self.queries.numel() == 0:
+            self.queries = q.new_empty(len(q), heads, self.plan.line * groups, q.shape[3])
+        return self.queries
+
+    def reset(self) -> None:
+        super().reset()
+        if self.positions.numel():
+            self.positions.copy_(torch.arange(self.slots, device=self.positions.device))
+        self.scores.zero_()
 
     def hide(self, hidden: Tensor) -> None:
         self.hidden = hidden.new_zeros(len(hidden), 1, self.slots)
@@ -114,9 +155,14 @@ class LineLayer(KVLayer):
 
     def advance(self, positions: int = 1) -> None:
         super().advance(positions)
+        if self.completes_line:
+            self.end_line(self.count)
+
+    @property
+    def completes_line(self) -> bool:
+        """Whether the last position was the last one of a line."""
         tokens = self.count - self.plan.condition
-        if tokens > 0 and tokens % self.plan.line == 0:
-            self._end_line()
+        return tokens > 0 and tokens % self.plan.line == 0
 
     def _allocate(self, k: Tensor) -> None:
         super()._allocate(k)
@@ -128,11 +174,14 @@ class LineLayer(KVLayer):
         if self.method.cumulative:
             self.scores = torch.zeros(rows, heads, self.slots, device=k.device)
 
-    def _end_line(self) -> None:
-        """Score the live tokens where that is needed; if the buffer is full, evict one line."""
+    def end_line(self, count: int | Tensor) -> None:
+        """Score the live tokens where that is needed; if the buffer is full, evict one line.
+
+        count: positions seen, as a number or as a tensor (1,) on the device.
+        """
         line, live = self.plan.line, self.live
         full = live == self.plan.condition + self.plan.budget + line
-        newest = torch.arange(self.count - line, self.count, device=self.positions.device)
+        newest = torch.arange(-line, 0, device=self.positions.device) + count
         self.positions[:, :, live - line : live] = newest
         if not (full or self.method.cumulative):
             return
@@ -149,16 +198,16 @@ class LineLayer(KVLayer):
         if self.method.cumulative:
             score = self.scores[:, :, :live].add_(score)
         if full:
-            self._evict(self._holes(score, view.positions))
+            self._evict(self._holes(score, view.positions, count))
             self.live -= line
 
-    def _holes(self, score: Tensor, position: Tensor) -> Tensor:
+    def _holes(self, score: Tensor, position: Tensor, count: int | Tensor) -> Tensor:
         """Slots (rows, H, line) of the tokens to evict: the worst ones that nothing protects.
 
         Among equals the oldest goes, in whatever slot it lies.
         """
         image = position - self.plan.condition  # < 0: the condition
-        newest = self.count - self.plan.condition - self.plan.recent
+        newest = count - self.plan.condition - self.plan.recent
         protected = (image < self.plan.anchors) | (image >= newest)
         bits = score.masked_fill(protected, torch.inf).view(torch.int32)
         bits = torch.where(bits < 0, bits ^ MAGNITUDE, bits)  # ordered as the floats are
@@ -200,6 +249,18 @@ class KVCache:
         self.layers[layer].remember(q)
         return kv
 
+    def reset(self) -> None:
+        """Forget the images and keep the memory."""
+        for layer in self.layers:
+            layer.reset()
+
+    def go_to(self, position: int) -> Hashable:
+        """The next position is this one; returns what its program depends on, see StepCache."""
+        return position
+
+    def begin(self) -> Tensor | None:
+        """Called once per position, before the layers: the mask of their attention, or None."""
+
     def advance(self) -> None:
         """All layers have seen this position."""
         for layer in self.layers:
@@ -233,6 +294,6 @@ def make_layer(config: LineARConfig, plan: LinePlan, slots: int) -> KVLayer:
 
 def make_cache(line_ar: LineARConfig | bool | None, grid: tuple[int, int], layers: int) -> KVCache:
     """An empty cache for one call. ValueError if the budget does not fit the grid."""
-    config = LineARConfig.of(line_ar)
+    config = LineARConfig.from_argument(line_ar)
     plan = config.plan(grid)
     return KVCache([make_layer(config, plan, plan.slots) for _ in range(layers)])

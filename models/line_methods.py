@@ -6,7 +6,6 @@ two, and a line in METHODS. All see the same moments (a complete line), the same
 layer, sequence and head.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -104,9 +103,10 @@ class Stratified(LineAR):
 
     def score(self, view: LineView) -> Tensor:
         line, spaced = view.plan.line, view.plan.spaced
-        columns = [math.floor((i + 0.5) * (line - 1) / spaced + 0.5) for i in range(spaced)]
+        place = torch.arange(spaced, dtype=torch.float64, device=view.positions.device)
+        columns = ((place + 0.5) * (line - 1) / spaced + 0.5).floor()
         column = (view.positions - view.plan.condition) % line
-        kept = torch.isin(column, column.new_tensor(columns))
+        kept = (column[..., None] == columns).any(-1)
         return super().score(view).masked_fill(kept, torch.inf)
 
 

@@ -32,3 +32,10 @@ class LinePlan:
         """Rows of the buffer per head, where the image's last token is never fed."""
         tokens = self.line * self.lines - 1
         return self.condition + min(tokens, self.budget + self.line)
+
+    def live(self, position: int) -> int:
+        """Slots in use when this position, counted with the condition, is about to be appended."""
+        tokens = position - self.condition
+        if not self.compressed or tokens < self.budget + self.line:
+            return position
+        return self.condition + self.budget + (tokens - self.budget) % self.line

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.gpt_sampler import GPTSampler
 from models.line_cache import KVCache, LineARConfig, make_cache
-from models.token_sampling import TokenSampler, check_settings
 
 RMS_NORM_EPS = 1e-5  # LlamaGen, autoregressive/models/gpt.py: norm_eps
 ROPE_BASE = 10_000  # the same: rope_base
@@ -88,19 +88,14 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x: Tensor, rope: Tensor, update: KVUpdate | None = None) -> Tensor:
-        """x (B, n, D), rope (n, d/2, 2) -> (B, n, D).
-
-        `update` sees q, k, v (B, H, 1, d) of one position and returns the keys and values to attend to.
-        """
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, n, D), rope (n, d/2, 2) -> q, k, v (B, H, n, d)."""
         qkv = self.wqkv(x).unflatten(-1, (3, self.n_head, -1))  # (B, n, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = rotate(q, rope), rotate(k, rope)
-        if update is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            k, v = update(q, k, v)
-            out = F.scaled_dot_product_attention(q, k, v)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def finish(self, out: Tensor) -> Tensor:
+        """Output of the heads (B, H, n, d) -> (B, n, D)."""
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -114,8 +109,31 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(dim)
         self.ffn_norm = RMSNorm(dim)
 
-    def forward(self, x: Tensor, rope: Tensor, update: KVUpdate | None = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, update)
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor,
+        update: KVUpdate | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, n, D), rope (n, d/2, 2) -> (B, n, D).
+
+        `update` sees q, k, v (B, H, 1, d) of one position and returns the keys and values to attend to;
+        mask (1, 1, 1, slots) is added to their logits.
+        """
+        q, k, v = self.project(x, rope)
+        if update is not None:
+            k, v = update(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=update is None)
+        return self.finish(x, out)
+
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before the attention; as Attention.project."""
+        return self.attention.project(self.attention_norm(x), rope)
+
+    def finish(self, x: Tensor, out: Tensor) -> Tensor:
+        """Both residual sums: x (B, n, D) and the output of the heads (B, H, n, d) -> (B, n, D)."""
+        x = x + self.attention.finish(out)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -154,7 +172,8 @@ class GPT(nn.Module):
         grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.grid = (math.isqrt(block_size),) * 2 if grid is None else tuple(grid)
+        side = math.isqrt(block_size)
+        self.grid: tuple[int, int] = (side, side) if grid is None else (grid[0], grid[1])
         if math.prod(self.grid) != block_size or min(self.grid) < 1:
             raise ValueError(
                 f"block_size is {block_size}, which is not {self.grid[0]} x {self.grid[1]}: "
@@ -221,33 +240,10 @@ class GPT(nn.Module):
 
         Raises ValueError for settings that do not fit, before anything is computed.
         """
-        check_settings(cfg, temperature, top_k, top_p)
-        labels = torch.as_tensor(labels, device=self.device)
-        classes = labels.dim() == 1 and not (labels.is_floating_point() and len(labels))
-        if not classes or not bool(((labels >= 0) & (labels < self.num_classes)).all()):
-            raise ValueError(f"labels must be (B,) classes from 0 to {self.num_classes - 1}")
-        labels = labels.long()
-        sampler = TokenSampler(
-            len(labels), self.block_size, temperature, top_k, top_p, greedy, seeds, self.device
-        )
-        guided = cfg > 1
-        if guided:
-            labels = torch.cat([labels, torch.full_like(labels, self.num_classes)])
-        cache = make_cache(line_ar, self.grid, len(self.layers))
-        rope = self.rope()
-        x = self.cls_embedding(labels)
-        tokens = []
-        for i in range(self.block_size):
-            logits = self.decode(x, rope[i : i + 1], cache)  # (rows, vocab)
-            if guided:
-                c, u = logits.chunk(2)
-                logits = u + cfg * (c - u) if cfg_interval < 0 or i - 1 <= cfg_interval else c
-            tokens.append(sampler(logits, i))
-            x = self.tok_embeddings(tokens[-1])[:, None]
-            if guided:
-                x = torch.cat([x, x])
-        broken = ~logits.isfinite().all(dim=-1, keepdim=True)  # what is NaN once stays so
-        return torch.stack(tokens, dim=1).masked_fill(broken, -1)
+        return GPTSampler(self).sample_tokens(
+            labels, cfg, temperature, top_k, top_p, cfg_interval,
+            line_ar=line_ar, seeds=seeds, greedy=greedy,
+        )  # fmt: skip
 
     @torch.no_grad()
     def cached_logits(
@@ -272,9 +268,15 @@ class GPT(nn.Module):
 
     def decode(self, x: Tensor, rope: Tensor, cache: KVCache) -> Tensor:
         """One position x (rows, 1, D), rope (1, d/2, 2) -> logits (rows, vocab) float32."""
-        for index, layer in enumerate(self.layers):
-            x = layer(x, rope, partial(cache.update, index))
+        logits = self.next_logits(x, rope, cache)
         cache.advance()
+        return logits
+
+    def next_logits(self, x: Tensor, rope: Tensor, cache: KVCache) -> Tensor:
+        """`decode`, but the caller advances the cache."""
+        mask = cache.begin()
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope, partial(cache.update, index), mask)
         return self.output(self.norm(x))[:, 0].float()
 
     def rope(self) -> Tensor:

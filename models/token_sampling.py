@@ -65,13 +65,14 @@ class TokenSampler:
         elif not greedy:
             self.uniforms = torch.rand(batch, num_tokens, device=device)
 
-    def __call__(self, logits: Tensor, i: int) -> Tensor:
-        """logits (B, vocab) float32 of token i -> codes (B,) int64."""
+    def __call__(self, logits: Tensor, i: int | Tensor) -> Tensor:
+        """logits (B, vocab) float32 of token i, a number or (1,) int64 -> codes (B,) int64."""
         if self.uniforms is None:
             return logits.argmax(dim=-1)
         probs = self.distribution(logits)
         cumulative = probs.cumsum(dim=-1)
-        target = self.uniforms[:, i : i + 1] * cumulative[:, -1:]
+        at = i if isinstance(i, Tensor) else slice(i, i + 1)
+        target = self.uniforms[:, at] * cumulative[:, -1:]
         hit = (cumulative > target) & (probs > 0)
         return hit.to(torch.uint8).argmax(dim=-1)  # the first one
 

@@ -140,7 +140,7 @@ class LineARCache(Cache):
         condition: int | None = None,
         layer: type[LineARLayer] = LineARLayer,
     ) -> None:
-        config = LineARConfig.of(config)
+        config = LineARConfig.from_argument(config)
         config.plan(grid)
         make_layer = partial(layer, config, grid, condition)  # called for each layer of the model
         super().__init__(layer_class_to_replicate=make_layer)  # type: ignore[arg-type]

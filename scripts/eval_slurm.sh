@@ -7,8 +7,8 @@
 #SBATCH --time=12:00:00
 #SBATCH --output=%x-%j.log
 # An evaluation on several machines: sbatch scripts/eval_slurm.sh --num_images 50000 --eval_bsz 128 --lazy_mar
-# Submit it from the repository's root, on a file system that all machines share. The arguments are eval.py's.
-# Cut off by the time limit, the same command goes on where it stopped.
+# Submit it from the top of the repository, on a file system that all machines share. The arguments are those
+# of eval.py. If the time limit ends it, submit the same command again to resume.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains gpt_tiny from nothing on one CPU core: tokenizer, codes, model, bundled weights. About 70 minutes.
-# Stopped anywhere, the same command goes on. Bundled files that are there are not made again: delete both of
-# pretrained_models/gpt_tiny first, for the model speaks the tokenizer's codes.
+# Train gpt_tiny from scratch on one CPU core: tokenizer, codes, model. About 70 minutes. Run the same command
+# again to resume. Bundled files that exist are kept: delete both in pretrained_models/gpt_tiny first, because
+# the model only works with the tokenizer that it was trained with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,6 +1,5 @@
 """The repository as a package: dependencies, the wheel, and what users of the original call."""
 
-import inspect
 import json
 import re
 import shutil
@@ -11,17 +10,13 @@ import venv
 from pathlib import Path
 
 import pytest
-import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from engine.cli import make_parser, select
-from engine.mar import PRESETS, MARHost
-from models import mar
+from engine.mar import MARHost
 from models.lazy_mar import LazyMARConfig
-from models.vae import AutoencoderKL
-from util import download
 
 try:
     import tomllib
@@ -164,72 +159,3 @@ def test_the_published_evaluation_of_lazymar_means_mar_huge():
     assert (host.model, host.resume) == ("mar_huge", "pretrained_models/mar/mar_huge")
     assert (host.geometry.diffloss_d, host.geometry.diffloss_w) == (12, 1536)
     assert (host.sampling.cfg, host.sampling.lazy_mar) == (3.25, LazyMARConfig())
-
-
-# ---- the notebook of the original --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "depth", "width"),
-    [("mar_base", 6, 1024), ("mar_large", 8, 1280), ("mar_huge", 12, 1536)],
-)
-def test_the_factories_are_called_by_name_as_in_the_notebook(name, depth, width):
-    with torch.device("meta"):
-        model = mar.__dict__[name](
-            buffer_size=64, diffloss_d=depth, diffloss_w=width, num_sampling_steps="100"
-        )
-    assert model.diffloss.num_sampling_steps == 100
-    assert (model.buffer_size, model.seq_len) == (64, 256)
-
-
-def test_the_notebook_samples_and_decodes(tmp_path):
-    small = {"embed_dim": 8, "ch_mult": (1, 1, 1)}
-    torch.save({"model": AutoencoderKL(**small, ch=32).state_dict()}, tmp_path / "kl.ckpt")
-    vae = AutoencoderKL(**small, ch=32, ckpt_path=str(tmp_path / "kl.ckpt")).eval()
-    model = mar.__dict__["mar_tiny"](
-        buffer_size=2, diffloss_d=1, diffloss_w=16, num_sampling_steps="5", img_size=32
-    )
-    torch.save({"model_ema": model.state_dict()}, tmp_path / "checkpoint-last.pth")
-    state_dict = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)["model_ema"]
-    model.load_state_dict(state_dict)
-    model.eval()
-    class_labels = (7, 1)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        sampled_tokens = model.sample_tokens(
-            bsz=len(class_labels),
-            num_iter=2,
-            cfg=4.0,
-            cfg_schedule="constant",
-            labels=torch.Tensor(class_labels).long(),
-            temperature=1.0,
-            progress=True,
-        )
-        images = vae.decode(sampled_tokens / 0.2325)
-    assert sampled_tokens.shape == (2, 8, 8, 8)
-    assert images.shape == (2, 3, 32, 32)
-
-
-def test_kl16_is_built_as_in_the_notebook():
-    positional = ["embed_dim", "ch_mult", "use_variational", "ckpt_path"]
-    parameters = inspect.signature(AutoencoderKL).parameters
-    assert list(parameters)[:4] == positional
-    assert (parameters["use_variational"].default, parameters["ckpt_path"].default) == (True, None)
-    with torch.device("meta"):
-        vae = AutoencoderKL(embed_dim=16, ch_mult=(1, 1, 2, 2, 4), ckpt_path=None)
-    assert round(sum(p.numel() for p in vae.parameters()) / 1e6, 1) == 66.5
-
-
-@pytest.mark.parametrize(
-    ("call", "path"),
-    [
-        ("vae", "pretrained_models/vae/kl16.ckpt"),
-        ("marb", f"{PRESETS['mar_base']['resume']}/checkpoint-last.pth"),
-        ("marl", f"{PRESETS['mar_large']['resume']}/checkpoint-last.pth"),
-        ("marh", f"{PRESETS['mar_huge']['resume']}/checkpoint-last.pth"),
-    ],
-)
-def test_the_download_calls_of_the_notebook_bring_what_the_models_look_for(call, path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(download, "fetch", lambda item, overwrite: asked.append(item.path))
-    getattr(download, f"download_pretrained_{call}")(overwrite=False)
-    assert asked == [path]

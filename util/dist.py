@@ -302,6 +302,7 @@ def start(rendezvous: Rendezvous, device: torch.device) -> None:
     world = rendezvous.world
     if world.size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
+        assert rendezvous.store is not None  # there are several processes
         store = dist.PrefixStore("group", rendezvous.store)
         dist.init_process_group(backend, store=store, world_size=world.size, rank=world.rank)
 

@@ -82,7 +82,7 @@ def geometry_of(name: str) -> MARGeometry:
     host = cli.named(name).host()
     assert isinstance(host, MARHost)
     with torch.device("meta"):
-        return MARGeometry.of(host.build())
+        return MARGeometry.from_model(host.build())
 
 
 def count(geometry: MARGeometry, mode: Mode) -> Counts:

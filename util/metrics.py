@@ -41,6 +41,7 @@ from util.evaluation.image_source import (
     ImageSource,
     Pictures,
     image_batches,
+    image_count,
     open_reference,
     open_source,
 )
@@ -203,7 +204,8 @@ class Extractor:
                 f"the weights of feature extractor {features} cannot be loaded ({reason}); "
                 f"replace the file {path or 'in the checkpoint folder of torch.hub'}"
             ) from error
-        self._network, self._spatial = network.to(device), None
+        self._network = network.to(device)
+        self._spatial: torch.Tensor | None = None
         if spatial:
             if self.spec.spatial_module is None:
                 raise UserError(f"{features} has no spatial features: leave sfid out of --metrics")
@@ -278,6 +280,7 @@ class Scorer:
             result |= {"is_mean": mean, "is_std": deviation, "is_splits": sums.splits}
         result |= sums.verdicts()
         if "sfid" in request.metrics:
+            assert reference.mu_s is not None and reference.sigma_s is not None
             theirs = Gaussian(reference.mu_s, reference.sigma_s)
             result["sfid"] = _frechet(sums.gaussian("spatial"), theirs)
         if request.needs_features:
@@ -403,11 +406,12 @@ def make_stats(
         raise UserError(f"the folder of {output} does not exist; create it or change --output")
     if not isinstance(source, Dataset):
         source = open_reference(source, img_size)
-    count = len(source)
+    count = image_count(source)
     if count < 2:
         raise UserError(f"FID statistics need at least 2 images, got {count}; check the folder")
-    metrics = ("fid", "sfid") if feature_spec(features).spatial_module else ("fid",)
-    metrics += ("kid",) if keep_features else ()
+    spatial_features = feature_spec(features).spatial_module is not None
+    wanted = {"fid": True, "sfid": spatial_features, "kid": keep_features}
+    metrics = tuple(name for name, is_wanted in wanted.items() if is_wanted)
     scorer = Scorer(
         ScoreRequest(features, features_path, output, metrics), count, device, None, batch_size
     )
@@ -422,8 +426,8 @@ def make_stats(
         gaussian.sigma,
         count,
         features,
-        spatial and spatial.mu,
-        spatial and spatial.sigma,
+        None if spatial is None else spatial.mu,
+        None if spatial is None else spatial.sigma,
         kept,
     )
     save_stats(output, stats)

@@ -40,7 +40,7 @@ def command(monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_told_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"result\.json cannot be written"):
+    with pytest.raises(UserError, match="result cannot be written"):
         prepare_output(tmp_path / "file" / "result")
 
 

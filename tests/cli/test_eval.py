@@ -127,16 +127,6 @@ def test_the_same_command_again_generates_nothing_and_gives_the_same_score(
     assert again["sec_per_image"] == result["sec_per_image"]
 
 
-def test_a_mistake_on_the_command_line_ends_in_one_sentence_and_exit_code_2(tmp_path):
-    argv = flags_for(tmp_path / "none", tmp_path / "out")
-    command = [sys.executable, "eval.py", *argv]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr.startswith(f"error: no checkpoint at {tmp_path / 'none'}")
-    assert process.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---- weights -----------------------------------------------------------------------------------------
 
 

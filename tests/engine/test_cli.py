@@ -152,14 +152,6 @@ def test_a_flag_that_is_given_wins_over_the_preset(program):
     assert (found["cfg"], found["latent_scale"]) == (1.5, 2.0)
 
 
-def test_the_published_command_of_mar_parses():
-    flags = "--model mar_base --diffloss_d 6 --diffloss_w 1024 --eval_bsz 256 --num_images 50000"
-    flags += " --num_iter 256 --num_sampling_steps 100 --cfg 2.9 --cfg_schedule linear"
-    flags += " --temperature 1.0 --resume pretrained_models/mar/mar_base --evaluate --no_pin_mem"
-    found = values("main_mar", *flags.split())
-    assert (found["num_iter"], found["cfg"], found["pin_mem"]) == (256, 2.9, False)
-
-
 def test_the_published_gpts_draw_384_pixels_and_are_saved_at_256():
     for name in GPT_PRESETS.keys() - {"gpt_tiny"}:
         images = cli.named(name).host().images

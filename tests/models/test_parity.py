@@ -14,7 +14,11 @@ from tests.support.golden_data import golden, golden_model, golden_noise, load_n
 EXACT, SAMPLED = 1e-5, 1e-4
 SAMPLE_KEY = re.compile(r"(?:mar|lazy)_T(\d+)_cfg(\d+)(?:_(linear|constant))?(?:_temp([\d.]+))?$")
 RUNS = [
-    (file, steps, key)
+    pytest.param(
+        *(file, steps, key),
+        id=f"{steps}-{key}",
+        marks=[pytest.mark.slow] if "T256" in key else [],  # as long as all others together
+    )
     for file, steps in (
         ("mar.npz", "ddim100"),
         ("lazymar.npz", "ddim100"),
@@ -30,7 +34,7 @@ def test_every_recorded_sample_is_compared():
     assert len(RUNS) == 14
 
 
-@pytest.mark.parametrize(("file", "steps", "key"), RUNS, ids=[f"{r[1]}-{r[2]}" for r in RUNS])
+@pytest.mark.parametrize(("file", "steps", "key"), RUNS)
 def test_sampled_latents_equal_the_recorded_ones(file, steps, key):
     num_iter, cfg, schedule, temperature = SAMPLE_KEY.match(key).groups()
     noise, labels = golden_noise(file)

@@ -105,7 +105,9 @@ SCALARS = [
 ]
 
 
-@pytest.mark.parametrize("value", [*SCALARS, np.arange(3), np.random.get_state()], ids=repr)
+@pytest.mark.parametrize(
+    "value", [*SCALARS, np.arange(3), np.random.get_state()], ids=lambda value: type(value).__name__
+)
 @pytest.mark.parametrize("zipped", [True, False])
 def test_numpys_scalars_and_arrays_do_not_stop_a_checkpoint(model, tmp_path, value, zipped):
     content = {"model_ema": AVERAGED, "epoch": value}

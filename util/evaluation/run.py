@@ -82,6 +82,7 @@ def evaluate(
 
     scorer = None
     if run.settings.no_save:
+        assert run.request is not None  # EvaluationConfig refuses no_save without scores
         scorer = Scorer(run.request, run.num_images, device, run.all_conditions())
     rendezvous.publish("made", asdict(_make(run, folder, generator, scorer, world, device)))
     call = _sum_up([Production(**word) for word in rendezvous.wait("made")])

@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from util.images import (
     save_png,
 )
 
-Json = Mapping[str, object]
+Json = Mapping[str, Any]
 
 MANIFEST = "manifest.json"
 # What a call may change without changing images, but for rounding; the user is told.
@@ -51,7 +52,7 @@ class RunFolder:
         self.path = Path(path)
         self.images = self.path / "images"
 
-    def manifest(self) -> dict[str, object]:
+    def manifest(self) -> dict[str, Any]:
         """{"config": {...}, "calls": [...]}, or {} where there is none. UserError if it is damaged."""
         path = self.path / MANIFEST
         if not path.exists():
@@ -142,7 +143,7 @@ class RunFolder:
         """Where image `index` lies."""
         return self.images / png_name(index)
 
-    def results(self) -> dict[str, object]:
+    def results(self) -> dict[str, Any]:
         """The results of an earlier call, or {}. UserError if they are damaged."""
         path = self.path / "results.json"
         return read_json(path, dict, "delete it, it is made again") if path.exists() else {}

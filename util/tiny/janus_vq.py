@@ -25,7 +25,7 @@ from util.tiny import captions
 from util.tiny.vq import test, train
 
 TOKENIZER, RECONSTRUCTIONS = "tokenizer.safetensors", "reconstructions.png"  # in the output folder
-STEPS = 1500
+STEPS = 2000
 CODES = 512
 CODE_CHANNELS = 8
 LATENT_CHANNELS = 32
