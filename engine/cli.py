@@ -17,6 +17,7 @@ from util.device import DeviceConfig, pick_device, set_threads
 from util.errors import UserError
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
+from util.files import beside_code
 from util.training.config import TrainConfig
 from util.training.optimizer import OptimizerConfig
 
@@ -92,7 +93,10 @@ def select(flags: Flags, program: str) -> Selection:
     else:
         known = ", ".join(name for family in FAMILIES.values() for name in family.presets)
         raise UserError(f"--model {model} is unknown; use one of {known}")
-    preset = dict(family.presets[model])
+    preset = {
+        name: beside_code(value) if isinstance(value, str) and "/" in value else value
+        for name, value in family.presets[model].items()
+    }
     training = program in TRAINING
     if training and family.name != "MAR":
         raise UserError(f"{program}.py is for MAR models; eval.py samples --model {model}")
