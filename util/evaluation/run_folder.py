@@ -213,10 +213,37 @@ def _is_whole(call: Json) -> bool:
 
 
 def provenance() -> dict[str, object]:
-    """What a number travels with: command line, commit (with + if files changed since), torch."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--match="]
+    """What a number travels with: command line, commit (with + if files changed since), torch.
+
+    Where no commit is known, it is None and commit_unknown says why.
+    """
+    commit, reason = _commit()
+    unknown = {} if commit else {"commit_unknown": reason}
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": commit,
+        **unknown,
+        "torch": torch.__version__,
+    }
+
+
+def _commit() -> tuple[str | None, str]:
+    """The commit of the code, or None and the reason.
+
+    Only of a repository that tracks this file: an archive may be unpacked inside another one.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    # A hook's GIT_DIR would name the repository it runs for.
+    names = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "env": env}
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # an unpacked archive, or no git here
-    return {"command": shlex.join(sys.argv), "commit": commit, "torch": torch.__version__}
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], **options)
+        describe = [*git, "describe", "--always", "--dirty=+", "--match="]
+        return subprocess.run(describe, **options).stdout.strip(), ""
+    except OSError as error:
+        return None, f"git cannot be run ({error.strerror})"
+    except subprocess.CalledProcessError as error:
+        if error.returncode == 1:
+            return None, "the git repository around the code does not track it"
+        return None, (error.stderr.strip() or "git failed").splitlines()[0]
