@@ -141,6 +141,7 @@ def selection_rows(base: LazyMARConfig) -> list[Row]:
             row, name=f"{row.name}, token cache alone", config=row.config.with_caches(["token"])
         )
         for row in rows
+        if row.config is not None
     ]
 
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -46,7 +46,7 @@ from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
 from util.files import read_json, write_json
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 GROUPS = tuple(groups(LazyMARConfig(), lambda row, config: None))
 TINY_IMAGES = 300
@@ -345,7 +345,7 @@ def main() -> None:
     ablation.measure_seconds(rows)
     for name, path in request.paths().items():
         found = ablation.results(name)
-        document = {"about": ablation.about(name), "rows": found}
+        document: dict[str, Any] = {"about": ablation.about(name), "rows": found}
         text = table(found)
         if name == "frontier":
             draw(path.with_suffix(".png"), ablation.series(), found, ablation.base)

@@ -4,12 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.ablation_rows import STEPS, Series, rivals
 from benchmarks.plots import save_cost_plot
 from models.lazy_mar import LazyMARConfig
 
-Result = dict[str, object]  # a measured row
+Result = dict[str, Any]  # a measured row
 
 
 def undominated(rows: list[Result], cost: str) -> list[Result]:
@@ -24,7 +25,7 @@ def undominated(rows: list[Result], cost: str) -> list[Result]:
 
 def default_row(rows: list[Result], base: LazyMARConfig) -> Result:
     """LazyMAR as it is unless told otherwise; `base` is its configuration."""
-    default = STEPS, _key(asdict(base))
+    default = STEPS, _key(base)
     return next(row for row in rows if (row["num_iter"], _key(row["lazy_mar"])) == default)
 
 
@@ -36,7 +37,7 @@ def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
         f"per image as executed, MAR {rows[0]['fid']:.3f} at {rows[0]['tflops_executed']:.3g}."
     ]
     for name, config in rivals(base).items():
-        own = [row for row in rows if _key(row["lazy_mar"]) == _key(config and asdict(config))]
+        own = [row for row in rows if _key(row["lazy_mar"]) == _key(config)]
         near = min(own, key=lambda row: abs(row["tflops_executed"] - lazy["tflops_executed"]))
         lines.append(
             f"Nearest to the cost of LazyMAR is, of {name}, the row with {near['num_iter']} steps: FID "
@@ -52,18 +53,20 @@ def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) ->
     """Plot FID over operations and over seconds."""
     found = {(row["num_iter"], _key(row["lazy_mar"])): row for row in rows}
     named = {"MAR": rows[0], "LazyMAR": default_row(rows, base)}
-    panels, marks = {}, {}
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    marks = {}
     for title, cost in (
         ("TFLOPs per image, executed", "tflops_executed"),
         ("s / image", "s_per_image"),
     ):
         panels[title] = {}
         for name, line in series.items():
-            of = [found[r.num_iter, _key(r.config and asdict(r.config))] for r in line]
-            panels[title][name] = [(row[cost], row["fid"]) for row in of]
+            measured = [found[row.num_iter, _key(row.config)] for row in line]
+            panels[title][name] = [(row[cost], row["fid"]) for row in measured]
         marks[title] = {name: (row[cost], row["fid"]) for name, row in named.items()}
     save_cost_plot(path, "Quality over cost", "FID", panels, marks)
 
 
-def _key(config: Mapping[str, object] | None) -> str:
-    return json.dumps(config, sort_keys=True)
+def _key(config: LazyMARConfig | Mapping[str, object] | None) -> str:
+    document = asdict(config) if isinstance(config, LazyMARConfig) else config
+    return json.dumps(document, sort_keys=True)

@@ -12,6 +12,7 @@ are benchmarks/results/line_ablation.{json,md}.
 import argparse
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from models.llamagen import GPT
 from util.checkpoint import describe
 from util.device import pick_device, pick_dtype
 from util.errors import run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 ANCHORS = (0, 1, 4, 8, 12, 24)
 RECENT = (1, 2, 3)
@@ -49,7 +50,9 @@ def kl_per_line(
 def sweep(grid: tuple[int, int]) -> Iterator[tuple[str, LineARConfig]]:
     """Every setting whose budget fits, with the budget's name."""
     for budget, share in BUDGETS.items():
-        settings = [{"anchors": a, "recent": r} for a in ANCHORS for r in RECENT]
+        settings: list[dict[str, Any]] = [
+            {"anchors": a, "recent": r} for a in ANCHORS for r in RECENT
+        ]
         settings += [{"recent": r, "pooling": p} for r in RECENT for p in POOLINGS if p != "mean"]
         settings += [{"method": name} for name in METHODS if name != "linear"]
         for setting in settings:

@@ -39,7 +39,7 @@ from util.device import DTYPES, pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.files import write_json
 from util.images import save_png, side_by_side_sheet, to_uint8
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]

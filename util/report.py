@@ -8,7 +8,7 @@ The first run is what the others are compared with: speed-up, and PSNR between i
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy as np
 from util.errors import UserError, run_main
 from util.files import atomic_path, read_json, write_json
 from util.images import png_name, read_image, save_png, side_by_side_sheet
-from util.markdown import markdown_table
 
 PAIRED = (
     "weights",
@@ -60,6 +59,18 @@ NUMBERS = (
     *(key for key, _, _ in ON_REQUEST),
 )
 Json = Mapping[str, Any]
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table that ends in a line break; floats with three significant digits, None as an empty cell."""
+
+    def text(cell: object) -> str:
+        if cell is None:
+            return ""
+        return f"{cell:.3g}" if isinstance(cell, float) and cell < 1000 else str(cell)
+
+    body = [f"| {' | '.join(map(text, row))} |\n" for row in (head, *rows)]
+    return "".join([body[0], "|" + "---|" * len(head) + "\n", *body[1:]])
 
 
 def load_run(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from tests.support import ROOT
 from tests.support.golden_data import relative_error
 from tests.support.sampling import CLOSE, noise_of, sample, small_mar
 from util.errors import UserError
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 
 def test_the_eager_baseline_makes_the_same_latents():

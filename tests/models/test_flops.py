@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from benchmarks.mar_work import count, work_of
-from engine import cli
+from engine import cli, published
 from models import mar
 from models.flops import MARGeometry, Work, image_work
 from models.head_config import HeadConfig, denoising_runs
 from models.lazy_mar import CACHES, LazyMARConfig, step_policies
 from models.order import OrderConfig
 from models.plan import DecodingPlan
-from util import flops, published
+from util import flops
 
 LAZY = LazyMARConfig(
     warmup=1, interval=3, probe_layer=1, keep=((0.0, 1.0), (0.3, 0.5), (0.6, 0.1)), keep_floor=1,

@@ -25,9 +25,9 @@ from util.evaluation.generation import FeatureSink, ImageGenerator, PngSink, Pro
 from util.evaluation.image_source import open_source
 from util.evaluation.request import RESULT_OF, SCORES, ScoreRequest
 from util.evaluation.run_folder import MAY_DIFFER, RunFolder, provenance
+from util.evaluation.scores import Scorer
 from util.files import atomic_path, write_json
 from util.images import list_images
-from util.metrics import Scorer
 
 
 @dataclass(frozen=True)
