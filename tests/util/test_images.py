@@ -111,7 +111,7 @@ def test_a_png_cut_anywhere_is_not_complete_and_is_named_when_read(tmp_path):
     cut.write_bytes(data[: len(data) // 2] + bytes(len(data) // 2))  # zeros after a power cut
     assert not is_complete_png(cut)
     assert not is_complete_png(tmp_path / "absent.png")
-    with pytest.raises(UserError, match=r"cannot read the image .*cut\.png"):
+    with pytest.raises(UserError, match=r"cut\.png cannot be read as an image"):
         read_image(cut)
 
 
@@ -122,17 +122,17 @@ def test_a_png_damaged_inside_is_named_when_read(tmp_path):
     data[60:90] = bytes(30)
     path.write_bytes(data)
     assert is_complete_png(path)
-    with pytest.raises(UserError, match=r"cannot read the image .*a\.png"):
+    with pytest.raises(UserError, match=r"a\.png cannot be read as an image"):
         read_image(path)
 
 
 def test_images_are_listed_in_the_order_of_their_numbers(tmp_path):
-    indices = [100000, 99999, 7, 12]
-    for index in indices:
-        save_png(tmp_path / png_name(index), picture(index))
+    names = [png_name(0), "0000002.png", png_name(1), "000003.png"]
+    for name in names:
+        save_png(tmp_path / name, picture())
     (tmp_path / "run.json").write_text("{}")
-    names = [path.name for path in list_numbered_pngs(tmp_path, 4)]
-    assert names == ["00007.png", "00012.png", "99999.png", "100000.png"]
+    found = [path.name for path in list_numbered_pngs(tmp_path, 4)]
+    assert found == ["00000.png", "00001.png", "0000002.png", "000003.png"]
 
 
 def test_a_wrong_number_of_images_is_an_error_with_both_numbers(tmp_path):
@@ -150,12 +150,11 @@ def test_an_image_that_is_not_numbered_is_refused_by_name(tmp_path):
         list_numbered_pngs(tmp_path, 1)
 
 
-def test_class_folders_are_listed_only_when_asked(tmp_path):
+def test_the_images_of_a_folder_are_listed_and_not_those_of_its_folders(tmp_path):
     (tmp_path / "cat").mkdir()
     save_png(tmp_path / "cat" / "a.png", picture())
     save_png(tmp_path / "b.PNG", picture())
     assert [path.name for path in list_images(tmp_path)] == ["b.PNG"]
-    assert [path.name for path in list_images(tmp_path, recursive=True)] == ["b.PNG", "a.png"]
     with pytest.raises(UserError, match="does not exist"):
         list_images(tmp_path / "absent")
 
