@@ -46,7 +46,8 @@ def make_parser(program: str, description: str = "") -> FlagParser:
     training = program in TRAINING
     parser.add(WeightsConfig, "weights", from_model=() if training else from_model)
     for family in FAMILIES.values():
-        family.add_flags(parser)
+        if not training or family.name == "MAR":
+            family.add_flags(parser)
     parser.add(EvaluationConfig, "evaluation")
     parser.add(ComputeConfig, "evaluation")
     parser.add(ScoreRequest, "scoring", from_model=from_model)

@@ -135,7 +135,7 @@ def test_cache_sizes_follow_from_shapes_alone(monkeypatch, capsys):
 
 def test_a_benchmark_that_samples_nothing_finds_no_largest_batch(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["line_latency", "--sizes_only", "--max_batch"])
-    with pytest.raises(UserError, match="leave one of them away"):
+    with pytest.raises(UserError, match="remove one of them"):
         line_latency.main()
 
 

@@ -29,10 +29,10 @@ def refusal(call) -> str:
 def test_a_note_of_the_tokenizer_that_is_damaged_is_named(tmp_path, content):
     tokenizer = tmp_path / "vae.safetensors"
     tokenizer.write_bytes(b"weights")
-    write_note(tmp_path, [tokenizer], 64)
-    check_note(tmp_path, [tokenizer], 64)
+    write_note(tmp_path, [str(tokenizer)], 64)
+    check_note(tmp_path, [str(tokenizer)], 64)
     (tmp_path / "tokenizer.json").write_bytes(content)
-    said = refusal(lambda: check_note(tmp_path, [tokenizer], 64))
+    said = refusal(lambda: check_note(tmp_path, [str(tokenizer)], 64))
     assert "tokenizer.json cannot be read" in said and "remove it" in said
 
 

@@ -126,13 +126,15 @@ def test_a_png_damaged_inside_is_named_when_read(tmp_path):
         read_image(path)
 
 
-def test_images_are_listed_in_the_order_of_their_numbers(tmp_path):
-    names = [png_name(0), "0000002.png", png_name(1), "000003.png"]
-    for name in names:
-        save_png(tmp_path / name, picture())
+def test_images_are_listed_by_number_and_none_may_be_missing(tmp_path):
+    for index in (2, 0, 1):
+        save_png(tmp_path / png_name(index), picture(index))
     (tmp_path / "run.json").write_text("{}")
-    found = [path.name for path in list_numbered_pngs(tmp_path, 4)]
-    assert found == ["00000.png", "00001.png", "0000002.png", "000003.png"]
+    names = [path.name for path in list_numbered_pngs(tmp_path, 3)]
+    assert names == ["00000.png", "00001.png", "00002.png"]
+    (tmp_path / "00001.png").rename(tmp_path / "00007.png")
+    with pytest.raises(UserError, match=r"holds 00002\.png, but no 00001\.png"):
+        list_numbered_pngs(tmp_path, 3)
 
 
 def test_a_wrong_number_of_images_is_an_error_with_both_numbers(tmp_path):
@@ -150,7 +152,7 @@ def test_an_image_that_is_not_numbered_is_refused_by_name(tmp_path):
         list_numbered_pngs(tmp_path, 1)
 
 
-def test_the_images_of_a_folder_are_listed_and_not_those_of_its_folders(tmp_path):
+def test_the_images_of_a_folder_are_listed_without_those_of_folders_in_it(tmp_path):
     (tmp_path / "cat").mkdir()
     save_png(tmp_path / "cat" / "a.png", picture())
     save_png(tmp_path / "b.PNG", picture())
