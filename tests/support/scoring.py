@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase
 
 from util import metrics
+from util.evaluation.extractors import FeatureSpec, register_features
 from util.evaluation.image_source import image_batches, open_source
 from util.evaluation.request import ScoreRequest
 from util.images import png_name, save_png
@@ -44,9 +45,14 @@ class ToyExtractor(FeatureExtractorBase):
         return tuple(layers[name] for name in self.features_list)
 
 
-metrics.register_features(
-    "toy", metrics.FeatureSpec("8", 8, "logits", True, lambda path: path, "spatial"), ToyExtractor
-)
+def judge(logits, conditions):
+    """accuracy: the largest logit is the label."""
+    pairs = zip(logits.argmax(1).tolist(), conditions, strict=True)
+    return [{"accuracy": found == label} for found, label in pairs]
+
+
+SPEC = FeatureSpec("8", 8, "logits", lambda path: path, judge, "spatial")
+register_features("toy", SPEC, ToyExtractor)
 
 
 class Pictures(Dataset):
