@@ -1,6 +1,6 @@
 # make demo   sample the bundled model with MAR and with LazyMAR, compare them
 # make test   the tests that need minutes on a CPU at most
-# make lint   ruff
+# make lint   ruff and mypy
 # Each creates the virtual environment it needs. PYTHON names the interpreter, 3.10 or newer.
 
 PYTHON ?= python3
@@ -41,3 +41,4 @@ test-browser: $(READY)  # Chromium comes from the system, such as apt-get instal
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy

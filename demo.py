@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
 
 from engine import cli
 from engine.mar import MARHost, SamplingConfig
 from models.mar import MAR
 from models.sampler import Sampler
+from models.tokenizers import Tokenizer
 from util.device import pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
@@ -59,7 +59,7 @@ class SideBySide:
     def __init__(
         self,
         model: MAR,
-        tokenizer: nn.Module,
+        tokenizer: Tokenizer,
         latent_scale: float,
         sampling: SamplingConfig,
         dtype: torch.dtype,
@@ -157,6 +157,7 @@ def main() -> None:
     loaded = host.load(place.device)
     scale = host.tokenizer.scale(loaded.tokenizer)
     dtype = pick_dtype(place.config.dtype, place.device)
+    assert isinstance(loaded.model, MAR)
     side = SideBySide(loaded.model, loaded.tokenizer, scale, host.sampling, dtype)
     names = CLASSES if host.model == "mar_tiny" and host.class_num == len(CLASSES) else None
     try:

@@ -22,6 +22,7 @@ from util.errors import run_main
 from util.evaluation import run as evaluation
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.run_folder import RunFolder
+from util.files import beside_code
 
 # What --score_only takes from the run that it scores, unless given.
 SCORED_AS = (
@@ -33,6 +34,7 @@ SCORED_AS = (
     "fid_stats",
     "prompts",
 )
+PATHS = ("features_path", "fid_stats")
 
 
 def parse() -> tuple[cli.Selection, str | None]:
@@ -40,8 +42,9 @@ def parse() -> tuple[cli.Selection, str | None]:
     flags = cli.make_parser("eval", __doc__.splitlines()[0]).parse()
     folder = flags.given.pop("score_only", None)
     if folder is not None and (manifest := RunFolder(folder).manifest()):
-        before = manifest["calls"][-1]["arguments"]
+        before = manifest["calls"][-1].get("arguments", {})
         known = {name: before[name] for name in SCORED_AS if before.get(name) is not None}
+        known |= {name: beside_code(known[name]) for name in PATHS if name in known}
         flags.given = {**known, **flags.given}
     return cli.select(flags, "eval"), folder
 

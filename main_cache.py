@@ -45,7 +45,8 @@ def cache(
     write_note(folder, host.tokenizer.files, img_size)
     loader = DataLoader(images, batch_sampler=picks, num_workers=data.num_workers)
     batches = zip(groups, in_one_sentence(loader), strict=True)
-    count, total, squares = 0, 0.0, 0.0  # of all latents written here
+    count, total = 0, torch.zeros((), dtype=torch.float64)  # of all latents written here
+    squares = total
     bar = tqdm(batches, total=len(groups), unit="batch", disable=None)
     for group, (batch, _) in bar:
         x = to_unit_range(batch.to(device))

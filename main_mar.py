@@ -22,6 +22,7 @@ from engine.base import ComputeConfig, Loaded
 from engine.mar import MARHost
 from engine.run import evaluate
 from models import mar
+from models.tokenizers import Tokenizer
 from models.vae import DiagonalGaussianDistribution
 from util import checkpoint, dist, metrics
 from util.data.checks import (
@@ -98,7 +99,7 @@ def parse(words: Sequence[str] | None = None) -> Command:
 
 
 def latents_from(
-    use_cached: bool, tokenizer: nn.Module | None, scale: float
+    use_cached: bool, tokenizer: Tokenizer | None, scale: float
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Function from a batch and its noise to scaled latents: a draw from each image's posterior."""
 
@@ -109,8 +110,7 @@ def latents_from(
     @torch.no_grad()
     def from_images(images: Tensor, noise: Tensor) -> Tensor:
         assert tokenizer is not None
-        latents: Tensor = tokenizer.encode(to_unit_range(images)).sample(noise=noise)
-        return latents * scale
+        return tokenizer.encode(to_unit_range(images)).sample(noise=noise) * scale
 
     return from_moments if use_cached else from_images
 
@@ -303,7 +303,7 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
 def evaluate_online(
     command: Command,
     model: mar.MAR,
-    tokenizer: nn.Module,
+    tokenizer: Tokenizer,
     rendezvous: dist.Rendezvous,
     epoch: int,
     monitor: TrainingMonitor,
@@ -330,12 +330,12 @@ def evaluate_online(
     for cfg, (host, run_folder) in runs.items():
         if cfg not in finished:
             try:
-                results = evaluate_loaded(command, host, loaded, rendezvous, str(folder))
+                made = evaluate_loaded(command, host, loaded, rendezvous, str(folder))
             except Exception:
                 run_folder.delete_images()  # on a full disk they would end the training, too
                 raise
             if rendezvous.world.is_main:
-                print(json.dumps(results), flush=True)
+                print(json.dumps(made), flush=True)
         if rendezvous.world.is_main:
             results = run_folder.results()
             for name, key in (("fid", "fid"), ("is", "is_mean")):

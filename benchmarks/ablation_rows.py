@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import combinations
 
 from models.lazy_mar import CACHES, TOKEN_SELECTIONS, LazyMARConfig
+from util.errors import run_main
 
 STEPS = 64  # both papers' quick setting
 FEWER_STEPS = (48, 32, 24, 16)
@@ -140,6 +141,7 @@ def selection_rows(base: LazyMARConfig) -> list[Row]:
             row, name=f"{row.name}, token cache alone", config=row.config.with_caches(["token"])
         )
         for row in rows
+        if row.config is not None
     ]
 
 
@@ -160,6 +162,11 @@ def groups(base: LazyMARConfig, steps_at: StepsAt) -> dict[str, list[Row]]:
     return unique
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the groups of rows."""
     for name, about in ABOUT.items():
         print(f"{name:16} {about}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -12,24 +12,25 @@ document.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from tqdm import tqdm
 
-from benchmarks.ablation_rows import STEPS, Row, Series, frontier_series, groups, rivals
+from benchmarks.ablation_rows import STEPS, Row, Series, frontier_series, groups
 from benchmarks.common import (
     OUTPUT,
     origin,
     timed,
     write_result,
 )
+from benchmarks.frontier import Result, conclusion, draw
 from benchmarks.memory import SampledBatch, peak_gb
-from benchmarks.plots import require_matplotlib, save_cost_plot
+from benchmarks.plots import require_matplotlib
 from engine import cli
 from engine.base import ComputeConfig
 from engine.mar import MARHost
@@ -45,7 +46,7 @@ from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
 from util.files import read_json, write_json
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 GROUPS = tuple(groups(LazyMARConfig(), lambda row, config: None))
 TINY_IMAGES = 300
@@ -54,7 +55,6 @@ NOT_PAIRED = {"psnr": None, "identical": None}
 CUDA_WARMUPS = 2  # one compiles, one records
 PEAK = {True: "of the device", False: "of a whole process, its head with 4 denoising steps"}
 COST = ("TFLOPs as published", "TFLOPs executed", "s / image", "speed-up", "peak GB")
-Result = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Ablation:
         self.dtype = pick_dtype(request.place.config.dtype, self.device)
         self.loaded = request.host.load(self.device)
         self.model = cast(MAR, self.loaded.model)
-        self.geometry = MARGeometry.of(self.model)
+        self.geometry = MARGeometry.from_model(self.model)
         lazy_mar = request.host.sampling.lazy_mar
         assert lazy_mar is not None
         self.base = lazy_mar
@@ -273,63 +273,6 @@ def table(rows: list[Result]) -> str:
     return markdown_table((*QUALITY, *COST), body)
 
 
-def undominated(rows: list[Result], cost: str) -> list[Result]:
-    """Rows that no other beats in both FID and cost, the cheapest first."""
-    best, found = float("inf"), []
-    for row in sorted(rows, key=lambda row: (row[cost], row["fid"])):
-        if row["fid"] < best:
-            best = row["fid"]
-            found.append(row)
-    return found
-
-
-def default_row(rows: list[Result], base: LazyMARConfig) -> Result:
-    """LazyMAR as it is unless told otherwise; `base` is its configuration."""
-    default = STEPS, _key(asdict(base))
-    return next(row for row in rows if (row["num_iter"], _key(row["lazy_mar"])) == default)
-
-
-def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
-    """What the frontier says, in sentences made from its numbers; `base` is the default row's."""
-    lazy = default_row(rows, base)
-    lines = [
-        f"LazyMAR with {STEPS} steps has FID {lazy['fid']:.3f} at {lazy['tflops_executed']:.3g} TFLOPs "
-        f"per image as executed, MAR {rows[0]['fid']:.3f} at {rows[0]['tflops_executed']:.3g}."
-    ]
-    for name, config in rivals(base).items():
-        own = [row for row in rows if _key(row["lazy_mar"]) == _key(config and asdict(config))]
-        near = min(own, key=lambda row: abs(row["tflops_executed"] - lazy["tflops_executed"]))
-        lines.append(
-            f"Nearest to the cost of LazyMAR is, of {name}, the row with {near['num_iter']} steps: FID "
-            f"{near['fid']:.3f} at {near['tflops_executed']:.3g} TFLOPs."
-        )
-    for cost, title in (("tflops_executed", "FLOPs"), ("s_per_image", "seconds")):
-        names = "; ".join(row["name"] for row in undominated(rows, cost))
-        lines.append(f"No row has both a lower FID and fewer {title} than: {names}.")
-    return "\n\n".join(lines) + "\n"
-
-
-def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) -> None:
-    """Plot FID over operations and over seconds."""
-    found = {(row["num_iter"], _key(row["lazy_mar"])): row for row in rows}
-    named = {"MAR": rows[0], "LazyMAR": default_row(rows, base)}
-    panels, marks = {}, {}
-    for title, cost in (
-        ("TFLOPs per image, executed", "tflops_executed"),
-        ("s / image", "s_per_image"),
-    ):
-        panels[title] = {}
-        for name, line in series.items():
-            of = [found[r.num_iter, _key(r.config and asdict(r.config))] for r in line]
-            panels[title][name] = [(row[cost], row["fid"]) for row in of]
-        marks[title] = {name: (row[cost], row["fid"]) for name, row in named.items()}
-    save_cost_plot(path, "Quality over cost", "FID", panels, marks)
-
-
-def _key(config: Mapping[str, object] | None) -> str:
-    return json.dumps(config, sort_keys=True)
-
-
 def parse(words: Sequence[str] | None = None) -> Request:
     """The command line: --group and --results beside the flags of eval.py."""
     parser = cli.make_parser("ablations", __doc__.splitlines()[0])
@@ -402,7 +345,7 @@ def main() -> None:
     ablation.measure_seconds(rows)
     for name, path in request.paths().items():
         found = ablation.results(name)
-        document = {"about": ablation.about(name), "rows": found}
+        document: dict[str, Any] = {"about": ablation.about(name), "rows": found}
         text = table(found)
         if name == "frontier":
             draw(path.with_suffix(".png"), ablation.series(), found, ablation.base)

@@ -20,6 +20,7 @@ from benchmarks.common import add_output, at_least, origin, prepare_output, writ
 from benchmarks.measures import paired_fid
 from engine import cli
 from util import metrics, report
+from util.data.npz import read_arrays
 from util.device import set_threads
 from util.errors import UserError, run_main
 from util.evaluation.image_source import image_batches, open_source
@@ -27,8 +28,7 @@ from util.evaluation.request import ScoreRequest
 from util.evaluation.statistics import load_stats
 from util.evaluation.sums import Gaussian
 from util.files import atomic_path, sha256_of
-from util.markdown import markdown_table
-from util.npz import read_arrays
+from util.report import markdown_table
 
 FEATURES = "features.npz"
 Run = dict[str, object]

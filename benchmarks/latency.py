@@ -35,7 +35,7 @@ from benchmarks.memory import SampledBatch, peak_gb
 from models.sampler import Sampler
 from util.device import DTYPES, can_compile, device_name, pick_device
 from util.errors import UserError, run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 
 def sampling(

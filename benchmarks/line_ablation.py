@@ -12,6 +12,7 @@ are benchmarks/results/line_ablation.{json,md}.
 import argparse
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +23,7 @@ from benchmarks.common import (
     at_least,
     origin,
     prepare_output,
-    with_ending,
-    write_text,
+    write_result,
 )
 from benchmarks.line_common import BUDGETS, HOST, Run, load_tiny
 from models.line_cache import LineARConfig
@@ -32,8 +32,7 @@ from models.llamagen import GPT
 from util.checkpoint import describe
 from util.device import pick_device, pick_dtype
 from util.errors import run_main
-from util.files import write_json
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 ANCHORS = (0, 1, 4, 8, 12, 24)
 RECENT = (1, 2, 3)
@@ -51,7 +50,9 @@ def kl_per_line(
 def sweep(grid: tuple[int, int]) -> Iterator[tuple[str, LineARConfig]]:
     """Every setting whose budget fits, with the budget's name."""
     for budget, share in BUDGETS.items():
-        settings = [{"anchors": a, "recent": r} for a in ANCHORS for r in RECENT]
+        settings: list[dict[str, Any]] = [
+            {"anchors": a, "recent": r} for a in ANCHORS for r in RECENT
+        ]
         settings += [{"recent": r, "pooling": p} for r in RECENT for p in POOLINGS if p != "mean"]
         settings += [{"method": name} for name in METHODS if name != "linear"]
         for setting in settings:
@@ -123,8 +124,6 @@ def main() -> None:
         "device": str(device),
         "dtype": "float32",
     }
-    output = with_ending(args.output, ".json")
-    write_json(output, {"about": about, "rows": rows})
     ours = [row for row in rows if row["method"] == "linear"]
     parts = [
         "KL(full cache || compressed) of the next token, thousandths of a nat, mean over images and lines.",
@@ -134,10 +133,8 @@ def main() -> None:
         table([row for row in ours if row["anchors"] == 8], ("pooling", "recent")),
         "Methods, each with its own protected tokens; LineAR with 8 anchors:",
         table([r for r in rows if r["method"] != "linear"], ("method",)),
-        "\n".join(f"    {key}: {value}" for key, value in about.items()),
     ]
-    write_text(with_ending(args.output, ".md"), "\n\n".join(parts) + "\n")
-    print(json.dumps({"rows": len(rows), "output": str(output)}))
+    write_result(args.output, {"about": about, "rows": rows}, "\n\n".join(parts))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Shared by the LineAR benchmarks: the bundled model, its images and scores."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class Run:
             parts.append(to_uint8(images))
         return np.concatenate(parts)
 
-    def score(self, images: np.ndarray) -> dict[str, float | int]:
+    def score(self, images: np.ndarray) -> dict[str, Any]:
         """fid, is_mean, is_std, accuracy of the bundled classifier."""
         return metrics.score(
             Pictures(images),

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ from models.line_methods import METHODS
 from models.llamagen import GPT
 from util.device import DTYPES, device_name, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 HEAD = ["batch", "budget", "slots", "images_per_s", "speedup", "cache_gb", "cache_over_theory"]
 HEAD += ["workspace_gb", "peak_gb", "read_gb_per_s"]
@@ -90,7 +91,7 @@ def largest_batch(model: GPT, config: LineARConfig, cfg: float) -> int:
         batch = batch * 3 // 2 if batch & (batch - 1) == 0 and batch > 1 else (batch * 4 + 2) // 3
 
 
-def sizes(model: GPT, plan: LinePlan, config: LineARConfig, rows: int) -> dict[str, object]:
+def sizes(model: GPT, plan: LinePlan, config: LineARConfig, rows: int) -> dict[str, Any]:
     """Columns of a table that follow from shapes; on the meta device, too."""
     held, workspace = cache_bytes(model, config, rows)
     return {
@@ -103,9 +104,9 @@ def sizes(model: GPT, plan: LinePlan, config: LineARConfig, rows: int) -> dict[s
 
 def measure(
     model: GPT, configs: Mapping[str, LineARConfig], batch: int, cfg: float, repeats: int
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, Any]]:
     """Budget -> its columns that take time, or a device that counts its memory."""
-    found = {b: {"seconds": math.inf, "peak_gb": None} for b in configs}
+    found: dict[str, dict[str, Any]] = {b: {"seconds": math.inf, "peak_gb": None} for b in configs}
     on_cuda = model.device.type == "cuda"
     for _ in range(repeats):
         for b, config in configs.items():

@@ -26,7 +26,7 @@ from models.line_cache import KVCache, KVLayer, LineARConfig, LinePlan
 from util.device import pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 NEAR = 3  # lines in front of the present one that are not old
 COLUMNS = ("condition", "older", "coverage", "best")

@@ -25,7 +25,7 @@ from benchmarks.common import (
     prepare_output,
     stored_rows,
     with_ending,
-    write_text,
+    write_result,
 )
 from benchmarks.line_common import BUDGETS, HOST, RECENT, Run, load_tiny
 from benchmarks.plots import require_matplotlib, save_budget_plot
@@ -39,7 +39,7 @@ from util.device import DTYPES, pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.files import write_json
 from util.images import save_png, side_by_side_sheet, to_uint8
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
@@ -58,26 +58,16 @@ SAME = (
 )  # in all rows of a file
 
 
-def tables(rows: list[dict], about: dict) -> str:
+def tables(rows: list[dict]) -> str:
     """Markdown: FID and accuracy of all methods (rows) at all budgets (columns)."""
     full = next(row for row in rows if row["method"] == FULL)
-    found = {(row["method"], row["budget"]): row for row in rows}
     parts = []
     for key, title, form in (("fid", "FID", ".3f"), ("accuracy", "Accuracy", ".1%")):
-        body = [
-            [
-                name,
-                *(
-                    format(found[name, b][key], form) if (name, b) in found else "-"
-                    for b in BUDGETS
-                ),
-            ]
-            for name in METHODS
-        ]
+        cells = {(row["method"], row["budget"]): format(row[key], form) for row in rows}
+        body = [[name, *(cells.get((name, b), "-") for b in BUDGETS)] for name in METHODS]
         head = [f"{title} (full cache: {format(full[key], form)})", *BUDGETS]
         parts.append(markdown_table(head, body))
-    text = "\n".join(parts)
-    return text + "\n" + "\n".join(f"    {key}: {value}" for key, value in about.items()) + "\n"
+    return "\n".join(parts)
 
 
 def draw(rows: list[dict], output: Path) -> None:
@@ -183,7 +173,7 @@ def main() -> None:
         row = {
             "method": method,
             "budget": budget,
-            "lines": LineARConfig.of(config).plan(GRID).budget // GRID[1],
+            "lines": LineARConfig.from_argument(config).plan(GRID).budget // GRID[1],
             **run.score(images),
             "images_per_s": args.num_images / seconds,
             "commit": about["commit"],
@@ -191,12 +181,10 @@ def main() -> None:
         rows.append(row)
         write_json(output, {"about": about, "rows": rows})
         print(json.dumps(row), flush=True)
-    write_json(output, {"about": about, "rows": rows})  # of the command that made the tables
-    write_text(with_ending(output, ".md"), tables(rows, about))
     draw(rows, output)
     sheet = picture(run, model, tokenizer, args.sampling, rows, args.recent)
     save_png(with_ending(output, ".png"), sheet)
-    print(json.dumps({"rows": len(rows), "output": str(output)}))
+    write_result(output, {"about": about, "rows": rows}, tables(rows))
 
 
 if __name__ == "__main__":

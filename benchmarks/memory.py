@@ -29,7 +29,8 @@ def _peak(device: str, work: Callable[..., None], args: tuple) -> float:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak too
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
+    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(peak) * 1024 / 1e9
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
 from util.files import write_json
-from util.markdown import markdown_table
+from util.report import markdown_table
 from util.shapes import HELD_OUT_START
 from util.tiny.assets import DEFAULT_IMAGES
 
@@ -110,7 +110,8 @@ class Ranking:
     ) -> None:
         """Runs MAR, which all are compared with, on the model's device."""
         assert isinstance(loaded.model, MAR)
-        self.sampler, self.geometry = Sampler(loaded.model, dtype), MARGeometry.of(loaded.model)
+        self.sampler = Sampler(loaded.model, dtype)
+        self.geometry = MARGeometry.from_model(loaded.model)
         model = self.sampler.model
         assert isinstance(model, MAR)
         plan = DecodingPlan.create(model.seq_len, args.num_iter, host.sampling.cfg)
@@ -315,8 +316,9 @@ def main() -> None:
     paths = {name: args.results / f"rank_{args.model}_{name}" for name in args.group}
     known: dict[str, Result] = {}
     for path in paths.values():
-        for row in stored_rows(path, settings):
-            known[key_of(row["lazy_mar"] and LazyMARConfig(**row["lazy_mar"]))] = row
+        for stored in stored_rows(path, settings):
+            lazy_mar = stored["lazy_mar"] and LazyMARConfig(**stored["lazy_mar"])
+            known[key_of(lazy_mar)] = stored
     wanted = {key_of(row.config) for name in args.group for row in (MAR_ROW, *rows_of(name))}
     args.results.mkdir(parents=True, exist_ok=True)
     if not wanted <= known.keys():

@@ -19,11 +19,12 @@ from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.common import OUTPUT, origin, prepare_output, with_ending, write_result
 from benchmarks.plots import require_matplotlib
@@ -33,6 +34,7 @@ from engine.mar import MARHost
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig
 from models.lazy_predictor import LazyPredictor
+from models.mar import MAR
 from models.noise import ImageNoise
 from models.plan import DecodingPlan, DecodingStep
 from models.predictor import PlainPredictor
@@ -43,14 +45,14 @@ from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
 from util.evaluation.config import EvaluationConfig
 from util.images import to_uint8
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 GROUPS = ("earlier", "previous", "now", "later")
 NOW, PREVIOUS, CHANGED, REUSED = "npc."  # what happened to a token, in the maps of the strip
 
 
-def ranks_of(step: DecodingStep, seq_len: int) -> dict[str, slice]:
-    """Ranks of the tokens decoded earlier, in the previous step, now, and later."""
+def positions_of(step: DecodingStep, seq_len: int) -> dict[str, slice]:
+    """Where in the decoding order the tokens of each of GROUPS are."""
     bounds = (0, step.previous, step.start, step.stop, seq_len)
     return {g: slice(*pair) for g, pair in zip(GROUPS, pairwise(bounds), strict=True)}
 
@@ -65,7 +67,7 @@ class Observer(PlainPredictor):
     age, and from the conditional one, all over its length.
     """
 
-    def __init__(self, model: nn.Module, order: Tensor, embedding: Tensor, ages: int) -> None:
+    def __init__(self, model: MAR, order: Tensor, embedding: Tensor, ages: int) -> None:
         """order (2B, L) decoding order; embedding (2B, D)."""
         super().__init__(model, order, embedding)
         self.layers: list[Tensor] = []  # of the step before, (B, L, D) each
@@ -124,8 +126,8 @@ def token_redundancy(plan: DecodingPlan, similarity: list[Tensor]) -> dict[str, 
     by_step: dict[str, list[float | None]] = {group: [] for group in GROUPS}
     all_steps: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
     for step, values in zip(plan.steps[1:], similarity, strict=True):
-        for group, ranks in ranks_of(step, plan.seq_len).items():
-            some = values[:, :, ranks].flatten(1)  # (layers, B * n)
+        for group, positions in positions_of(step, plan.seq_len).items():
+            some = values[:, :, positions].flatten(1)  # (layers, B * n)
             by_step[group].append(some[-1].mean().item() if some.numel() else None)
             all_steps[group].append(some)
     by_layer = {g: torch.cat(some, dim=1).mean(1).tolist() for g, some in all_steps.items()}
@@ -141,7 +143,7 @@ def guidance_redundancy(
 ) -> dict[str, object]:
     """Means: similarities over the tokens not known yet, by step; errors over all tokens, by age."""
     kinds = ("conditional", "unconditional", "residual")
-    by_step = {kind: [] for kind in kinds}
+    by_step: dict[str, list[float]] = {kind: [] for kind in kinds}
     for step, values in zip(plan.steps[1:], guidance, strict=True):
         for kind, value in zip(
             kinds, values[:, :, step.start :].mean((1, 2)).tolist(), strict=True
@@ -157,9 +159,30 @@ def guidance_redundancy(
     }
 
 
+class RecordingPredictor(LazyPredictor):
+    """LazyPredictor that remembers what it selects: step index -> positions (R, kept)."""
+
+    def __init__(
+        self,
+        model: MAR,
+        order: Tensor,
+        embedding: Tensor,
+        plan: DecodingPlan,
+        config: LazyMARConfig,
+    ) -> None:
+        """As LazyPredictor."""
+        super().__init__(model, order, embedding, plan, config)
+        self.selected: dict[int, Tensor] = {}
+
+    def select(self, v: Tensor, step: DecodingStep, kept: int) -> Tensor:
+        """As LazyPredictor.select."""
+        self.selected[step.index] = super().select(v, step, kept)
+        return self.selected[step.index]
+
+
 def lazy_strip(
-    model: nn.Module, plan: DecodingPlan, config: LazyMARConfig, label: int, noise: ImageNoise
-) -> tuple[dict[str, object], Tensor]:
+    model: MAR, plan: DecodingPlan, config: LazyMARConfig, label: int, noise: ImageNoise
+) -> tuple[dict[str, Any], Tensor]:
     """What LazyMAR recomputes at each step for one image, and its latents (1, C, H, W).
 
     maps: per step a string in raster order, n decoded now, p in the previous step, c recomputed
@@ -167,19 +190,13 @@ def lazy_strip(
     token is decoded, raster order.
     """
     decoding = Decoding(model, 1, plan, config, temperature=1.0)
-    predictor: LazyPredictor = decoding.predictor
-    select, selected = predictor.select, {}  # step index -> positions (1, kept)
-
-    def record(v: Tensor, step: DecodingStep, kept: int) -> Tensor:
-        selected[step.index] = select(v, step, kept)
-        return selected[step.index]
-
-    predictor.select = record
+    predictor = RecordingPredictor(model, decoding.order, decoding.embedding, plan, config)
+    decoding.predictor = predictor
     latents = model.unpatchify(decoding([label], noise))
     ranks = decoding.order[0].argsort().tolist()
     maps = []
     for step in plan.steps:
-        index = selected.get(step.index)
+        index = predictor.selected.get(step.index)
         kept = set(range(plan.seq_len))
         if index is not None:
             kept = {position - model.buffer_size for position in index[0].tolist()}
@@ -210,8 +227,8 @@ class Request:
 
 
 def measure(
-    model: nn.Module, plan: DecodingPlan, request: Request, temperature: float
-) -> tuple[dict[str, object], Tensor]:
+    model: MAR, plan: DecodingPlan, request: Request, temperature: float
+) -> tuple[dict[str, Any], Tensor]:
     """All numbers of the three figures, and the latents (1, C, H, W) of the strip.
 
     model: a sampling copy of a MAR; plan: guided, of more steps than config.interval.
@@ -267,6 +284,7 @@ def main() -> None:
     device, dtype = place.device, pick_dtype(place.config.dtype, place.device)
     loaded = host.load(device)
     model, tokenizer = loaded.model, loaded.tokenizer
+    assert isinstance(model, MAR)
     plan = DecodingPlan.create(
         model.seq_len, sampling.num_iter, sampling.cfg, sampling.cfg_schedule
     )
@@ -303,7 +321,7 @@ def main() -> None:
     write_result(output, document, summary(document))
 
 
-def summary(document: dict[str, dict]) -> str:
+def summary(document: dict[str, Any]) -> str:
     """The numbers of the paragraphs, as Markdown tables."""
     layers = document["tokens"]["by_layer"]
     depth = len(layers["now"])

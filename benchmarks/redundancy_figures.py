@@ -54,7 +54,7 @@ def tokens_figure(numbers: dict) -> "Figure":
         right.plot(_changes(values), line, marker="o", ms=4, color=colour)
     left.set(title="Decoder output", xlabel="decoding step")
     right.set(title="All decoder layers", xlabel="decoder layer, mean over steps")
-    right.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(right)
     _similarity_axis([left, right])
     figure.legend(loc="outside lower center", ncols=4)
     return figure
@@ -81,7 +81,7 @@ def guidance_figure(numbers: dict) -> "Figure":
         right.plot(ages, values, line, marker=marker, ms=4, color=colour, label=name)
     right.set(title="Tokens decoded now", xlabel="age of what is reused, steps")
     right.set(ylabel="relative error of the unconditional features", ylim=(0, None))
-    right.xaxis.get_major_locator().set_params(integer=True)
+    _whole_numbers(right)
     right.legend(loc="lower right")
     return figure
 
@@ -90,14 +90,15 @@ def strip_figure(numbers: dict, image: np.ndarray) -> "Figure":
     """Per step a map of the tokens, and below it the pixels of those that are known."""
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch, Rectangle
 
     grid, count = numbers["grid"], len(numbers["steps"])
     shown = np.unique(np.linspace(0, count - 1, min(count, STRIP_STEPS)).round().astype(int))
     columns = min(STRIP_COLUMNS, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(0.62 * columns, 1.36 * rows + 0.35), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+    layout = ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
+    figure = Figure(figsize=(0.62 * columns, 1.36 * rows + 0.35), layout=layout)
     cells = figure.subplots(rows, columns, squeeze=False).flatten()
     colours = {state: to_rgb(colour) for state, (_, colour) in STATES.items()}
     ranks = np.array(numbers["ranks"]).reshape(grid, grid)
@@ -133,6 +134,13 @@ def _two_panels(sharey: bool = True) -> tuple["Figure", Sequence["Axes"]]:
 def _changes(similarities: Sequence[float | None]) -> list[float]:
     """1 - similarity, which a logarithmic axis spreads; gaps stay gaps."""
     return [np.nan if s is None else max(1 - s, 1e-7) for s in similarities]
+
+
+def _whole_numbers(axes: "Axes") -> None:
+    """Ticks of the x axis at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def _similarity_axis(axes: Sequence["Axes"]) -> None:

@@ -14,7 +14,7 @@ from statistics import median
 
 from benchmarks.common import RESULTS, origin, write_text
 from util.errors import UserError, run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 BUNDLED = "tiny_1000_mar_tiny-mar.json"
 RUNS = {"one": "again, one process", "two": "again, two processes"}

@@ -9,21 +9,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measures import path_kl, path_kl_weights, relative_error
 from diffusion import DIFFUSION_STEPS
 from diffusion.gaussian import EpsilonModel, GaussianDiffusion
 from diffusion.schedule import cosine_betas
-from models.denoiser import PlainDenoiser
+from models.denoiser import Denoiser, PlainDenoiser
+from models.head_config import DenoisingRun
 from models.lazy_head import LazyDenoiser
 from models.lazy_mar import LazyMARConfig
 from models.lazy_predictor import LazyPredictor
 from models.mar import MAR
 from models.plan import DecodingPlan
-from models.predictor import PlainPredictor
-
-Denoiser = PlainDenoiser | LazyDenoiser
+from models.predictor import PlainPredictor, Predictor
 
 
 class Recording(GaussianDiffusion):
@@ -49,16 +49,18 @@ class Replay(Recording):
     """`sample` returns the epsilons (n, T, C) of a model at given states, step after step."""
 
     def sample(self, model: EpsilonModel, noise: Tensor, temperature: float = 1.0) -> Tensor:
-        """noise: the states (n, T, C) of a Recording."""
+        """noise: the states (n, T, C) of a Recording, and one more, which is not read."""
         steps = reversed(range(self.num_timesteps))
         return torch.stack([model(i, noise[:, k])[0] for k, i in enumerate(steps)], dim=1)
 
 
 def denoiser_of(model: MAR, config: LazyMARConfig | None, diffusion: GaussianDiffusion) -> Denoiser:
     """The head of MAR, or that of LazyMAR, over a diffusion process of the model's steps."""
+    steps = diffusion.num_timesteps
+    runs = [DenoisingRun(diffusion, (True,) * steps)]
     if config is not None and config.head_cache:
-        return LazyDenoiser(model.diffloss.net, diffusion, config)
-    return PlainDenoiser(model.diffloss.net, diffusion)
+        return LazyDenoiser(model.diffloss.net, runs, config, steps)
+    return PlainDenoiser(model.diffloss.net, runs)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def forced_z(
     if plan.guided:
         embeddings.append(model.class_embedding(None, count))
     order, embedding = images.order.repeat(len(embeddings), 1), torch.cat(embeddings)
-    predictor: PlainPredictor | LazyPredictor = PlainPredictor(model, order, embedding)
+    predictor: Predictor = PlainPredictor(model, order, embedding)
     if config is not None:
         predictor = LazyPredictor(model, order, embedding, plan, config)
     for step in plan.steps:
@@ -163,7 +165,7 @@ class Teacher:
             )
             if number >= len(self.paths):
                 continue
-            states = [path[0] for path in self.paths[number]]
+            states = [F.pad(path[0], (0, 0, 0, 1)) for path in self.paths[number]]
             found = self._denoise(replay, conditions, states)
             nats = [
                 path_kl(weights, path[1], other).unflatten(0, (count, -1)).mean(1)

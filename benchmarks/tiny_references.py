@@ -31,7 +31,7 @@ from models.linear_tokenizer import LinearTokenizer
 from util import metrics
 from util.device import device_name, set_threads
 from util.errors import run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 from util.shapes import CLASSES, HELD_OUT_START, label_of, render
 from util.tiny.assets import DEFAULT_IMAGES, batches, channel_spread, psnr, restore, to_float
 
@@ -148,8 +148,8 @@ def main() -> None:
     ]
     channels = ("channel", *(str(k) for k in range(len(spread))))
     text = markdown_table(HEAD, scores) + "\n" + markdown_table(channels, latents)
-    spread = [dict(zip(("std", "largest", "kurtosis"), row, strict=True)) for row in spread]
-    write_result(args.output, {"about": about, "rows": rows, "channels": spread}, text)
+    channel_rows = [dict(zip(("std", "largest", "kurtosis"), row, strict=True)) for row in spread]
+    write_result(args.output, {"about": about, "rows": rows, "channels": channel_rows}, text)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ a CPU that of the whole process (Linux). The last line is one JSON document.
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -30,7 +31,7 @@ from models import mar
 from models.noise import TrainingNoise
 from util.device import DTYPES, device_name, pick_device
 from util.errors import UserError, run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 from util.training import step as training
 from util.training.ema import EMA
 from util.training.optimizer import LRSchedule, make_optimizer
@@ -90,7 +91,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     times: dict[str, list[float]] = {row: [] for row in args.rows}
     for k in range(args.warmup + args.repeats):
         for row, step in steps.items():
-            seconds = timed(lambda step=step, k=k: step(k), device)
+            seconds = timed(partial(step, k), device)
             if k >= args.warmup:
                 times[row].append(seconds)
             print(

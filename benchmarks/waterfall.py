@@ -32,7 +32,7 @@ from models.plan import DecodingPlan
 from models.sampler import Sampler
 from util.device import DTYPES, autocast, device_name, pick_device, pick_dtype
 from util.errors import run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 Call = Callable[[], object]
 
@@ -124,10 +124,10 @@ def main() -> None:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(-warmup, args.repeats):
         for name, call in calls.items():
-            seconds = timed(call, device)
+            taken = timed(call, device)
             if repeat >= 0:
-                times[name].append(seconds)
-            print(f"{name}: {seconds:.3f} s", flush=True)
+                times[name].append(taken)
+            print(f"{name}: {taken:.3f} s", flush=True)
 
     seconds = {name: statistics.median(t) / args.batch for name, t in times.items()}
     first = next(iter(seconds.values()))

@@ -33,9 +33,9 @@ def space_timesteps(num_steps: int, respacing: str) -> list[int]:
             "'10,20', or an even stride such as 'ddim50'"
         )
     if respacing.startswith("ddim"):
-        for stride in range(1, num_steps + 1):
-            if digits == str(len(range(0, num_steps, stride))):
-                return list(range(0, num_steps, stride))
+        for whole in range(1, num_steps + 1):
+            if digits == str(len(range(0, num_steps, whole))):
+                return list(range(0, num_steps, whole))
         raise ValueError(
             f"no whole stride over {num_steps} steps gives {digits} of them ({respacing!r})"
         )
@@ -91,7 +91,10 @@ def coupling(fine_abar: np.ndarray, coarse_abar: np.ndarray) -> np.ndarray:
     """
     steps, coarse_steps = len(fine_abar), len(coarse_abar)
     if coarse_steps > steps:
-        raise ValueError(f"noise of {steps} denoising steps cannot serve a run of {coarse_steps}")
+        raise ValueError(
+            f"a run of {coarse_steps} denoising steps needs noise of as many, and there is noise of "
+            f"{steps}: take fewer steps, or a model with more num_sampling_steps"
+        )
     log_q, coarse_log_q = (np.log(a / (1.0 - a))[::-1] for a in (fine_abar, coarse_abar))
     # In units of x_T: W(q) has variance q; log_q ascends, and span k leads to boundary k.
     q = np.exp(log_q)

@@ -100,7 +100,7 @@ class Host(ABC):
 
     @abstractmethod
     def flops_per_image(self, model: nn.Module) -> float:
-        """Operations for one image without caches, tokenizer not counted."""
+        """Operations for one image as it is sampled, tokenizer not counted."""
 
 
 class Family(ABC):

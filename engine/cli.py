@@ -3,6 +3,7 @@
 All four know every flag, as in the original; only some defaults differ.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,11 @@ from engine.base import ComputeConfig, Family, Host, Preset, WeightsConfig
 from util import dist
 from util.config import FlagParser, Flags
 from util.data.config import DataConfig
-from util.device import DeviceConfig, pick_device, set_threads
+from util.device import DeviceConfig, pick_device, set_threads, slow_bf16
 from util.errors import UserError
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
+from util.files import beside_code
 from util.training.config import TrainConfig
 from util.training.optimizer import OptimizerConfig
 
@@ -44,7 +46,8 @@ def make_parser(program: str, description: str = "") -> FlagParser:
     training = program in TRAINING
     parser.add(WeightsConfig, "weights", from_model=() if training else from_model)
     for family in FAMILIES.values():
-        family.add_flags(parser)
+        if not training or family.name == "MAR":
+            family.add_flags(parser)
     parser.add(EvaluationConfig, "evaluation")
     parser.add(ComputeConfig, "evaluation")
     parser.add(ScoreRequest, "scoring", from_model=from_model)
@@ -92,7 +95,10 @@ def select(flags: Flags, program: str) -> Selection:
     else:
         known = ", ".join(name for family in FAMILIES.values() for name in family.presets)
         raise UserError(f"--model {model} is unknown; use one of {known}")
-    preset = dict(family.presets[model])
+    preset = {
+        name: beside_code(value) if isinstance(value, str) and "/" in value else value
+        for name, value in family.presets[model].items()
+    }
     training = program in TRAINING
     if training and family.name != "MAR":
         raise UserError(f"{program}.py is for MAR models; eval.py samples --model {model}")
@@ -119,7 +125,10 @@ def place(flags: Flags) -> Place:
     config, launch = flags.build(DeviceConfig), flags.build(dist.LaunchConfig)
     set_threads(config.threads)
     world = dist.world_from_env(launch.dist_on_itp, launch.world_size)
-    return Place(world, launch, pick_device(config.device, world.local_rank), config)
+    device = pick_device(config.device, world.local_rank)
+    if world.is_main and (text := slow_bf16(device, config.dtype)):
+        print(f"note: {text}", file=sys.stderr)
+    return Place(world, launch, device, config)
 
 
 def parse(program: str, description: str = "", words: Sequence[str] | None = None) -> Selection:

@@ -1,7 +1,6 @@
 """The MAR family: MAR sampled plainly or with LazyMAR's caches."""
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -10,9 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, bundled
+from engine.mar_settings import (
+    DETOK,
+    TOKENIZERS,
+    EMAConfig,
+    HeadSteps,
+    PresetConfig,
+    SamplingConfig,
+    TokenizerConfig,
+    preset_flags,
+)
 from models import mar
 from models.fast_mar import PRESETS as FAST_PRESETS
-from models.fast_mar import FastMARConfig
 from models.flops import MARGeometry, image_work
 from models.head_config import HeadConfig
 from models.lazy_mar import LazyMARConfig
@@ -21,26 +29,13 @@ from models.noise import ImageNoise
 from models.order import OrderConfig
 from models.plan import DecodingPlan
 from models.sampler import Sampler
-from models.tokenizers import latent_scale_of, load_tokenizer
+from models.tokenizers import Tokenizer
 from util import checkpoint
-from util.config import FlagParser, Flags, flags_of, setting
+from util.config import FlagParser, Flags
 from util.device import DTYPES, autocast, can_compile, to_device
 from util.errors import UserError
-from util.files import sha256_of
 
 _TINY = bundled("mar_tiny")
-_DETOK = "pretrained_models/detok"
-
-# What --tokenizer implies where its other flags are not given.
-TOKENIZERS: dict[str, Preset] = {
-    "kl16": {},
-    "linear": {"latent_scale": None},  # its own file states it
-    "detok": {  # which normalises its latents by their statistics
-        "vae_path": f"{_DETOK}/detok-BB-gamm3.0-m0.7-decoder_tuned.pth",
-        "latent_stats": f"{_DETOK}/stats.safetensors",
-        "latent_scale": 1.0,
-    },
-}
 
 
 def _detok(name: str, depth: int, width: int, cfg: float) -> Preset:
@@ -51,7 +46,7 @@ def _detok(name: str, depth: int, width: int, cfg: float) -> Preset:
         "cfg": cfg,
         "no_dropout_in_mlp": True,
         "tokenizer": "detok",
-        "resume": f"{_DETOK}/{name}.pth",
+        "resume": f"{DETOK}/{name}.pth",
         "trains": True,
     }
 
@@ -88,165 +83,6 @@ TRAINING_CFG = 1.0  # MAR's main_mar.py
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
-    """The autoencoder between images and latents."""
-
-    tokenizer: str = setting("kl16", "kind of the autoencoder", choices=tuple(TOKENIZERS))
-    vae_path: str = setting("pretrained_models/vae/kl16.ckpt", "its weights", metavar="FILE")
-    latent_scale: float | None = setting(  # 0.2325: MAR's code, for KL-16
-        0.2325, "factor from its latents to the model's", least=1e-6
-    )
-    latent_stats: str | None = setting(
-        None, "detok: mean and std of its latents, safetensors", metavar="FILE"
-    )
-    vae_dtype: str | None = setting(None, "precision; default --dtype", choices=tuple(DTYPES))
-
-    def open(self, embed_dim: int, stride: int, device: torch.device) -> nn.Module:
-        """The tokenizer on the device. UserError if its file is missing or does not fit."""
-        try:
-            tokenizer = load_tokenizer(self.tokenizer, self.vae_path, embed_dim, self.latent_stats)
-        except (FileNotFoundError, ValueError) as error:
-            raise UserError(f"--vae_path: {error}") from error
-        if tokenizer.stride != stride:
-            raise UserError(
-                f"the tokenizer {self.vae_path} has stride {tokenizer.stride}, but --vae_stride is "
-                f"{stride}: give the tokenizer that the model was trained with"
-            )
-        return tokenizer.to(device)
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The files that decide the latents."""
-        return (self.vae_path,) if self.latent_stats is None else (self.vae_path, self.latent_stats)
-
-    def digest(self) -> str:
-        """Kind and first digits of the sha256 of its files."""
-        return " ".join([self.tokenizer, *(sha256_of(path)[:16] for path in self.files)])
-
-    def scale(self, tokenizer: nn.Module | None) -> float:
-        """Factor from the tokenizer's latents to the model's. UserError if nothing states it."""
-        try:
-            return latent_scale_of(tokenizer, self.latent_scale)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
-
-@dataclass(frozen=True)
-class PresetConfig:
-    """A named combination of the flags below."""
-
-    preset: str | None = setting(
-        None,
-        "lazymar, or faster: balanced, fast; other flags override it",
-        choices=tuple(FAST_PRESETS),
-    )
-
-
-def preset_flags(preset: FastMARConfig) -> dict[str, Any]:
-    """The flags that a preset stands for, by name."""
-    values: dict[str, Any] = {"num_iter": preset.num_iter, "lazy_mar": preset.lazy is not None}
-    published = LazyMARConfig()
-    for name, value in vars(preset.lazy or published).items():
-        if value != getattr(published, name):
-            values[name] = value
-    for config in (preset.head, preset.order):
-        for flag in flags_of(type(config)):
-            values[flag.name] = getattr(config, flag.field.name)
-    steps = preset.head.steps
-    if isinstance(steps, tuple):
-        values["diff_upper_steps"], values["diff_lower_steps"] = steps
-    elif steps is not None:
-        values["diff_upper_steps"] = steps
-    return values
-
-
-@dataclass(frozen=True)
-class EMAConfig:
-    """Which of a checkpoint's two sets of weights to use."""
-
-    no_ema: bool = setting(False, "use the weights of `model` instead of `model_ema`")
-
-
-@dataclass(frozen=True)
-class HeadSteps:
-    """Denoising steps of the head over the decoding steps (DiSA, arXiv 2505.20297)."""
-
-    upper: int | None = setting(
-        None,
-        "denoising steps at the first decoding step; default the model's",
-        flag="diff_upper_steps",
-        least=1,
-    )
-    lower: int | None = setting(
-        None, "at the last one; default the same", flag="diff_lower_steps", least=1
-    )
-
-    def steps(self) -> int | tuple[int, int] | None:
-        """HeadConfig.steps. UserError for a last number without a first."""
-        if self.lower is None:
-            return self.upper
-        if self.upper is None:
-            raise UserError("--diff_lower_steps needs --diff_upper_steps")
-        return self.upper, self.lower
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How images are sampled; arguments of MAR.sample_tokens. ValueError if they make no sense."""
-
-    num_iter: int = setting(64, "autoregressive steps per image", least=1)
-    cfg: float = setting(1.0, "guidance scale, 1.0 is none")
-    cfg_schedule: str = setting("linear", "guidance over steps", choices=("linear", "constant"))
-    temperature: float = setting(1.0, "scale of the head's noise", least=0)
-    lazy_mar: LazyMARConfig | None = None
-    head: HeadConfig | None = None
-    order: OrderConfig | None = None
-
-    def __post_init__(self) -> None:
-        DecodingPlan.create(1, self.num_iter, self.cfg, self.cfg_schedule)
-
-    @property
-    def preset(self) -> str | None:
-        """Name of the preset that these settings are, "balanced" or "fast", else None."""
-        ours = FastMARConfig(
-            self.num_iter, self.order or OrderConfig(), self.head or HeadConfig(), self.lazy_mar
-        )
-        names = (name for name in ("balanced", "fast") if FAST_PRESETS[name]() == ours)
-        return next(names, None)
-
-    @property
-    def method(self) -> str:
-        """MAR, LazyMAR or a preset, and the constants that are not the published ones."""
-        if self.preset:
-            return self.preset
-        parts = ["MAR" if self.lazy_mar is None else "LazyMAR"]
-        for config, published in (
-            (self.lazy_mar, LazyMARConfig()),
-            (self.head, HeadConfig()),
-            (self.order, OrderConfig()),
-        ):
-            for name, value in vars(config).items() if config else ():
-                if value != getattr(published, name):
-                    parts.append(f"{name} {value}")
-        return ", ".join(parts)
-
-    def run_name(self, model: str, num_images: int) -> str:
-        """Folder name of a run, such as mar_huge-lazy_mar-iter64-cfg3.25-50000."""
-        method = "mar" if self.lazy_mar is None else "lazy_mar"
-        if self.preset:
-            method = self.preset
-        elif self.lazy_mar not in (None, LazyMARConfig()) or self.head or self.order:
-            settings = repr((self.lazy_mar, self.head, self.order))
-            method += "_" + hashlib.sha256(settings.encode()).hexdigest()[:6]
-        parts = [model, method, f"iter{self.num_iter}", f"cfg{self.cfg:g}"]
-        if self.cfg_schedule != "linear":
-            parts.append(self.cfg_schedule)
-        if self.temperature != 1.0:
-            parts.append(f"temp{self.temperature:g}")
-        return "-".join([*parts, str(num_images)])
-
-
-@dataclass(frozen=True)
 class MARHost(Host):
     """A named MAR."""
 
@@ -265,7 +101,7 @@ class MARHost(Host):
         """The model with fresh weights, on the CPU."""
         return mar.MAR(**vars(self.geometry))
 
-    def open_tokenizer(self, device: torch.device) -> nn.Module:
+    def open_tokenizer(self, device: torch.device) -> Tokenizer:
         """The tokenizer on the device."""
         geometry = self.geometry
         return self.tokenizer.open(geometry.vae_embed_dim, geometry.vae_stride, device)
@@ -329,9 +165,15 @@ class MARHost(Host):
         assert isinstance(model, mar.MAR)
         sampling = self.sampling
         plan = DecodingPlan.create(
-            model.seq_len, sampling.num_iter, sampling.cfg, sampling.cfg_schedule
+            model.seq_len,
+            sampling.num_iter,
+            sampling.cfg,
+            sampling.cfg_schedule,
+            guidance_start=sampling.head.guidance_start if sampling.head else 0.0,
+            order=sampling.order,
         )
-        return image_work(MARGeometry.of(model), plan, executed=True).total
+        geometry = MARGeometry.from_model(model)
+        return image_work(geometry, plan, sampling.lazy_mar, True, sampling.head).total
 
     def with_sampling(self, **changes: Any) -> "MARHost":
         """The same model, sampled with these fields of SamplingConfig changed."""
@@ -405,7 +247,7 @@ class MarGenerator:
     def __init__(
         self,
         model: mar.MAR,
-        tokenizer: nn.Module,
+        tokenizer: Tokenizer,
         latent_scale: float,
         sampling: SamplingConfig,
         device: torch.device,

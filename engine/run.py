@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ def evaluate(
     dtype: torch.dtype,
     arguments: Mapping[str, object],
     redo: bool = True,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Generate what is missing of a run, score it, and return its results (process 0; others {}).
 
     Args:

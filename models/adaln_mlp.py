@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers import LAYER_NORM_EPS
+from models.layers import LAYER_NORM_EPS, ModuleList, linear_at
 
 
 class TimestepEmbedder(nn.Module):
@@ -15,15 +15,16 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
-        self.half = frequencies // 2
+        self.frequencies = frequencies
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         """t (n,) -> (n, width)."""
-        exponents = torch.arange(self.half, dtype=torch.float32, device=t.device) / self.half
+        half = self.frequencies // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t[:, None].float() * torch.exp(-math.log(10000.0) * exponents)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(linear_at(self.mlp, 0).weight.dtype))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -86,7 +87,9 @@ class SimpleMLPAdaLN(nn.Module):
         self.time_embed = TimestepEmbedder(model_channels)
         self.cond_embed = nn.Linear(z_channels, model_channels)
         self.input_proj = nn.Linear(in_channels, model_channels)
-        self.res_blocks = nn.ModuleList(ResBlock(model_channels) for _ in range(num_res_blocks))
+        self.res_blocks: ModuleList[ResBlock] = ModuleList(
+            ResBlock(model_channels) for _ in range(num_res_blocks)
+        )
         self.final_layer = FinalLayer(model_channels, out_channels)
         self._initialize()
 
@@ -96,10 +99,11 @@ class SimpleMLPAdaLN(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        zeroed = [block.adaLN_modulation[1] for block in self.res_blocks]
-        for layer in (*zeroed, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+        for index in (0, 2):
+            nn.init.normal_(linear_at(self.time_embed.mlp, index).weight, std=0.02)
+        modulated = (*self.res_blocks, self.final_layer)
+        zeroed = [linear_at(part.adaLN_modulation, 1) for part in modulated]
+        for layer in (*zeroed, self.final_layer.linear):
             nn.init.zeros_(layer.weight)
 
     def embed_tokens(self, x: Tensor, rows: int) -> Tensor:

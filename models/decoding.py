@@ -5,14 +5,15 @@ those tokens given z. Every count comes from the plan, and nothing in the loop w
 What passes between the calls lies in tensors made once, so that the calls can be CUDA graphs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.denoiser import PlainDenoiser
+from models.denoiser import Denoiser, PlainDenoiser
 from models.graphs import CudaGraphs, call_now
 from models.head_config import HeadConfig, denoising_runs
 from models.lazy_head import LazyDenoiser
@@ -20,7 +21,12 @@ from models.lazy_mar import LazyMARConfig
 from models.lazy_predictor import LazyPredictor
 from models.noise import ImageNoise
 from models.plan import DecodingPlan, DecodingStep
-from models.predictor import PlainPredictor
+from models.predictor import PlainPredictor, Predictor
+
+if TYPE_CHECKING:
+    from models.mar import MAR
+
+Runner = Callable[[Hashable, Callable[[], None]], None]  # as CudaGraphs.__call__
 
 
 class Decoding:
@@ -31,7 +37,7 @@ class Decoding:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: "MAR",
         bsz: int,
         plan: DecodingPlan,
         config: LazyMARConfig | None,
@@ -69,17 +75,19 @@ class Decoding:
         self.cfg_of = torch.tensor([step.cfg for step in plan.steps], device=device)
 
         self.first_fills = False
-        self.predictor = PlainPredictor(model, self.order, self.embedding)
+        self.predictor: Predictor = PlainPredictor(model, self.order, self.embedding)
         if config is not None:
-            self.predictor = LazyPredictor(model, self.order, self.embedding, plan, config)
-            self.first_fills = self.predictor.policies[plan.steps[0].index].fills
-        self.denoiser = PlainDenoiser(net, [*runs.values()], compile)
+            lazy = LazyPredictor(model, self.order, self.embedding, plan, config)
+            self.predictor, self.first_fills = lazy, lazy.policies[plan.steps[0].index].fills
+        self.denoiser: Denoiser
         if config is not None and config.head_cache:
             self.denoiser = LazyDenoiser(net, [*runs.values()], config, own.num_timesteps, compile)
+        else:
+            self.denoiser = PlainDenoiser(net, [*runs.values()], compile)
         self.first_z: dict[int | None, Tensor] = {}  # label -> z (L, D) of step 0, raster order
         # Heads come again and again, so they must not share memory with the steps.
-        self.run_step = CudaGraphs() if graphs else call_now
-        self.run_head = CudaGraphs() if graphs else call_now
+        self.run_step: Runner = CudaGraphs() if graphs else call_now
+        self.run_head: Runner = CudaGraphs() if graphs else call_now
 
     @torch.no_grad()
     def __call__(
@@ -112,7 +120,7 @@ class Decoding:
             order = self.order[: self.bsz, : first.start, None]
             self.tokens[:, : first.start] = known.gather(1, order.expand(-1, -1, known.shape[2]))
         if not self.first_fills and first.start == 0:
-            classes = [None] * self.bsz if labels is None else list(labels)
+            classes: list[int | None] = [None] * self.bsz if labels is None else [*labels]
             classes += [None] * self.bsz if first.guided else []
             self._write_z(self._first_conditions(classes))
 
@@ -120,7 +128,7 @@ class Decoding:
         """All steps; nothing here waits for the device."""
         for i, step in enumerate(tqdm(self.plan.steps, disable=not progress, leave=False)):
             if step.start > 0 or self.first_fills:
-                self.run_step(i, lambda step=step: self._write_z(self.predictor(step, self.tokens)))
+                self.run_step(i, partial(self._predict, step))
             n, steps = self.bsz * (step.stop - step.start), self.runs[i].num_steps
             self._write_noise(step, noise.head, self._noise(n, steps))
             self.cfg.copy_(self.cfg_of[i])
@@ -128,6 +136,10 @@ class Decoding:
             denoise = partial(self._denoise, n, rows, steps)
             self.run_head((n, rows, steps), denoise)
             self.tokens[:, step.start : step.stop] = self.sampled[:n].unflatten(0, (self.bsz, -1))
+
+    def _predict(self, step: DecodingStep) -> None:
+        """z of a step after the first."""
+        self._write_z(self.predictor(step, self.tokens))
 
     def _write_z(self, z: Tensor) -> None:
         """z (rows, n, D)."""
@@ -159,9 +171,9 @@ class Decoding:
         One class at a time, so that the images of a batch do not change each other's rounding.
         """
         names = sorted(set(classes), key=lambda label: -1 if label is None else label)
-        self.first_z = {name: self.first_z.get(name) for name in names}  # forget other classes
+        self.first_z = {k: z for k, z in self.first_z.items() if k in names}  # forget other classes
         for name in names:
-            if self.first_z[name] is None:
+            if name not in self.first_z:
                 embedding = self.model.class_embedding(None if name is None else [name], 1)
                 nothing = self.tokens[:1, :0]
                 raster = torch.arange(self.model.seq_len, device=self.order.device)[None]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import chain, groupby
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 from models.adaln_mlp import SimpleMLPAdaLN
 from models.graphs import compiled
 from models.head_config import DenoisingRun, Solver
+from models.layers import linear_at
 from models.sampling_copy import sampling_linear
 
 # Rows per product of a modulation table: enough for the full rate, few enough to stay in cache.
@@ -18,6 +20,13 @@ ROWS_AHEAD, ROWS_AHEAD_CPU = 512, 64
 Column = tuple[int, str]  # a block and one of its adaLN outputs; the final layer is block -1
 ADALN_OUTPUTS = ("shift", "scale", "gate")  # as they lie in the weights of a block
 FINAL_COLUMNS: list[Column] = [(-1, "shift"), (-1, "scale")]
+
+
+class Denoiser(Protocol):
+    """Samples the tokens of a decoding step, given their z."""
+
+    def __call__(self, z: Tensor, noise: Tensor, cfg: float | Tensor, temperature: float) -> Tensor:
+        """z (n, D), or with guidance (2n, D); noise (n, N+1, C) of a run of N steps -> tokens (n, C)."""
 
 
 class ModulationTable:
@@ -33,7 +42,7 @@ class ModulationTable:
         weights, biases = [], []
         for block, name in columns:
             layer = net.final_layer if block < 0 else net.res_blocks[block]
-            linear = layer.adaLN_modulation[1]
+            linear = linear_at(layer.adaLN_modulation, 1)
             third = ADALN_OUTPUTS.index(name)
             rows = slice(third * times.shape[1], (third + 1) * times.shape[1])
             weights.append(linear.weight[rows])

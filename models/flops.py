@@ -42,23 +42,23 @@ class MARGeometry:
     frequencies: int
 
     @classmethod
-    def of(cls, model: MAR) -> "MARGeometry":
+    def from_model(cls, model: MAR) -> "MARGeometry":
         """That of a model."""
-        net = model.diffloss.net
+        net, encoder, decoder = model.diffloss.net, model.encoder_blocks, model.decoder_blocks
         return cls(
             seq_len=model.seq_len,
             buffer=model.buffer_size,
             token_dim=model.token_dim,
             encoder_width=model.z_proj.out_features,
-            encoder_depth=len(model.encoder_blocks),
-            encoder_mlp=model.encoder_blocks[0].mlp.fc1.out_features,
+            encoder_depth=len(encoder),
+            encoder_mlp=encoder[0].mlp.fc1.out_features,
             decoder_width=model.decoder_embed.out_features,
-            decoder_depth=len(model.decoder_blocks),
-            decoder_mlp=model.decoder_blocks[0].mlp.fc1.out_features,
+            decoder_depth=len(decoder),
+            decoder_mlp=decoder[0].mlp.fc1.out_features,
             head_width=net.input_proj.out_features,
             head_depth=len(net.res_blocks),
             head_timesteps=tuple(model.diffloss.gen_diffusion.timestep_map),
-            frequencies=net.time_embed.mlp[0].in_features,
+            frequencies=net.time_embed.frequencies,
         )
 
 
@@ -95,7 +95,7 @@ def image_work(
     for step, run in zip(plan.steps, runs, strict=True):
         policy = policies.get(step.index)
         branches = 2 if step.guided else 1
-        if config is None or policy.refresh:
+        if config is None or policy is None or policy.refresh:
             rows = _rows_read(geometry, step, policy, config) if executed else None
             work += _full_step(geometry, step, branches, rows)
         else:
@@ -116,8 +116,10 @@ def _rows_read(
     """Positions whose decoder output is read in a full step: those decoded, or with a residual more."""
     if step.start == 0 and not (policy and policy.fills):
         return g.seq_len
-    residual = config is not None and config.condition_cache and step.guided
-    return (policy.residual_stop if residual else step.stop) - step.start
+    stop = step.stop
+    if policy is not None and config is not None and config.condition_cache and step.guided:
+        stop = policy.residual_stop
+    return stop - step.start
 
 
 def _block(queries: int, new: int, keys: int, mlp: int, width: int, hidden: int) -> float:
@@ -130,7 +132,7 @@ def _block(queries: int, new: int, keys: int, mlp: int, width: int, hidden: int)
 def _full_step(g: MARGeometry, step: DecodingStep, branches: int, rows: int | None) -> Work:
     """Everything; the last decoder block for `rows` positions, or for all."""
     known = g.buffer + step.start
-    encoder = 2 * step.start * g.token_dim * g.encoder_width
+    encoder: float = 2 * step.start * g.token_dim * g.encoder_width
     encoder += g.encoder_depth * _block(known, known, known, known, g.encoder_width, g.encoder_mlp)
     decoder = 2 * known * g.encoder_width * g.decoder_width + _whole_decoder(g, rows)
     return Work(branches * encoder, branches * decoder)
@@ -161,9 +163,9 @@ def _lazy_step(
         return _full_step(g, step, branches, now if executed else None)
     tokens, known, total = step.start - step.previous, g.buffer + step.start, g.buffer + g.seq_len
     new = (g.buffer if config.buffer_refresh else 0) + tokens
-    encoder = 2 * tokens * g.token_dim * g.encoder_width
+    encoder: float = 2 * tokens * g.token_dim * g.encoder_width
     encoder += g.encoder_depth * _block(new, new, known, new, g.encoder_width, g.encoder_mlp)
-    decoder = 2 * new * g.encoder_width * g.decoder_width
+    decoder: float = 2 * new * g.encoder_width * g.decoder_width
     sizes = g.decoder_width, g.decoder_mlp
     if config.lazy_step == "local":
         last = now if executed else kept
@@ -211,7 +213,7 @@ def head_work(
             total += rows * full_row + (token if executed else rows * token)
             continue
         modulations = 2 + blocks * (1 if executed and kind == "cold" else 3)
-        if config.head_reuse_adaln:
+        if config is not None and config.head_reuse_adaln:
             modulations = 0
         total += token + embedding + modulations * one_modulation + output
         total += blocks * mlp if kind == "warm" else 0

@@ -5,7 +5,8 @@ The plain path is `block(x)`. Two optional arguments serve whoever computes less
 `rows` names the positions whose output is wanted, while all of x serves as keys and values.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,27 @@ from torch import Tensor, nn
 LAYER_NORM_EPS = 1e-6  # MAR, models/mar.py: norm_layer=partial(nn.LayerNorm, eps=1e-6)
 
 KVUpdate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+M = TypeVar("M", bound=nn.Module)
+
+if TYPE_CHECKING:
+
+    class ModuleList(nn.ModuleList, Generic[M]):
+        """torch's own, which does not tell a type checker what it holds."""
+
+        def __iter__(self) -> Iterator[M]: ...
+        @overload
+        def __getitem__(self, index: slice) -> "ModuleList[M]": ...
+        @overload
+        def __getitem__(self, index: int) -> M: ...
+        def __getitem__(self, index: int | slice) -> "M | ModuleList[M]": ...
+
+else:
+    ModuleList = nn.ModuleList
+
+
+def linear_at(layers: nn.Sequential, index: int) -> nn.Linear:
+    """A linear layer of a Sequential, typed; in a sampling copy, the layer in its place."""
+    return cast(nn.Linear, layers[index])
 
 
 class Linear(nn.Linear):

@@ -19,10 +19,9 @@ class KVCache:
 
     def refill(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Remember the first `rows` rows of k, v (B, H, n, d); attend to k, v as they are."""
-        self._allocate(k)
         rows = min(self.rows, len(k))
-        self.k[:rows, :, : k.shape[2]] = k[:rows]
-        self.v[:rows, :, : v.shape[2]] = v[:rows]
+        for cached, new in zip(self._allocated(k), (k, v), strict=True):
+            cached[:rows, :, : new.shape[2]] = new[:rows]
         return k, v
 
     def renew(
@@ -32,27 +31,29 @@ class KVCache:
 
         B may be less than `rows`. Attend to the first `known` positions.
         """
-        self._allocate(k)  # the first of all, where without a buffer nothing was known before
+        all_k, all_v = self._allocated(k)  # here, where without a buffer nothing was known before
         rows, start = len(k), end - (k.shape[2] - buffer_size)
-        for cached, new in ((self.k, k), (self.v, v)):
+        for cached, new in ((all_k, k), (all_v, v)):
             cached[:rows, :, :buffer_size] = new[:, :, :buffer_size]
             cached[:rows, :, start:end] = new[:, :, buffer_size:]
-        return self.k[:rows, :, :known], self.v[:rows, :, :known]
+        return all_k[:rows, :, :known], all_v[:rows, :, :known]
 
-    def _allocate(self, k: Tensor) -> None:
-        if self.k is None:
+    def _allocated(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.k is None or self.v is None:
             shape = (self.rows, k.shape[1], self.capacity, k.shape[3])
             self.k, self.v = k.new_empty(shape), k.new_empty(shape)
+        return self.k, self.v
 
     def scatter(self, index: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Renew the positions index (rows, n) by k, v (rows, H, n, d); attend to all positions."""
+        assert self.k is not None and self.v is not None  # of the refresh before
         at, rows = index[:, None, :, None].expand_as(k), len(k)
         return self.k[:rows].scatter_(2, at, k), self.v[:rows].scatter_(2, at, v)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return 0 if self.k is None else self.k.nbytes + self.v.nbytes
+        return sum(tensor.nbytes for tensor in (self.k, self.v) if tensor is not None)
 
 
 class ProbeCache:
@@ -74,6 +75,7 @@ class ProbeCache:
         """Cosine similarity (rows, n), averaged over heads, of each position's new value v
         (rows, H, n, d) to the remembered one (LazyMAR, section 3.2); remembers v.
         """
+        assert self.v is not None  # of the refresh before
         before = self.v[: len(v)]
         similarity = F.cosine_similarity(v.float(), before.float(), dim=-1).mean(dim=1)
         before.copy_(v)

@@ -4,7 +4,7 @@ The published code has this cache, its README does not name it; without it the p
 reached. Stands in for models.denoiser.PlainDenoiser and drives the same, untouched network.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, groupby
 
 import torch
@@ -114,7 +114,7 @@ class LazyDenoiser:
         """z (n, D), or with guidance (2n, D); noise (n, N+1, C) of a run of N steps -> tokens (n, C)."""
         n, run = len(noise), self.runs[noise.shape[1] - 1]
         condition = self.net.cond_embed(z)
-        ahead = {
+        ahead: dict[str, Iterator[Tensor]] = {
             kind: self.modulations.ahead(condition[:n], run.times[kind], self.columns[kind])
             for kind in ("warm", "cold")
         }
@@ -130,6 +130,7 @@ class LazyDenoiser:
             kind, x = run.kinds[i], x.contiguous()
             reused = self.reuse_adaln and kind != "full"
             modulation = cache.modulation if reused else next(ahead[kind])
+            assert modulation is not None  # the first step is full
             if kind == "full":
                 cache.modulation = modulation[:n]
                 cache.parts_before, cache.residual_before = cache.parts, cache.residual

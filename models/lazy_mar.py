@@ -9,6 +9,7 @@ everything and fills the caches, a *lazy* step reads them.
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from models.plan import DecodingPlan
 from util.config import setting
@@ -153,7 +154,7 @@ class LazyMARConfig:
             raise ValueError(f"head_warm is {self.head_warm}; it must be in [0, 1]")
 
     @classmethod
-    def of(cls, lazy_mar: "LazyMARConfig | bool | None") -> "LazyMARConfig | None":
+    def from_argument(cls, lazy_mar: "LazyMARConfig | bool | None") -> "LazyMARConfig | None":
         """The argument of sample_tokens: None or False is plain, True the published defaults."""
         if lazy_mar is None or lazy_mar is False:
             return None
@@ -165,7 +166,8 @@ class LazyMARConfig:
 
     def with_caches(self, names: Collection[str]) -> "LazyMARConfig":
         """The same constants with these of CACHES on, and the others off."""
-        return replace(self, **{f"{name}_cache": name in names for name in CACHES})
+        switches: dict[str, Any] = {f"{name}_cache": name in names for name in CACHES}
+        return replace(self, **switches)
 
     def is_refresh(self, index: int, num_iter: int) -> bool:
         """Whether step `index` of num_iter computes everything."""
@@ -208,8 +210,9 @@ class StepPolicy:
     """What one decoding step does.
 
     refresh: computes everything. fills: a lazy step follows before the next refresh, so the caches
-    will be read. residual_stop: ranks up to here will need the guidance residual of this refresh.
-    kept: positions computed behind the probe layer of a lazy step, or by all of a local one.
+    will be read. residual_stop: positions in the decoding order up to here will need the guidance
+    residual of this refresh. kept: positions computed behind the probe layer of a lazy step, or by
+    all of a local one.
     """
 
     refresh: bool
@@ -227,7 +230,7 @@ def step_policies(
     """
     total = buffer_size + plan.seq_len
     policies: dict[int, StepPolicy] = {}
-    lazy_stop = 0  # rank up to which the lazy steps behind this one predict; 0: a refresh follows
+    lazy_stop = 0  # where the tokens of the lazy steps after this one end; 0: a refresh follows
     for before, step in reversed([*zip([None, *plan.steps], plan.steps, strict=False)]):
         refresh = config.is_refresh(step.index, plan.num_iter)
         refresh = refresh or before is None or (step.guided and not before.guided)
@@ -247,7 +250,8 @@ def oldest_positions(
 ) -> dict[int, list[int]]:
     """By step index, the kept positions of a lazy step if those not computed for longest are chosen.
 
-    Positions decoded in this step and in the previous one come first; of equal age, earlier ranks.
+    Positions decoded in this step and in the previous one come first; of equal age, the earlier
+    in the decoding order.
     """
     total = buffer_size + plan.seq_len
     computed_at = [0] * total  # the last step that computed a position behind the probe layer
@@ -258,7 +262,7 @@ def oldest_positions(
         if not policy.refresh and policy.kept < total:
             always = range(buffer_size + step.previous, buffer_size + step.stop)
             others = (p for p in kept if p not in always)
-            oldest = sorted(others, key=lambda p: computed_at[p])  # stable: ranks decide
+            oldest = sorted(others, key=lambda p: computed_at[p])  # stable
             kept = [*always, *oldest[: policy.kept - len(always)]]
             chosen[step.index] = kept
         for p in kept:

@@ -38,7 +38,7 @@ class LazyPredictor:
         self.policies = step_policies(config, plan, model.buffer_size)
         self.use_residual = config.condition_cache and self.branches == 2
         self.rows = len(order) // self.branches if self.use_residual else len(order)
-        self.residual: Tensor | None = None  # uncond - cond of ranks from residual_start on
+        self.residual: Tensor | None = None  # uncond - cond from residual_start on
         self.residual_start = 0
 
         self.token_cache = config.token_cache
@@ -70,9 +70,10 @@ class LazyPredictor:
     @property
     def nbytes(self) -> int:
         """Bytes held by all caches."""
-        caches = (*self.encoder_caches, *self.decoder_caches.values(), self.probe)
-        held = [t.nbytes for t in (self.residual, self.decoder_input) if t is not None]
-        return sum(cache.nbytes for cache in caches) + sum(held)
+        layers = (*self.encoder_caches, *self.decoder_caches.values())
+        tensors = [t for t in (self.residual, self.decoder_input) if t is not None]
+        held = sum(cache.nbytes for cache in layers) + sum(t.nbytes for t in tensors)
+        return held + self.probe.nbytes
 
     def _refresh(self, step: DecodingStep, policy: StepPolicy, tokens: Tensor) -> Tensor:
         """Everything, all branches -> decoder output (branches * B, n, D)."""
@@ -104,6 +105,7 @@ class LazyPredictor:
             x = self._encode_new(step, tokens, branches, step.start)
             x = self._decode_changed(self._renewed_input(x, step), step, policy.kept)
         if self.use_residual and step.guided:
+            assert self.residual is not None  # of the refresh before
             base = self.residual_start
             x = torch.cat([x, x + self.residual[:, step.start - base : step.stop - base]])
         return x
@@ -117,7 +119,7 @@ class LazyPredictor:
         return self.model.embed_decoder(self.model.encode(x, updates), order)
 
     def _decode_all(self, x: Tensor, start: int, stop: int, fill: bool) -> Tensor:
-        """Decoder input (R, total, D) -> decoder output (R, stop - start, D) of ranks start..stop."""
+        """Decoder input (R, total, D) -> decoder output (R, stop - start, D)."""
         buffer = self.model.buffer_size
         updates = None
         if fill:
@@ -128,7 +130,7 @@ class LazyPredictor:
     def _encode_new(self, step: DecodingStep, tokens: Tensor, branches: int, stop: int) -> Tensor:
         """Buffer and tokens of the previous step -> their decoder input (rows, m, D).
 
-        Behind them, mask tokens of the ranks up to `stop`; without the buffer if it is not renewed.
+        Behind them, mask tokens up to `stop`; without the buffer if it is not renewed.
         """
         buffer, renewed = self.model.buffer_size, self.lazy_buffer
         new = tokens[:, step.previous : step.start].repeat(branches, 1, 1)
@@ -142,6 +144,7 @@ class LazyPredictor:
     def _renewed_input(self, x: Tensor, step: DecodingStep) -> Tensor:
         """Decoder input (rows, total, D), renewed at the buffer and the previous step's tokens by x."""
         buffer, renewed = self.model.buffer_size, self.lazy_buffer
+        assert self.decoder_input is not None  # of the refresh before
         cached = self.decoder_input[: len(x)]
         cached[:, :renewed] = x[:, :renewed]
         cached[:, buffer + step.previous : buffer + step.start] = x[:, renewed:]

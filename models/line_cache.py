@@ -294,6 +294,6 @@ def make_layer(config: LineARConfig, plan: LinePlan, slots: int) -> KVLayer:
 
 def make_cache(line_ar: LineARConfig | bool | None, grid: tuple[int, int], layers: int) -> KVCache:
     """An empty cache for one call. ValueError if the budget does not fit the grid."""
-    config = LineARConfig.of(line_ar)
+    config = LineARConfig.from_argument(line_ar)
     plan = config.plan(grid)
     return KVCache([make_layer(config, plan, plan.slots) for _ in range(layers)])

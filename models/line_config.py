@@ -67,7 +67,7 @@ class LineARConfig:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number from {least}")
 
     @classmethod
-    def of(cls, line_ar: "LineARConfig | bool | None") -> "LineARConfig":
+    def from_argument(cls, line_ar: "LineARConfig | bool | None") -> "LineARConfig":
         """The argument of sample_tokens: None or False is the full cache, True the defaults."""
         if line_ar is None or line_ar is False:
             return cls(method=NONE)

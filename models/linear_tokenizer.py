@@ -122,23 +122,28 @@ def _fit_encoder(encoder: nn.Conv2d, images: Tensor) -> Tensor:
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     std = variances.sqrt()
     weight = components * largest.sign() / std.sqrt()[:, None]  # a component's sign is free
-    encoder.weight.copy_(weight.reshape(encoder.weight.shape))
-    encoder.bias.copy_(-weight @ mean)
+    _set(encoder, weight, -weight @ mean)
     return std
 
 
 def _fit_decoder(tokenizer: LinearTokenizer, images: Tensor) -> None:
     """Set the decoder to the least-squares map from latent neighbourhoods to patches."""
     decoder, pad = tokenizer.decoder, NEIGHBOURHOOD // 2
-    count, gram, cross = 0, 0, 0
+    around_size = decoder.in_channels * NEIGHBOURHOOD**2 + 1
+    count, gram = 0, torch.zeros(around_size, around_size, dtype=torch.float64)
+    cross = torch.zeros(around_size, decoder.out_channels, dtype=torch.float64)
     for chunk in images.split(FIT_CHUNK):
         latents = F.pad(tokenizer.encoder(chunk), (pad,) * 4, mode="replicate")
         around = F.unfold(latents.double(), NEIGHBOURHOOD).transpose(1, 2).flatten(0, 1)
         around = F.pad(around, (0, 1), value=1.0)  # (n h w, 9 C + 1): the last one is the bias
         count += len(around)
-        gram = gram + around.T @ around
-        cross = cross + around.T @ _patches(chunk, tokenizer.stride)
+        gram += around.T @ around
+        cross += around.T @ _patches(chunk, tokenizer.stride)
     gram.diagonal()[:-1] += count * LATENT_NOISE**2
     solution = torch.linalg.solve(gram, cross).T  # (3 s s, 9 C + 1)
-    decoder.weight.copy_(solution[:, :-1].reshape(decoder.weight.shape))
-    decoder.bias.copy_(solution[:, -1])
+    _set(decoder, solution[:, :-1], solution[:, -1])
+
+
+def _set(layer: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    """weight (out, in k k), bias (out,)."""
+    layer.load_state_dict({"weight": weight.reshape(layer.weight.shape), "bias": bias})

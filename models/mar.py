@@ -69,7 +69,7 @@ class MAR(MaskedTransformer):
         side = self.grid_size * self.patch_size
         draws = (bsz, self.config.diffusion_batch_mul, stop - known)
         levels = self.diffloss.train_diffusion.num_timesteps
-        on = {"generator": chance, "device": device}
+        on: dict[str, Any] = {"generator": chance, "device": device}
         return TrainingNoise(
             known,
             stop,

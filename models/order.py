@@ -38,7 +38,7 @@ class OrderConfig:
             raise ValueError(f"rates are {self.rates}; give {self.stages} positive numbers")
 
     @classmethod
-    def of(cls, order: "OrderConfig | str | None") -> "OrderConfig":
+    def from_argument(cls, order: "OrderConfig | str | None") -> "OrderConfig":
         """The argument of sample_tokens: a kind, None for MAR's, or an OrderConfig."""
         if isinstance(order, cls):
             return order

@@ -16,9 +16,9 @@ CFG_SCHEDULES = ("linear", "constant")
 
 @dataclass(frozen=True)
 class DecodingStep:
-    """One step that predicts ranks start..stop of the decoding order.
+    """One step that predicts positions start..stop of the decoding order.
 
-    index: the step s of T; previous: where the step before started, so that ranks
+    index: the step s of T; previous: where the step before started, so that positions
     previous..start were decoded by it; cfg: guidance of this step; guided: whether it has an
     unconditional branch.
     """
@@ -57,7 +57,7 @@ class DecodingPlan:
     ) -> "DecodingPlan":
         """The counts of an order (None: MAR's random order) with MAR's guidance schedule.
 
-        guidance_start: steps before this progress s/T are not guided. known: ranks that are known from
+        guidance_start: steps before this progress s/T are not guided. known: tokens that are known from
         the beginning; the run then starts at the step that predicts the next one. Where T exceeds L
         some steps predict nothing; they are left out.
         Raises ValueError for num_iter < 1 or an unknown schedule.

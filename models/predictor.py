@@ -1,9 +1,18 @@
 """PlainPredictor: z of each decoding step, computed in full."""
 
+from typing import Protocol
+
 from torch import Tensor
 
 from models.plan import DecodingStep
 from models.transformer import MaskedTransformer
+
+
+class Predictor(Protocol):
+    """Computes z of the tokens of a decoding step."""
+
+    def __call__(self, step: DecodingStep, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, c), known up to step.start -> z (R, stop - start, D); unguided (B, ., D)."""
 
 
 class PlainPredictor:

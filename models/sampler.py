@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from models.order import OrderConfig
 from models.plan import DecodingPlan
 from models.sampling_copy import sampling_copy
 
+if TYPE_CHECKING:
+    from models.mar import MAR
+
 
 class Sampler:
     """Holds a copy of the model for sampling; MAR.sample_tokens makes one for a single batch.
@@ -25,13 +29,13 @@ class Sampler:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: "MAR",
         dtype: torch.dtype,
         *,
         compile: bool = False,
         graphs: bool = False,
     ) -> None:
-        """model: a MAR; dtype: that of its matrix products (sums and norms keep the model's).
+        """dtype: that of its matrix products (sums and norms keep the model's).
 
         compile: blocks and head with torch.compile. graphs (CUDA alone): from the second batch of a
         kind on, replay CUDA graphs; batches of another kind make their own.
@@ -44,7 +48,7 @@ class Sampler:
         if compile:
             for block in (*self.model.encoder_blocks, *self.model.decoder_blocks):
                 block.finish = compiled(block.finish)
-        self._last: tuple[tuple, Decoding] | None = None  # (what it decodes, its Decoding)
+        self._last: tuple[object, Decoding] | None = None  # (what it decodes, its Decoding)
 
     @torch.no_grad()
     def sample_tokens(
@@ -65,7 +69,7 @@ class Sampler:
         known_mask: Tensor | None = None,
     ) -> Tensor:
         """MAR.sample_tokens: latents (bsz, C, H, W). Raises ValueError for what does not fit."""
-        model, order = self.model, OrderConfig.of(order)
+        model, order = self.model, OrderConfig.from_argument(order)
         if bsz < 1:
             raise ValueError(f"bsz is {bsz}; at least one image can be sampled")
         start = 0.0 if head is None else head.guidance_start
@@ -86,7 +90,7 @@ class Sampler:
                 )
             labels = labels.tolist()
         noise = noise.to(self.device)
-        settings = (LazyMARConfig.of(lazy_mar), temperature, head)
+        settings = (LazyMARConfig.from_argument(lazy_mar), temperature, head)
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with on_device, torch.autocast(self.device.type, enabled=False):
             if known is None and known_mask is None:
@@ -123,7 +127,7 @@ class Sampler:
 
 
 def check_known(
-    model: torch.nn.Module, bsz: int, known: Tensor | None, known_mask: Tensor | None
+    model: "MAR", bsz: int, known: Tensor | None, known_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """known (B, C, H, W), known_mask (B, g, g) -> a copy as tokens (B, L, c), mask (B, L) bool.
 

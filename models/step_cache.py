@@ -36,7 +36,7 @@ class StepCache(KVCache):
         run: Run,
     ) -> None:
         """dtype: of queries, keys and values. ValueError if the budget does not fit the grid."""
-        config = LineARConfig.of(line_ar)
+        config = LineARConfig.from_argument(line_ar)
         self.plan = config.plan(grid)
         slots = -(-self.plan.slots // BUCKET) * BUCKET
         super().__init__([make_layer(config, self.plan, slots) for _ in range(layers)])

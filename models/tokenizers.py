@@ -2,21 +2,37 @@
 
 import math
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.detok import HEADS, DeTok, TransformerSize
 from models.linear_tokenizer import LinearTokenizer
-from models.vae import AutoencoderKL
+from models.vae import AutoencoderKL, DiagonalGaussianDistribution
 from util.data.latent_stats import read_statistics
 from util.weights import check_weights, load_state_dict_file
 
 
+class Tokenizer(Protocol):
+    """Images (B, 3, H, W) in [-1, 1] <=> latents (B, C, H / stride, W / stride)."""
+
+    stride: int
+
+    def encode(self, images: Tensor, /) -> DiagonalGaussianDistribution:
+        """Images -> the posterior of their latents."""
+
+    def decode(self, latents: Tensor, /) -> Tensor:
+        """Latents -> images, about [-1, 1]."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "Tokenizer":
+        """As torch.nn.Module.to."""
+
+
 def load_tokenizer(
     kind: str, path: str | Path, embed_dim: int, stats_path: str | Path | None = None
-) -> nn.Module:
-    """Frozen tokenizer with `encode` (posterior) and `decode`, on the CPU, in evaluation mode.
+) -> Tokenizer:
+    """Frozen tokenizer on the CPU, in evaluation mode.
 
     Args:
         kind: "kl16" (AutoencoderKL of latent diffusion, stride 16), "linear" (LinearTokenizer) or
@@ -102,7 +118,7 @@ def _detok_of(weights: dict[str, Tensor], heads: tuple[int, int] | None) -> DeTo
     return DeTok(math.isqrt(length) * patch_size, patch_size, channels, *sizes)
 
 
-def latent_scale_of(tokenizer: nn.Module, stated: float | None) -> float:
+def latent_scale_of(tokenizer: Tokenizer | None, stated: float | None) -> float:
     """Factor from its latents to the model's: the stated one, else the tokenizer's own."""
     if stated is not None:
         return stated

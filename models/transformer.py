@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.layers import LAYER_NORM_EPS, Block, KVUpdate
+from models.layers import LAYER_NORM_EPS, Block, KVUpdate, ModuleList
 from models.mar_config import MARConfig
 
 LayerUpdates = Sequence[KVUpdate | None]
@@ -55,12 +55,12 @@ class MaskedTransformer(nn.Module):
         )
         self.z_proj = nn.Linear(self.token_dim, encoder_width)
         self.z_proj_ln = nn.LayerNorm(encoder_width, eps=LAYER_NORM_EPS)
-        self.encoder_blocks = nn.ModuleList(
+        self.encoder_blocks: ModuleList[Block] = ModuleList(
             block(encoder_width, config.encoder_num_heads) for _ in range(config.encoder_depth)
         )
         self.encoder_norm = nn.LayerNorm(encoder_width, eps=LAYER_NORM_EPS)
         self.decoder_embed = nn.Linear(encoder_width, decoder_width)
-        self.decoder_blocks = nn.ModuleList(
+        self.decoder_blocks: ModuleList[Block] = ModuleList(
             block(decoder_width, config.decoder_num_heads) for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_width, eps=LAYER_NORM_EPS)
@@ -159,7 +159,7 @@ class MaskedTransformer(nn.Module):
 
     def _run(
         self,
-        blocks: nn.ModuleList,
+        blocks: "ModuleList[Block]",
         x: Tensor,
         updates: LayerUpdates | None = None,
         rows: slice | None = None,
@@ -174,7 +174,7 @@ class MaskedTransformer(nn.Module):
         return x
 
     def predict(self, known: Tensor, order: Tensor, stop: int, class_embedding: Tensor) -> Tensor:
-        """z (B, stop - n, D) of ranks n..stop, given the known tokens (B, n, c).
+        """z (B, stop - n, D) of the tokens order[:, n:stop], given the known tokens (B, n, c).
 
         order (B, L) is the decoding order; class_embedding (B, D).
         """

@@ -93,7 +93,7 @@ class LineARLayer(CacheLayerMixin):
         keys, values = self.kv.append(key_states, value_states)
         self.waiting = tokens
         self.room -= tokens
-        # `attention` gets this very tensor, and so finds the layer
+        # `attention` gets this very tensor, and so finds the layer; Tensor does not declare the attribute
         keys.line_layer = self  # type: ignore[attr-defined]
         return keys, values
 
@@ -140,9 +140,10 @@ class LineARCache(Cache):
         condition: int | None = None,
         layer: type[LineARLayer] = LineARLayer,
     ) -> None:
-        config = LineARConfig.of(config)
+        config = LineARConfig.from_argument(config)
         config.plan(grid)
-        make_layer = partial(layer, config, grid, condition)  # called for each layer of the model
+        # called for each layer of the model; the library declares a class, and only calls it
+        make_layer = partial(layer, config, grid, condition)
         super().__init__(layer_class_to_replicate=make_layer)  # type: ignore[arg-type]
 
     @property

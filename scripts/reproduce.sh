@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
 
 if [ "${1:---list}" = --list ]; then
-    exec python -m util.published
+    exec python -m engine.published
 fi
-FLAGS=$(python -m util.published "$1")
+FLAGS=$(python -m engine.published "$1")
 # shellcheck disable=SC2086  # FLAGS is a list of words
 torchrun --standalone --nproc_per_node="${PROCESSES:-1}" eval.py $FLAGS "${@:2}"

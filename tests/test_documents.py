@@ -17,11 +17,11 @@ from PIL import Image
 
 from benchmarks.ablation_rows import ABOUT
 from engine import base, cli
+from engine.published import ROWS
 from models.lazy_mar import LazyMARConfig
 from tests.support import ROOT
 from tests.support.golden_data import relative_error
 from tests.support.sampling import CLOSE, noise_of, sample, small_mar
-from util.published import ROWS
 
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()

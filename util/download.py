@@ -251,22 +251,22 @@ def _extent(item: Item, response: HTTPResponse, have: int) -> tuple[int, int | N
             f"The address of {item.name} gives a web page instead of the file: the link may have "
             f"moved or a proxy may ask for a login; open it in a browser to see, {item.by_hand}."
         )
-    start, total = 0, response.headers.get("Content-Length")
+    start, stated = 0, response.headers.get("Content-Length")
     if response.status == 206:
-        span, _, total = response.headers.get("Content-Range", "").rpartition("/")
+        span, _, stated = response.headers.get("Content-Range", "").rpartition("/")
         start = have
         if not span.startswith(f"bytes {have}-"):
             raise UserError(
                 f"The server was asked for {item.name} from byte {have} and answered {span!r}: use "
                 f"another network or proxy, {item.by_hand}."
             )
-    total = int(total) if total and total.isdigit() else item.bytes
+    total = int(stated) if stated and stated.isdigit() else item.bytes
     if total is None and not response.chunked:
         raise UserError(
             f"The server does not say how long {item.name} is, so a cut could not be noticed: "
             f"use another network or proxy, {item.by_hand}."
         )
-    if None not in (total, item.bytes) and total != item.bytes:
+    if total is not None and item.bytes is not None and total != item.bytes:
         raise UserError(
             f"The server offers {total} bytes as {item.name}, but {item.bytes} are right: the "
             f"published file has changed; look for a newer version of this project, {item.by_hand}."

@@ -7,12 +7,6 @@ from util import streams
 
 # Part of what an error says (type and message, in lower case) -> what to do about it.
 _REMEDIES = {
-    "bus error": "shared memory is full: use --num_workers 0, or enlarge /dev/shm",
-    **dict.fromkeys(
-        ("exited unexpectedly", "is killed by signal"),  # "DataLoader worker (pid 7) ..."
-        "a process that reads data has died, often because memory ran out: use fewer --num_workers "
-        "(0 reads in this process) or a smaller batch",
-    ),
     "too many open files": "use fewer --num_workers, or raise `ulimit -n`",
     "ancdata": "too many files are open: use fewer --num_workers, or raise `ulimit -n`",
     "can't start new thread": "use fewer --num_workers, or raise `ulimit -u`",

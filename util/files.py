@@ -37,6 +37,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
+def beside_code(path: str) -> str:
+    """A relative path as it is, or below the folder of the code if only there is such a file."""
+    other = Path(__file__).parents[1] / path
+    return str(other) if other.exists() and not Path(path).exists() else path
+
+
 def files_below(folder: Path, closed: Iterable[Path] = ()) -> Iterator[tuple[str, int]]:
     """Path and bytes of each file in a folder and its folders; hidden ones do not count.
 

@@ -19,6 +19,7 @@ import torch
 
 from engine import cli
 from engine.mar import MARHost
+from engine.published import tflops_at_64
 from models.fast_mar import PRESETS, FastMARConfig
 from models.flops import MARGeometry, Work, image_work
 from models.lazy_mar import CACHES, LazyMARConfig
@@ -26,8 +27,7 @@ from models.plan import DecodingPlan
 from util.errors import UserError, run_main
 from util.evaluation.run_folder import provenance
 from util.files import atomic_path
-from util.markdown import markdown_table
-from util.published import tflops_at_64
+from util.report import markdown_table
 
 MODELS = ("mar_base", "mar_large", "mar_huge", "mar_tiny")
 LAZY = LazyMARConfig()
@@ -82,7 +82,7 @@ def geometry_of(name: str) -> MARGeometry:
     host = cli.named(name).host()
     assert isinstance(host, MARHost)
     with torch.device("meta"):
-        return MARGeometry.of(host.build())
+        return MARGeometry.from_model(host.build())
 
 
 def count(geometry: MARGeometry, mode: Mode) -> Counts:

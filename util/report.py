@@ -8,15 +8,15 @@ The first run is what the others are compared with: speed-up, and PSNR between i
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from util.errors import UserError, run_main
 from util.files import atomic_path, read_json, write_json
 from util.images import png_name, read_image, save_png, side_by_side_sheet
-from util.markdown import markdown_table
 
 PAIRED = (
     "weights",
@@ -54,12 +54,26 @@ NEEDED = (
     ),
     *("eval_bsz", "torch", "commit", "command", "images_dir"),
 )
-NUMBERS = ("fid", "is_mean", "is_std", "accuracy", "sec_per_image", "num_images", "cfg")
-NUMBERS += tuple(key for key, _, _ in ON_REQUEST)
-Json = Mapping[str, object]
+NUMBERS = (
+    *("fid", "is_mean", "is_std", "accuracy", "sec_per_image", "num_images", "cfg"),
+    *(key for key, _, _ in ON_REQUEST),
+)
+Json = Mapping[str, Any]
 
 
-def load_run(path: Path) -> dict[str, object]:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table that ends in a line break; floats with three significant digits, None as an empty cell."""
+
+    def text(cell: object) -> str:
+        if cell is None:
+            return ""
+        return f"{cell:.3g}" if isinstance(cell, float) and cell < 1000 else str(cell)
+
+    body = [f"| {' | '.join(map(text, row))} |\n" for row in (head, *rows)]
+    return "".join([body[0], "|" + "---|" * len(head) + "\n", *body[1:]])
+
+
+def load_run(path: Path) -> dict[str, Any]:
     """Configuration and results of a run folder. UserError if it is not a finished run."""
     parts = []
     for name in ("manifest.json", "results.json"):
@@ -157,7 +171,7 @@ def row(run: Json) -> str:
     return f"| {' | '.join(cells(run))} |"
 
 
-def compare(runs: list[dict[str, object]]) -> list[dict[str, object]]:
+def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each run, and beside the first its speedup, closeness and lpips (None where there is none).
 
     label: the method, and those settings in which the runs differ.
@@ -170,7 +184,7 @@ def compare(runs: list[dict[str, object]]) -> list[dict[str, object]]:
     for run, pair in zip(runs, pairs, strict=True):
         label = ", ".join([run["method"], *(f"{key} {run[key]}" for key in reported if key in run)])
         seconds, base = run.get("sec_per_image"), first.get("sec_per_image")
-        beside = {
+        beside: dict[str, Any] = {
             "speedup": base / seconds if seconds and base else None,
             **(closeness(run, first) if pair else {"psnr": None, "identical": None}),
             "lpips": None,
@@ -181,7 +195,7 @@ def compare(runs: list[dict[str, object]]) -> list[dict[str, object]]:
     return found
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: one row per run of compare."""
     first = rows[0]
     extra = [column for column in ON_REQUEST if any(run.get(column[0]) is not None for run in rows)]
@@ -209,7 +223,7 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def sheet(runs: list[dict[str, object]]) -> np.ndarray:
+def sheet(runs: list[dict[str, Any]]) -> np.ndarray:
     """uint8 (H, W, 3): one row per run, the same images spread over the classes in each."""
     count = min(int(run["num_images"]) for run in runs)
     columns = min(SHEET_COLUMNS, count)

@@ -195,8 +195,8 @@ def export(output_dir: Path, num_images: int, start: int = 0) -> None:
                 f"{folder} holds {strangers[0]!r}, which this command did not make; "
                 "choose an empty --output_dir"
             )
-    for folder in FOLDERS:
-        (train / folder).mkdir(parents=True, exist_ok=True)
+    for name in FOLDERS:
+        (train / name).mkdir(parents=True, exist_ok=True)
     for index in tqdm(range(start, start + num_images), unit="image", disable=None):
         path = train / FOLDERS[label_of(index)] / f"{index:07d}.png"
         save_png(path, render(index))

@@ -80,7 +80,7 @@ def _safe_globals() -> list[Any]:
 SAFE_GLOBALS = _safe_globals()
 
 
-def read_pickle(path: Path, mmap: bool = True) -> object:
+def read_pickle(path: Path, mmap: bool = True) -> Any:
     """Tensors and plain containers of a .pth file, on the CPU; nothing else is ever unpickled.
 
     With mmap the tensors are views of the file, which must not be overwritten in place meanwhile.

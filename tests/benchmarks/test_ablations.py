@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import ablations
+from benchmarks import ablations, frontier
 from benchmarks.ablation_rows import Row, changed, frontier_series, groups, scaled
 from models.lazy_mar import KEEP_SCHEDULE, LazyMARConfig
 from tests.support.runs import NUM_IMAGES, flags_for, snapshot
@@ -31,6 +31,7 @@ def ablate(one_thread, monkeypatch, weights, tmp_path, capsys):
         return 0.5
 
     monkeypatch.setattr(ablations, "STEPS", 2)
+    monkeypatch.setattr(frontier, "STEPS", 2)
     monkeypatch.setattr(ablations, "groups", lambda base, steps_at: SHORT)
     monkeypatch.setattr(ablations, "frontier_series", lambda base, steps_at: SERIES)
     monkeypatch.setattr(ablations, "peak_gb", peak_gb)
@@ -169,9 +170,9 @@ def test_the_conclusion_compares_at_equal_cost_and_names_the_undominated():
         result("head, 24 steps", 0.35, 4.4, head, steps=24),
         result("head, 8 steps", 2.0, 1.0, head, steps=8),
     ]
-    names = [row["name"] for row in ablations.undominated(rows, "s_per_image")]
+    names = [row["name"] for row in frontier.undominated(rows, "s_per_image")]
     assert names == ["head, 8 steps", "head, 24 steps", "LazyMAR", "MAR"]
-    lines = ablations.conclusion(rows, BASE).split("\n\n")
+    lines = frontier.conclusion(rows, BASE).split("\n\n")
     cost = "at 4.5 TFLOPs per image as executed"
     assert lines[0] == f"LazyMAR with 64 steps has FID 0.120 {cost}, MAR 0.100 at 9."
     assert "of MAR, the row with 24 steps: FID 0.400 at 5 TFLOPs" in lines[1]

@@ -26,7 +26,7 @@ from tests.support import ROOT
 from tests.support.golden_data import relative_error
 from tests.support.sampling import CLOSE, noise_of, sample, small_mar
 from util.errors import UserError
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 
 def test_the_eager_baseline_makes_the_same_latents():
@@ -135,7 +135,7 @@ def test_cache_sizes_follow_from_shapes_alone(monkeypatch, capsys):
 
 def test_a_benchmark_that_samples_nothing_finds_no_largest_batch(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["line_latency", "--sizes_only", "--max_batch"])
-    with pytest.raises(UserError, match="leave one of them away"):
+    with pytest.raises(UserError, match="remove one of them"):
         line_latency.main()
 
 

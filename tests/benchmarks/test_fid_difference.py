@@ -33,7 +33,11 @@ def make_run(folder: Path, noise: float, **config: object) -> Path:
         save_png(folder / "images" / png_name(i), picture.round().clip(0, 255).astype(np.uint8))
     manifest = {"config": CONFIG | config, "calls": []}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    results = {"method": f"noise {noise}", "images_dir": "images", "fid": None}
+    results = {
+        "method": f"noise {noise}", "images_dir": "images", "fid": None, "is_mean": None,
+        "num_iter": 64, "sec_per_image": None, "device": "cpu", "dtype": "float32", "processes": 1,
+        "threads": 1, "eval_bsz": 4, "torch": "2.12", "commit": None, "command": "eval.py",
+    }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results))
     return folder
 
@@ -99,5 +103,5 @@ def test_runs_that_are_no_pairs_are_refused_in_a_sentence(command, runs, tmp_pat
     with pytest.raises(UserError, match="one run has nothing to be compared with"):
         command(runs[0])
     (runs[1] / "features.npz").write_bytes(b"none")
-    with pytest.raises(UserError, match="cannot be read .*: delete it"):
+    with pytest.raises(UserError, match="is no file of features .*: delete it"):
         command(*runs)

@@ -20,7 +20,7 @@ from benchmarks.measures import (
 )
 from diffusion import create_diffusion
 from models.plan import DecodingPlan
-from util import metrics
+from util.evaluation import scores
 from util.evaluation.sums import Gaussian
 
 
@@ -129,8 +129,8 @@ def test_fids_are_those_of_the_evaluation():
     reference = gaussian_of(random.normal(size=(400, 6)) @ random.normal(size=(6, 6)))
     a, b = random.normal(size=(2, 300, 6)).astype(np.float32)
     found = paired_fid(a, b, reference, resamples=20)
-    assert found.base == pytest.approx(metrics._frechet(gaussian_of(a), reference), rel=1e-6)
-    assert found.fid == pytest.approx(metrics._frechet(gaussian_of(b), reference), rel=1e-6)
+    assert found.base == pytest.approx(scores._frechet(gaussian_of(a), reference), rel=1e-6)
+    assert found.fid == pytest.approx(scores._frechet(gaussian_of(b), reference), rel=1e-6)
     assert found.difference == found.fid - found.base
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import plots, redundancy, redundancy_figures
-from benchmarks.redundancy import GROUPS, Observer, Request, lazy_strip, measure, ranks_of
+from benchmarks.redundancy import GROUPS, Observer, Request, lazy_strip, measure, positions_of
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig, step_policies
 from models.plan import DecodingPlan
@@ -41,9 +41,9 @@ def test_observing_changes_nothing(observed):
 def test_every_token_is_in_one_group_at_every_step(observed):
     _, plan, *_ = observed
     for step in plan.steps:
-        ranks = [rank for part in ranks_of(step, 64).values() for rank in range(64)[part]]
-        assert ranks == list(range(64))
-    assert len(range(64)[ranks_of(plan.steps[5], 64)["now"]]) == plan.steps[5].stop - (
+        parts = positions_of(step, 64).values()
+        assert [p for part in parts for p in range(64)[part]] == list(range(64))
+    assert len(range(64)[positions_of(plan.steps[5], 64)["now"]]) == plan.steps[5].stop - (
         plan.steps[5].start
     )
 

@@ -140,7 +140,7 @@ def test_what_may_change_is_told_and_recorded(run, monkeypatch):
 
 
 def test_a_folder_goes_on_on_another_device(tmp_path):
-    call = {**dict.fromkeys(MAY_DIFFER), "device_name": "x86_64"}
+    call = {**dict.fromkeys(MAY_DIFFER), "device_name": "x86_64", "arguments": {}}
     folder = RunFolder(tmp_path / "run")
     assert folder.open({"seed": 1}, call, 2) == []
     call["device_name"] = "Intel(R) Xeon(R) Processor"
@@ -193,7 +193,9 @@ def test_images_that_nothing_says_how_they_were_made_are_refused(run, refused, t
 def test_a_damaged_manifest_is_refused_and_stays(run, refused, tmp_path, content):
     manifest = folder_of(run("--no_score")) / "manifest.json"
     manifest.write_text(content)
-    assert "manifest.json cannot be read" in refused("--no_score", out=tmp_path / "out")
+    message = refused("--no_score", out=tmp_path / "out")
+    assert "manifest.json" in message
+    assert "restore it, or delete the folder" in message
     assert manifest.read_text() == content
 
 

@@ -9,11 +9,11 @@ from benchmarks import ablations
 from benchmarks.ablation_rows import ABOUT, MAR, groups
 from engine import cli
 from engine.mar import MARHost
+from engine.published import ROWS, flags_of
 from models.lazy_mar import LazyMARConfig
 from tests.support import ROOT
 from util.errors import UserError
 from util.evaluation.config import EvaluationConfig
-from util.published import ROWS, flags_of
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.sh"))
 
@@ -57,13 +57,16 @@ def test_the_flags_of_a_published_row_say_what_it_is_called(name):
     host, row = selection.host(), ROWS[name]
     assert isinstance(host, MARHost)
     assert selection.flags.build(EvaluationConfig).num_images == 50000
-    assert host.model.removeprefix("mar_") in name
-    assert row.method.startswith(f"{'LazyMAR' if 'lazymar' in name else 'MAR'}-")
-    assert row.method[-1] == host.model[4].upper() or "no guidance" in row.method
+    size = host.model.removeprefix("detok_").removeprefix("mar_")
+    assert size in name
+    assert row.method.startswith("l-DeTok ") == name.startswith("detok_") == ("detok" in host.model)
+    method = row.method.removeprefix("l-DeTok ")
+    assert method.startswith(f"{'LazyMAR' if 'lazymar' in name else 'MAR'}-{size[0].upper()}")
     assert host.sampling.lazy_mar == (LazyMARConfig() if "lazymar" in name else None)
     assert (host.sampling.cfg == 1.0) == ("nocfg" in name)
     assert host.sampling.temperature == (0.95 if "nocfg" in name else 1.0)
-    assert host.sampling.num_iter == (64 if row.tflops else 256)
+    short = "lazymar" in name or name.endswith("_64")
+    assert host.sampling.num_iter == (64 if short else 256)
 
 
 def test_ablation_runs_the_group_that_is_named():

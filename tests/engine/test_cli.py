@@ -183,10 +183,6 @@ def test_help_is_grouped_and_fits_on_three_screens(program, capsys):
 @pytest.mark.parametrize(
     ("program", "words", "named"),
     [
-        ("eval", "--num_images 0", "--num_images is 0"),
-        ("eval", "--eval_bsz -1", "--eval_bsz is -1"),
-        ("eval", "--seed -1", "--seed is -1"),
-        ("eval", "--threads -1", "--threads is -1"),
         ("eval", "--temperature -1", "--temperature is -1.0"),
         ("eval", "--temperature nan", "--temperature is nan"),
         ("eval", "--keep abc", "'abc' is no"),

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from benchmarks.mar_work import count, work_of
-from engine import cli
+from engine import cli, published
 from models import mar
 from models.flops import MARGeometry, Work, image_work
 from models.head_config import HeadConfig, denoising_runs
 from models.lazy_mar import CACHES, LazyMARConfig, step_policies
 from models.order import OrderConfig
 from models.plan import DecodingPlan
-from util import flops, published
+from util import flops
 
 LAZY = LazyMARConfig(
     warmup=1, interval=3, probe_layer=1, keep=((0.0, 1.0), (0.3, 0.5), (0.6, 0.1)), keep_floor=1,
@@ -177,7 +177,7 @@ class Published:
 def test_the_count_is_what_torch_counts(geometry, name, sampling):
     model, config = meta_mar(geometry), CONFIGS[name]
     plan = DecodingPlan.create(model.seq_len, *sampling)
-    sizes = MARGeometry.of(model)
+    sizes = MARGeometry.from_model(model)
     assert image_work(sizes, plan, config) == Published(model, plan, config).work()
     executed, counted = (
         image_work(sizes, plan, config, executed=True),
@@ -194,7 +194,7 @@ def test_every_field_of_the_head_is_counted(name, lazy):
     plan = DecodingPlan.create(
         model.seq_len, 6, 3.0, guidance_start=head.guidance_start, order=OrderConfig("gtr")
     )
-    sizes = MARGeometry.of(model)
+    sizes = MARGeometry.from_model(model)
     published = image_work(sizes, plan, config, head=head)
     assert published == Published(model, plan, config, head).work()
     executed = image_work(sizes, plan, config, executed=True, head=head)
@@ -206,7 +206,7 @@ def test_every_field_of_the_head_is_counted(name, lazy):
 
 
 def test_guidance_costs_a_second_branch_and_every_cache_saves():
-    geometry = MARGeometry.of(meta_mar("tiny"))
+    geometry = MARGeometry.from_model(meta_mar("tiny"))
     free, guided = (DecodingPlan.create(geometry.seq_len, 12, cfg) for cfg in (1.0, 3.0))
     for config in (None, CONFIGS["token"]):
         alone, both = (image_work(geometry, plan, config) for plan in (free, guided))

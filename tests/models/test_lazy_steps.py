@@ -7,6 +7,7 @@ import torch
 
 from models.fast_mar import PRESETS, FastMARConfig
 from models.flops import MARGeometry, image_work
+from models.head_config import HeadConfig
 from models.lazy_mar import LazyMARConfig, step_policies
 from models.mar import MAR, mar_base, mar_huge, mar_large
 from models.plan import DecodingPlan
@@ -70,7 +71,8 @@ def test_an_image_of_local_steps_depends_on_its_seed_alone(config):
 def test_recorded_local_steps_depend_on_fixed_tensors_alone(config):
     model = small_mar()
     sampler = Sampler(model, torch.float32)
-    arguments = {**FastMARConfig.fast().arguments(), "num_iter": 12, "lazy_mar": config}
+    head = HeadConfig((20, 5), guidance_start=0.25, guidance_interval=(225, 807))
+    arguments = {"num_iter": 12, "lazy_mar": config, "head": head}
     expected = sample(model, seeds=(8, 9), labels=(3, 0), **arguments)
     first = {"cfg": 3.0, "labels": (1, 2), "noise": noise_of(model, (3, 4))}
     sampler.sample_tokens(2, **arguments, **first)
@@ -150,7 +152,7 @@ MODELS = {
 @pytest.mark.parametrize("executed", [False, True], ids=["published", "executed"])
 def test_fast_has_an_eighth_of_the_operations_and_balanced_a_fifth(name, executed):
     with torch.device("meta"):
-        geometry = MARGeometry.of(MODELS[name]())
+        geometry = MARGeometry.from_model(MODELS[name]())
 
     def total(preset: FastMARConfig) -> float:
         head, order = preset.head, preset.order

@@ -235,8 +235,8 @@ def test_settings_that_make_no_sense_are_refused(fields, message):
 
 
 def test_only_a_config_a_bool_or_none_is_taken():
-    assert LineARConfig.of(True) == LineARConfig()
-    assert LineARConfig.of(None).method == "none"
+    assert LineARConfig.from_argument(True) == LineARConfig()
+    assert LineARConfig.from_argument(None).method == "none"
     with pytest.raises(ValueError, match="line_ar is 0.5"):
         make_cache(0.5, (8, 8), 1)
 

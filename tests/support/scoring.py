@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase
 
 from util import metrics
+from util.evaluation.extractors import judge_labels
 from util.evaluation.image_source import image_batches, open_source
 from util.evaluation.request import ScoreRequest
 from util.images import png_name, save_png
@@ -45,7 +46,9 @@ class ToyExtractor(FeatureExtractorBase):
 
 
 metrics.register_features(
-    "toy", metrics.FeatureSpec("8", 8, "logits", True, lambda path: path, "spatial"), ToyExtractor
+    "toy",
+    metrics.FeatureSpec("8", 8, "logits", lambda path: path, judge_labels, "spatial"),
+    ToyExtractor,
 )
 
 

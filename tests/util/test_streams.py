@@ -103,8 +103,6 @@ def test_a_pipe_that_does_not_block_gets_every_line(tmp_path):
     [
         ("MemoryError()", "memory ran out: use a smaller batch"),
         ("RuntimeError('CUDA out of memory. Tried to allocate 2 GiB')", "use a smaller batch"),
-        ("RuntimeError('DataLoader worker (pid(s) 7) exited unexpectedly')", "fewer --num_workers"),
-        ("RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')", "fewer --num"),
         ("OSError(24, 'Too many open files')", "ulimit -n"),
         ("OSError(12, 'Cannot allocate memory')", "use a smaller batch"),
         ('RuntimeError("can\'t start new thread")', "ulimit -u"),

@@ -106,7 +106,7 @@ def check_files(
     The processes of a run share the files. UserError naming those that cannot be used.
     """
     if every:
-        chosen = range(len(data))
+        chosen: Sequence[int] = range(len(data))
     else:
         firsts = np.unique([label for _, label in data.files.samples], return_index=True)[1]
         more = unusual(data) if isinstance(data, CachedFolder) else []

@@ -5,11 +5,13 @@ run can go on in the middle of an epoch with the same batches, whatever the numb
 """
 
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from multiprocessing import active_children
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TypeVar
 
@@ -190,21 +192,38 @@ def in_one_sentence(loader: Iterable[Item]) -> Iterator[Item]:
     is, even between the weights and their averages.
     """
     handler = signal.getsignal(signal.SIGCHLD)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     others = set(active_children())
     source = iter(loader)
     workers = set(active_children()) - others
     with suppress(ValueError):  # not the main thread, where torch sets no handler
         signal.signal(signal.SIGCHLD, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield from source
-    except RuntimeError:
-        for (
-            worker
-        ) in workers:  # they ignore SIGTERM, and may wait forever for a lock of the dead one
-            worker.kill()
-        raise
+    except (RuntimeError, OSError, EOFError) as error:
+        codes = _end(workers)
+        if not codes and not str(error).startswith("DataLoader worker (pid"):
+            raise
+        reason = f"exit code {codes[0]}" if codes else str(error)
+        raise UserError(
+            f"a process that reads data has died ({reason}), often because memory ran out: use fewer "
+            "--num_workers (0 reads in this process), a smaller batch, or a larger /dev/shm"
+        ) from error
     except UserError as error:
         raise UserError(str(error).strip().splitlines()[-1].removeprefix(_RAISED)) from None
+
+
+def _end(workers: Collection[BaseProcess]) -> list[int | None]:
+    """End all processes; exit codes of those that had died before.
+
+    The others ignore SIGTERM, and may wait forever for a lock that a dead one holds.
+    """
+    ended = wait([worker.sentinel for worker in workers], timeout=1)
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    return [worker.exitcode for worker in workers if worker.sentinel in ended]
 
 
 def _indexed(

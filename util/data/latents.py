@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from util.data.npz import read_arrays
 from util.errors import UserError
 from util.files import atomic_path, read_json, sha256_of, write_json
-from util.npz import read_arrays
 
 NOTE = "tokenizer.json"
 MOMENTS = ("moments", "moments_flip")  # names in the npz, as in the original

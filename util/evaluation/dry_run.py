@@ -33,7 +33,7 @@ def dry_run(
     for rank, jobs in enumerate(shares):
         print(f"process {rank}: {to_make[rank]} images in {len(jobs)} batches")
     print(
-        f"arithmetic: {flops_per_image:.3g} FLOPs per image without caches, {flops:.3g} in all",
+        f"arithmetic: {flops_per_image:.3g} FLOPs per image, {flops:.3g} in all",
         flush=True,
     )
     seconds = 0.0

@@ -9,6 +9,7 @@ import torch
 from util.checkpoint import read_pickle
 from util.download import read_manifest
 from util.errors import UserError
+from util.files import beside_code
 
 _INCEPTION_HASH = "6726825d"  # first digits of the sha256, stated by the file's name
 
@@ -39,20 +40,22 @@ def inception_weights(path: str | None) -> str:
 
 
 def shapes_weights(path: str | None) -> str:
-    """The file of the shape classifier. UserError if it is missing."""
-    if path is None or not os.path.isfile(path):
+    """The given file of the shape classifier, else the bundled one. UserError if it is missing."""
+    path = path or beside_code("pretrained_models/mar_tiny/classifier.safetensors")
+    if not os.path.isfile(path):
         raise UserError(
-            f"the shapes classifier {path or ''} is missing; the repository has it as "
+            f"the shapes classifier {path} is missing; the repository has it as "
             "pretrained_models/mar_tiny/classifier.safetensors"
         )
     return path
 
 
 def prompts_weights(path: str | None) -> str:
-    """The file of the prompt classifier. UserError if it is missing."""
-    if path is None or not os.path.isfile(path):
+    """The given file of the prompt classifier, else the bundled one. UserError if it is missing."""
+    path = path or beside_code("pretrained_models/janus_tiny/prompt_classifier.safetensors")
+    if not os.path.isfile(path):
         raise UserError(
-            f"the prompt classifier {path or ''} is missing; the repository has it as "
+            f"the prompt classifier {path} is missing; the repository has it as "
             "pretrained_models/janus_tiny/prompt_classifier.safetensors"
         )
     return path

@@ -21,17 +21,19 @@ from torch import Tensor
 
 from util.device import to_host
 from util.evaluation.batches import Job, Task
-from util.evaluation.conditions import Condition
 from util.images import PngWriter, find_broken, refuse_broken, to_bytes
 
 
 class ImageGenerator(Protocol):
     """A model that makes images."""
 
-    def prepare(self, conditions: Sequence[Condition], seeds: Sequence[int]) -> Any:
-        """Work of the host alone for one batch, in a thread while the last batch is computed."""
+    def prepare(self, conditions: Sequence[Any], seeds: Sequence[int], /) -> Any:
+        """Work of the host alone for one batch, in a thread while the last batch is computed.
 
-    def generate(self, prepared: Any) -> Tensor:
+        conditions: class labels (int) or prompts (str), whichever the model takes.
+        """
+
+    def generate(self, prepared: Any, /) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] on the device, which may still be computing them.
 
         The pixels of a row must not depend on what is in the other rows.
@@ -60,7 +62,7 @@ class Stopwatch:
     """Adds up the time a device spends in spans; on CUDA by events, so that nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
-        self._events = [] if device.type == "cuda" else None
+        self._events: list[tuple[Any, Any]] | None = [] if device.type == "cuda" else None
         self._seconds = 0.0
 
     def __enter__(self) -> "Stopwatch":

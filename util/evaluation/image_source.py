@@ -6,7 +6,7 @@ the middle of training must not draw from torch's global random generator, as a 
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -74,10 +74,8 @@ def open_source(source: ImageSource, num_images: int | None = None) -> Dataset:
     Raises UserError when the number differs or an image file of another name lies there.
     """
     if isinstance(source, Dataset):
-        if num_images is not None and len(source) != num_images:
-            raise UserError(
-                f"the data set has {len(source)} images, but {num_images} are to be scored"
-            )
+        if num_images is not None and (count := image_count(source)) != num_images:
+            raise UserError(f"the data set has {count} images, but {num_images} are to be scored")
         return source
     if num_images is not None:
         return ImageFiles(list_numbered_pngs(source, num_images))
@@ -90,12 +88,19 @@ def open_reference(folder: str | os.PathLike[str], img_size: int | None = None) 
     Says on stderr which files are not used. UserError as ClassFolders.scan.
     """
     flat = list_images(folder)
-    if not any(path.is_dir() for path in Path(folder).iterdir() if not path.name.startswith(".")):
+    folder = Path(folder)
+    if not any(path.is_dir() for path in folder.iterdir() if not path.name.startswith(".")):
         return ImageFiles(flat, img_size)
     files = ClassFolders.scan(folder, IMAGE_SUFFIXES)
     for text in files.notes():
         print(f"note: {text}", file=sys.stderr, flush=True)
     return ImageFiles([Path(path) for path, _ in files.samples], img_size)
+
+
+def image_count(data: Dataset) -> int:
+    """Its length, which torch's Dataset does not declare."""
+    assert isinstance(data, Sized)
+    return len(data)
 
 
 def image_batches(
@@ -105,7 +110,7 @@ def image_batches(
 
     The last batch may be smaller. Labels of pairs are dropped.
     """
-    part = range(len(source)) if part is None else part
+    part = range(image_count(source)) if part is None else part
     for start in range(0, len(part), batch_size):
         indices = part[start : start + batch_size]
         if hasattr(source, "__getitems__"):  # torch's protocol for reading a batch at once

@@ -25,9 +25,9 @@ from util.evaluation.generation import FeatureSink, ImageGenerator, PngSink, Pro
 from util.evaluation.image_source import open_source
 from util.evaluation.request import RESULT_OF, SCORES, ScoreRequest
 from util.evaluation.run_folder import MAY_DIFFER, RunFolder, provenance
+from util.evaluation.scores import Scorer
 from util.files import atomic_path, write_json
 from util.images import list_images
-from util.metrics import Scorer
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def evaluate(
 
     scorer = None
     if run.settings.no_save:
+        assert run.request is not None  # EvaluationConfig refuses no_save without scores
         scorer = Scorer(run.request, run.num_images, device, run.all_conditions())
     rendezvous.publish("made", asdict(_make(run, folder, generator, scorer, world, device)))
     call = _sum_up([Production(**word) for word in rendezvous.wait("made")])

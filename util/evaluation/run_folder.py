@@ -16,6 +16,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from util.images import (
     save_png,
 )
 
-Json = Mapping[str, object]
+Json = Mapping[str, Any]
 
 MANIFEST = "manifest.json"
 # What a call may change without changing images, but for rounding; the user is told.
@@ -51,7 +52,7 @@ class RunFolder:
         self.path = Path(path)
         self.images = self.path / "images"
 
-    def manifest(self) -> dict[str, object]:
+    def manifest(self) -> dict[str, Any]:
         """{"config": {...}, "calls": [...]}, or {} where there is none. UserError if it is damaged."""
         path = self.path / MANIFEST
         if not path.exists():
@@ -60,9 +61,9 @@ class RunFolder:
         found = read_json(path, dict, remedy)
         calls = found.get("calls")
         if not isinstance(found.get("config"), dict) or not isinstance(calls, list) or not calls:
-            raise UserError(f"{path} lacks its configuration or calls: {remedy}")
+            raise UserError(f"{path} cannot be read (it lacks configuration or calls): {remedy}")
         if not all(isinstance(call, dict) and _is_whole(call) for call in calls):
-            raise UserError(f"{path} has a call that is not whole: {remedy}")
+            raise UserError(f"{path} cannot be read (a call is not whole): {remedy}")
         return found
 
     def conflict(self, config: Json) -> str | None:
@@ -142,7 +143,7 @@ class RunFolder:
         """Where image `index` lies."""
         return self.images / png_name(index)
 
-    def results(self) -> dict[str, object]:
+    def results(self) -> dict[str, Any]:
         """The results of an earlier call, or {}. UserError if they are damaged."""
         path = self.path / "results.json"
         return read_json(path, dict, "delete it, it is made again") if path.exists() else {}
@@ -205,17 +206,44 @@ def _is_whole(call: Json) -> bool:
     """Whether a call says what it was given and, unless it was interrupted, what it has made."""
     made = call.get("made", dict.fromkeys(_MADE, 0))
     return (
-        isinstance(call.get("arguments"), dict)
+        isinstance(call.get("arguments", {}), dict)
         and isinstance(made, dict)
         and all(isinstance(made.get(name), (int, float)) for name in _MADE)
     )
 
 
 def provenance() -> dict[str, object]:
-    """What a number travels with: command line, commit (with + if files changed since), torch."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--match="]
+    """What a number travels with: command line, commit (with + if files changed since), torch.
+
+    Where no commit is known, it is None and commit_unknown says why.
+    """
+    commit, reason = _commit()
+    unknown = {} if commit else {"commit_unknown": reason}
+    return {
+        "command": shlex.join(sys.argv),
+        "commit": commit,
+        **unknown,
+        "torch": torch.__version__,
+    }
+
+
+def _commit() -> tuple[str | None, str]:
+    """The commit of the code, or None and the reason.
+
+    Only of a repository that tracks this file: an archive may be unpacked inside another one.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    # A hook's GIT_DIR would name the repository it runs for.
+    names = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "env": env}
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # an unpacked archive, or no git here
-    return {"command": shlex.join(sys.argv), "commit": commit, "torch": torch.__version__}
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], **options)
+        describe = [*git, "describe", "--always", "--dirty=+", "--match="]
+        return subprocess.run(describe, **options).stdout.strip(), ""
+    except OSError as error:
+        return None, f"git cannot be run ({error.strerror})"
+    except subprocess.CalledProcessError as error:
+        if error.returncode == 1:
+            return None, "the git repository around the code does not track it"
+        return None, (error.stderr.strip() or "git failed").splitlines()[0]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from util.data.npz import Array, check_array, read_arrays
 from util.errors import UserError
 from util.files import atomic_path
-from util.npz import Array, check_array, read_arrays
 
 IMAGES = "arr_0"
 _OPTIONAL = ("num_images", "features", "mu_s", "sigma_s", "activations")

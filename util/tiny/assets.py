@@ -39,8 +39,8 @@ PIXEL_NOISE = 0.04  # largest deviation of the noise added in training; pixels a
 def save_module(module: nn.Module, path: Path, metadata: dict[str, object]) -> None:
     """Write a module's tensors, and each value of the metadata as JSON, to a safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {key: json.dumps(value) for key, value in metadata.items()}
-    save_safetensors(path, module.state_dict(), metadata)
+    texts = {key: json.dumps(value) for key, value in metadata.items()}
+    save_safetensors(path, module.state_dict(), texts)
 
 
 def batches(start: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -169,6 +169,7 @@ def _normalise(classifier: ShapeClassifier, images: Tensor) -> None:
     features = torch.cat([classifier(batch)[0] for batch in images.split(BATCH)])
     factor = features.var(0).mean().rsqrt()
     last = classifier.trunk[-2]
+    assert isinstance(last, nn.Conv2d) and last.bias is not None
     last.weight.mul_(factor)
     last.bias.mul_(factor)
     classifier.head.weight.div_(factor)

@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,7 @@ def make_processor() -> JanusProcessor:
 
 def make_model() -> JanusForConditionalGeneration:
     """The untrained model, float32, with random weights."""
-    special = {
+    special: dict[str, Any] = {
         "pad_token_id": VOCABULARY[PAD],
         "bos_token_id": VOCABULARY[BOS],
         "eos_token_id": VOCABULARY[EOS],

@@ -3,15 +3,20 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from util.errors import UserError
 from util.files import atomic_path
 
+SummaryWriter: Any
 try:
-    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils import tensorboard
+
+    SummaryWriter = tensorboard.SummaryWriter
 except ImportError:  # an optional dependency
     SummaryWriter = None
 
@@ -48,12 +53,12 @@ class RunLog:
         self._try(lambda: self._append(json.dumps({"step": step, **values}) + "\n"))
         if self._board:
             for name, value in values.items():
-                self._try(lambda n=name, v=value: self._board.add_scalar(n, v, step))
+                self._try(partial(self._board.add_scalar, name, value, step))
 
     def show(self, step: int, name: str, image: np.ndarray) -> None:
         """A picture, uint8 (H, W, 3), for TensorBoard."""
         if self._board:
-            self._try(lambda: self._board.add_image(name, image, step, dataformats="HWC"))
+            self._try(partial(self._board.add_image, name, image, step, dataformats="HWC"))
 
     def _append(self, line: str) -> None:
         self._file.write(line)

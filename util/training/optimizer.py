@@ -68,7 +68,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     No decay for vectors (biases, norms) and for the whole diffusion head.
     """
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -69,7 +69,8 @@ class StepResult:
 class StepNoise(Protocol):
     """Chance of all images of a step; `latents` is what turns a posterior into latents."""
 
-    latents: Tensor
+    @property
+    def latents(self) -> Tensor: ...
 
     def part(self, start: int, stop: int) -> "StepNoise":
         """That of images start..stop."""
@@ -122,8 +123,9 @@ def train_step(
 
 def _gradients_exchanged(wrapped: nn.Module, wanted: bool) -> AbstractContextManager:
     """Processes exchange gradients once per step, behind the last of the accumulated batches."""
-    is_distributed = isinstance(wrapped, nn.parallel.DistributedDataParallel)
-    return wrapped.no_sync() if is_distributed and not wanted else nullcontext()
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not wanted:
+        return wrapped.no_sync()
+    return nullcontext()
 
 
 @contextmanager

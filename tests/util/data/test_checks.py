@@ -56,7 +56,7 @@ def opened(folder, world=None, class_num=2, **changes):
     """The data of `folder`, by default latents, for a model of 8 pixels with 2x2 latents."""
     paths = {"data_path": str(folder.parent), "cached_path": str(folder)}
     config = DataConfig(**{**paths, "use_cached": True, "num_workers": 2, **changes})
-    return open_data(config, DataShape(8, (2, 2, 2), class_num, ""), world)
+    return open_data(config, DataShape(8, (2, 2, 2), class_num, ()), world)
 
 
 # ---- files and folders -------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Published results on ImageNet 256x256, and the flags of eval.py that reproduce each of them.
 
-    python -m util.published                  # list all rows
-    python -m util.published lazymar_huge     # flags of one row, for scripts/reproduce.sh
+    python -m engine.published                  # list all rows
+    python -m engine.published lazymar_huge     # flags of one row, for scripts/reproduce.sh
 
 A row added to ROWS is listed, can be reproduced by its name, and belongs in the README's table.
 """
@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 
 from util.errors import UserError, run_main
-from util.markdown import markdown_table
+from util.report import markdown_table
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Published:
 
     method: str
     flags: str
-    fid: float
-    inception: float
+    fid: float | None  # None: nobody has published this row
+    inception: float | None
     gpu_s: float | None = None
     cpu_s: float | None = None
     tflops: float | None = None
@@ -46,6 +46,13 @@ ROWS = {
     "lazymar_base": Published("LazyMAR-B", "--model mar_base --num_iter 64 --cfg 3.25 --eval_bsz 128 --lazy_mar", 2.45, 281.3, 0.21, 11.08, 5.54),
     "lazymar_large": Published("LazyMAR-L", "--model mar_large --num_iter 64 --cfg 3.25 --eval_bsz 128 --lazy_mar", 1.93, 297.4, 0.40, 22.82, 12.52),
     "lazymar_huge": Published("LazyMAR-H", "--model mar_huge --num_iter 64 --cfg 3.25 --eval_bsz 128 --lazy_mar", 1.69, 299.2, 0.75, 43.12, 24.38),
+    # l-DeTok: Yang et al., arXiv 2507.15856 and its README; 64 steps are ours to measure.
+    "detok_mar_base": Published("l-DeTok MAR-B", "--model detok_mar_base --num_iter 256 --eval_bsz 256", 1.55, 291.0),
+    "detok_mar_large": Published("l-DeTok MAR-L", "--model detok_mar_large --num_iter 256 --eval_bsz 256", 1.32, 304.1),
+    "detok_mar_base_64": Published("l-DeTok MAR-B", "--model detok_mar_base --num_iter 64 --eval_bsz 256", None, None),
+    "detok_mar_large_64": Published("l-DeTok MAR-L", "--model detok_mar_large --num_iter 64 --eval_bsz 256", None, None),
+    "detok_lazymar_base": Published("l-DeTok LazyMAR-B", "--model detok_mar_base --num_iter 64 --eval_bsz 256 --lazy_mar", None, None),
+    "detok_lazymar_large": Published("l-DeTok LazyMAR-L", "--model detok_mar_large --num_iter 64 --eval_bsz 256 --lazy_mar", None, None),
 }
 # fmt: on
 NUM_IMAGES = "--num_images 50000"
@@ -73,8 +80,10 @@ def main() -> None:
     head = ("name", "method", "FID", "IS", "s / image, RTX 3090", "CPU", "TFLOPs", "eval.py")
     rows = []
     for name, row in ROWS.items():
-        costs = (None if x is None else f"{x:.2f}" for x in (row.gpu_s, row.cpu_s, row.tflops))
-        rows.append([name, row.method, f"{row.fid:.2f}", f"{row.inception:.1f}", *costs, row.flags])
+        numbers = (row.fid, row.inception, row.gpu_s, row.cpu_s, row.tflops)
+        rows.append(
+            [name, row.method, *(None if x is None else f"{x:g}" for x in numbers), row.flags]
+        )
     print(markdown_table(head, rows), end="")
 
 

@@ -1,0 +1,72 @@
+"""What the rows of the ablation "frontier" say: a plot of quality over cost, and sentences."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ablation_rows import STEPS, Series, rivals
+from benchmarks.plots import save_cost_plot
+from models.lazy_mar import LazyMARConfig
+
+Result = dict[str, Any]  # a measured row
+
+
+def undominated(rows: list[Result], cost: str) -> list[Result]:
+    """Rows that no other beats in both FID and cost, the cheapest first."""
+    best, found = float("inf"), []
+    for row in sorted(rows, key=lambda row: (row[cost], row["fid"])):
+        if row["fid"] < best:
+            best = row["fid"]
+            found.append(row)
+    return found
+
+
+def default_row(rows: list[Result], base: LazyMARConfig) -> Result:
+    """LazyMAR as it is unless told otherwise; `base` is its configuration."""
+    default = STEPS, _key(base)
+    return next(row for row in rows if (row["num_iter"], _key(row["lazy_mar"])) == default)
+
+
+def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
+    """What the frontier says, in sentences made from its numbers; `base` is the default row's."""
+    lazy = default_row(rows, base)
+    lines = [
+        f"LazyMAR with {STEPS} steps has FID {lazy['fid']:.3f} at {lazy['tflops_executed']:.3g} TFLOPs "
+        f"per image as executed, MAR {rows[0]['fid']:.3f} at {rows[0]['tflops_executed']:.3g}."
+    ]
+    for name, config in rivals(base).items():
+        own = [row for row in rows if _key(row["lazy_mar"]) == _key(config)]
+        near = min(own, key=lambda row: abs(row["tflops_executed"] - lazy["tflops_executed"]))
+        lines.append(
+            f"Nearest to the cost of LazyMAR is, of {name}, the row with {near['num_iter']} steps: FID "
+            f"{near['fid']:.3f} at {near['tflops_executed']:.3g} TFLOPs."
+        )
+    for cost, title in (("tflops_executed", "FLOPs"), ("s_per_image", "seconds")):
+        names = "; ".join(row["name"] for row in undominated(rows, cost))
+        lines.append(f"No row has both a lower FID and fewer {title} than: {names}.")
+    return "\n\n".join(lines) + "\n"
+
+
+def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) -> None:
+    """Plot FID over operations and over seconds."""
+    found = {(row["num_iter"], _key(row["lazy_mar"])): row for row in rows}
+    named = {"MAR": rows[0], "LazyMAR": default_row(rows, base)}
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    marks = {}
+    for title, cost in (
+        ("TFLOPs per image, executed", "tflops_executed"),
+        ("s / image", "s_per_image"),
+    ):
+        panels[title] = {}
+        for name, line in series.items():
+            measured = [found[row.num_iter, _key(row.config)] for row in line]
+            panels[title][name] = [(row[cost], row["fid"]) for row in measured]
+        marks[title] = {name: (row[cost], row["fid"]) for name, row in named.items()}
+    save_cost_plot(path, "Quality over cost", "FID", panels, marks)
+
+
+def _key(config: LazyMARConfig | Mapping[str, object] | None) -> str:
+    document = asdict(config) if isinstance(config, LazyMARConfig) else config
+    return json.dumps(document, sort_keys=True)

@@ -1,0 +1,287 @@
+"""What stops a training leaves a checkpoint of the last complete step, and a failed score stops nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import main_mar
+from models import mar
+from tests.support import ROOT
+from tests.support.assertions import assert_same
+from tests.support.train_small import WIDTHS
+from util import dist
+from util.checkpoint import read_pickle
+from util.data import datasets
+from util.errors import UserError
+from util.evaluation.run_folder import RunFolder
+from util.training import step as training
+from util.training.signals import StopRequest
+
+GEOMETRY = ["--model", "mar_tiny", "--img_size", "16", "--vae_embed_dim", "4", "--class_num", "2"]
+GEOMETRY += ["--buffer_size", "2", "--diffloss_d", "1", "--diffloss_w", "16", "--latent_scale", "1"]
+GEOMETRY += ["--vae_stride", "4", "--device", "cpu", "--batch_size", "8", "--log_freq", "1"]
+STEPS = 5  # per epoch
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    root = tmp_path_factory.mktemp("latents")
+    random = np.random.default_rng(0)
+    for label, name in enumerate(("a", "b")):
+        (root / name).mkdir()
+        for i in range(4 * STEPS):
+            moments = random.normal(label, 0.1, (8, 4, 4)).astype(np.float32)
+            np.savez(root / name / f"{i}.npz", moments=moments, moments_flip=moments[..., ::-1])
+    return root
+
+
+@pytest.fixture
+def train(latents, tmp_path, monkeypatch):
+    """Runs main_mar in this process; returns its checkpoint."""
+    monkeypatch.setitem(mar.SIZES, "mar_tiny", WIDTHS)
+
+    def run(*flags, out="out"):
+        words = [*GEOMETRY, "--use_cached", "--cached_path", latents, "--num_workers", 0]
+        words += ["--epochs", 2, "--blr", 0.3, "--output_dir", tmp_path / out, *flags]
+        main_mar.run(main_mar.parse([str(word) for word in words]), dist.Rendezvous())
+        return read_pickle(tmp_path / out / "checkpoint-last.pth", mmap=False)
+
+    return run
+
+
+def assert_goes_on(train, tmp_path, step):
+    """The run in "out" has a checkpoint of `step`, from which it equals the unbroken one."""
+    content = read_pickle(tmp_path / "out" / "checkpoint-last.pth", mmap=False)
+    assert content["progress"]["step"] == step
+    resumed, whole = train("--resume", tmp_path / "out"), train(out="whole")
+    for key in ("model", "model_ema", "optimizer", "epoch", "progress"):
+        assert_same(whole[key], resumed[key])
+
+
+def fail_at(monkeypatch, target, name, call, error):
+    """The `call`-th call of target.name raises."""
+    calls, original = [], getattr(target, name)
+
+    def failing(*arguments, **options):
+        calls.append(None)
+        if len(calls) == call:
+            raise error
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(target, name, failing)
+
+
+ERRORS = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory."),
+    OSError(12, "Cannot allocate memory"),
+    UserError("a.npz is no cached latent"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("call", [3, 6], ids=["inside an epoch", "between epochs"])
+def test_a_failure_in_a_step_keeps_the_steps_before_it(train, tmp_path, monkeypatch, error, call):
+    with monkeypatch.context() as patch:
+        fail_at(patch, training, "train_step", call, error)
+        with pytest.raises(type(error)):
+            train()
+    assert_goes_on(train, tmp_path, step=call - 1)
+
+
+def test_a_failure_in_the_middle_of_an_update_is_not_saved(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_at(patch, training.EMA, "update", 7, MemoryError())
+        with pytest.raises(MemoryError):
+            train("--save_last_freq", 1)
+    assert_goes_on(train, tmp_path, step=STEPS)  # that of the first epoch
+
+
+def test_a_run_that_diverged_keeps_the_checkpoint_before_it(train, tmp_path):
+    train("--max_steps", 2)
+    nan = ["--lr", 1e30, "--warmup_epochs", 0, "--grad_clip", 1e30, "--epochs", 30]
+    with pytest.raises(UserError, match="without a finite loss"):
+        train("--resume", tmp_path / "out", *nan)
+    content = read_pickle(tmp_path / "out" / "checkpoint-last.pth", mmap=False)
+    assert content["progress"]["step"] < 22
+
+
+def test_a_failure_before_the_first_step_leaves_the_checkpoint_alone(train, tmp_path, monkeypatch):
+    train("--max_steps", 3)
+    before = (tmp_path / "out" / "checkpoint-last.pth").stat().st_mtime_ns
+    fail_at(monkeypatch, training, "train_step", 1, MemoryError())
+    with pytest.raises(MemoryError):
+        train("--resume", tmp_path / "out")
+    assert (tmp_path / "out" / "checkpoint-last.pth").stat().st_mtime_ns == before
+
+
+def test_a_disk_that_refuses_the_rescue_does_not_hide_what_failed(train, tmp_path, monkeypatch):
+    fail_at(monkeypatch, training, "train_step", 3, UserError("a.npz is no cached latent"))
+    monkeypatch.setattr(main_mar.checkpoint, "save_checkpoint", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match=r"a\.npz"):
+        train()
+
+
+# ---- signals and workers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
+)
+def test_a_signal_stops_at_the_next_step_and_only_term_and_int_insist(number):
+    with StopRequest() as request:
+        os.kill(os.getpid(), number)
+        assert request.requested
+        if number in (signal.SIGTERM, signal.SIGINT):
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+        else:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_nohup_keeps_a_run_going(monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+class Dying(torch.utils.data.Dataset):
+    """The process that reads item 9 is killed."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, pick):
+        if pick[0] == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor(pick[0]), 0
+
+
+def test_the_death_of_a_worker_is_raised_where_batches_are_read():
+    handler = signal.getsignal(signal.SIGCHLD)
+    picks = [[(i, False)] for i in range(20)]
+    source = iter(datasets.batches(Dying(), picks, num_workers=2))
+    read = []
+    with pytest.raises(UserError, match=r"has died \(exit code -9\).*--num_workers"):
+        for images, _ in source:
+            assert signal.getsignal(signal.SIGCHLD) == handler
+            read.append(images.item())
+    assert read == list(range(len(read)))
+    assert 0 < len(read) < 10
+
+
+def started(latents, out, *flags):
+    words = [*GEOMETRY, "--use_cached", "--cached_path", latents, "--output_dir", out, *flags]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.support.train_small", *map(str, words)],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def children_of(pid):
+    return [int(word) for word in open(f"/proc/{pid}/task/{pid}/children").read().split()]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
+def test_a_killed_worker_ends_the_run_with_a_sentence_and_a_checkpoint(latents, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--cache_in_memory", "false", "--num_workers", 2, "--epochs", 100000]
+    process = started(latents, out, *flags)
+    try:
+        while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+        while not (workers := children_of(process.pid)):
+            time.sleep(0.001)
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 2
+    assert "Traceback" not in err
+    note, error = err.splitlines()[-2:]
+    assert error.startswith("error: a process that reads data has died")
+    saved = read_pickle(out / "checkpoint-last.pth", mmap=False)["progress"]["step"]
+    assert f"up to step {saved}" in note
+    assert saved == json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"]
+
+
+# ---- evaluations during training ---------------------------------------------------------------------
+
+ONLINE = ["--online_eval", "--eval_freq", 1, "--num_images", 2, "--eval_bsz", 2, "--num_iter", 2]
+ONLINE += ["--num_sampling_steps", "2", "--no_score"]
+
+
+class Tokenizer(torch.nn.Module):
+    stride = 4
+
+    def decode(self, latents):
+        return latents[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3)
+
+
+@pytest.fixture
+def tokenizer(monkeypatch):
+    host = main_mar.MARHost
+    monkeypatch.setattr(host, "open_tokenizer", lambda self, device: Tokenizer())
+    config = host.config
+
+    def without_file(self, loaded, dtype):
+        vae_path = self.tokenizer.__class__(vae_path=__file__, latent_scale=1.0)
+        object.__setattr__(self, "tokenizer", vae_path)
+        return config(self, loaded, dtype)
+
+    monkeypatch.setattr(host, "config", without_file)
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("2 of 2 decoded images contain NaN"), MemoryError(), ValueError("svd")]
+)
+@pytest.mark.usefixtures("tokenizer")
+def test_a_failed_evaluation_is_a_note_and_training_and_resume_go_on(
+    train, tmp_path, monkeypatch, capsys, error
+):
+    whole = train(out="whole")
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_: (_ for _ in ()).throw(error))
+    train(*ONLINE, "--epochs", 1)
+    resumed = train(*ONLINE, "--resume", tmp_path / "out")  # evaluates epoch 1 again first
+    for key in ("model", "model_ema", "optimizer", "epoch", "progress"):
+        assert_same(whole[key], resumed[key])
+    notes = [line for line in capsys.readouterr().err.splitlines() if "has no score" in line]
+    assert [note.split(" has")[0] for note in notes] == [
+        "note: epoch 1",
+        "note: epoch 1",
+        "note: epoch 2",
+    ]
+    assert not list(tmp_path.rglob("images/*.png"))
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_an_evaluation_that_failed_once_succeeds_after_a_resume(train, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        fail_at(patch, Tokenizer, "decode", 1, UserError("no space left"))
+        train(*ONLINE, "--epochs", 1)
+        (run,) = (tmp_path / "out" / "epoch0001").iterdir()
+        assert not RunFolder(run).results()
+    train(*ONLINE, "--epochs", 1, "--resume", tmp_path / "out")
+    assert RunFolder(run).results()
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_an_evaluation_alone_still_refuses(train, tmp_path, monkeypatch):
+    train("--max_steps", 1)
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, x: torch.full((2, 3, 16, 16), torch.nan))
+    with pytest.raises(UserError, match="contain NaN"):
+        train("--evaluate", *ONLINE[2:], "--resume", tmp_path / "out")
