@@ -32,7 +32,7 @@ test-slow: $(READY)
 	$(PY) -m pytest -q -m slow
 
 test-gpu: $(READY)
-	$(PY) -m pytest -q -m gpu
+	$(PY) -m pytest -q -m gpu -p tests.support.gpu_table  # under 8 minutes; a table of what passed
 
 test-browser: $(READY)  # Chromium comes from the system, such as apt-get install chromium
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[demo,browser]'

@@ -113,7 +113,7 @@ def measure(
     cfg: float,
     repeats: int,
     fast: bool = False,
-) -> dict[str, dict[str, object]]:
+) -> dict[str, dict[str, Any]]:
     """Budget -> its columns that take time, or a device that counts its memory.
 
     fast: torch.compile and CUDA graphs. On CUDA one budget follows the other, because each holds its

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
-from models.line_cache import LineARConfig
+from models.gpt_sampler import GPTDecoding, GPTSampler
+from models.line_config import LineARConfig
+from models.line_methods import METHODS
 from tests.support.golden_data import golden
 from tests.support.line_oracle import Oracle
 from tests.support.llamagen_data import golden_gpt, random_codes, small_gpt
@@ -14,6 +16,10 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+CACHES = {
+    "full": None,
+    **{m: LineARConfig(budget=3, anchors=2, recent=1, method=m) for m in METHODS},
+}
 
 
 @pytest.mark.parametrize("cfg", [1, 2])
@@ -45,3 +51,45 @@ def test_the_cache_on_cuda_takes_what_theory_says_and_no_more():
         peaks.append(torch.cuda.max_memory_allocated() - before)
         assert torch.cuda.memory_allocated() <= before + 2**20
     assert peaks[1] < 0.7 * peaks[0]
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_replayed_batches_equal_fresh_ones(kind):
+    model = small_gpt((8, 8)).to("cuda")
+    sampler = GPTSampler(model, graphs=True)
+    for seeds, labels in (((3, 4), (1, 2)), ((5, 6), (0, 1)), ((7, 8), (4, 4)), ((3, 4), (1, 2))):
+        arguments = {"cfg": 2.0, "seeds": seeds, "line_ar": CACHES[kind]}
+        codes = sampler.sample_tokens(labels, **arguments)
+        assert torch.equal(codes, model.sample_tokens(labels, **arguments))
+
+
+@pytest.mark.parametrize("kind", ["full", "linear"])
+def test_compiled_and_recorded_codes_are_those_of_the_plain_model(kind):
+    model = small_gpt((8, 8)).to("cuda")
+    sampler = GPTSampler(model, compile=True, graphs=True)
+    arguments = {"cfg": 2.0, "greedy": True, "line_ar": CACHES[kind]}
+    expected = model.sample_tokens((1, 2), **arguments)
+    for _ in range(2):
+        codes = sampler.sample_tokens((1, 2), **arguments)
+        assert (codes == expected).double().mean() > 0.9  # fused kernels round differently
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("kind", CACHES)
+def test_the_loop_never_waits_for_the_device(monkeypatch, kind, graphs):
+    original = GPTDecoding._decode
+
+    def decode(self, sampler):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            original(self, sampler)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    model = small_gpt((8, 8)).to("cuda")
+    sampler = GPTSampler(model, graphs=graphs)
+    arguments = {"cfg": 2.0, "seeds": (3, 4), "line_ar": CACHES[kind], "top_k": 9, "top_p": 0.9}
+    for _ in range(2):
+        sampler.sample_tokens((1, 2), **arguments)  # the second one records what came once
+    monkeypatch.setattr(GPTDecoding, "_decode", decode)
+    sampler.sample_tokens((1, 2), **arguments)

@@ -1,0 +1,72 @@
+"""benchmarks/gpu.sh: every stage is a command that its benchmark accepts, and a result is made once."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path("benchmarks/gpu.sh")
+PYTHON = """#!/bin/bash
+echo "$@" >> "{log}"
+case "$2" in {fails}) exit 1 ;; esac
+while [ "$1" != --output ]; do shift; done
+mkdir -p "$(dirname "$2")" && echo {{}} > "$2.json"
+"""
+BENCHMARKS = {"latency", "waterfall", "line_latency", "training"}
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs gpu.sh with a stand-in for Python, which writes results; returns what it was called with."""
+
+    def call(*stages, device="cpu", fails="none", code=0):
+        python, log = tmp_path / "python", tmp_path / "log"
+        python.write_text(PYTHON.format(log=log, fails=fails))
+        python.chmod(0o755)
+        log.write_text("")
+        settings = {"DEVICE": device, "PYTHON": str(python), "RESULTS": str(tmp_path / "results")}
+        result = subprocess.run(
+            ["bash", SCRIPT, *stages],
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == code, result.stderr
+        return [line.split() for line in log.read_text().splitlines()], result
+
+    return call
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_stage_is_a_command_that_its_benchmark_accepts(script, monkeypatch, device):
+    calls, _ = script(device=device)
+    assert {words[1].removeprefix("benchmarks.") for words in calls} == BENCHMARKS
+    for words in calls:
+        module = importlib.import_module(words[1])
+        at = words.index("--device")
+        assert words[at + 1] == device
+        argv = [w if i != at + 1 else "cpu" for i, w in enumerate(words)]
+        monkeypatch.setattr(sys, "argv", argv[1:])
+        assert module.parse()
+
+
+def test_a_stage_with_a_result_is_skipped_and_one_that_failed_comes_again(script):
+    first, result = script(fails="benchmarks.waterfall", code=1)
+    assert result.stdout.count("failed") == 2
+    again, _ = script()
+    assert len(again) == 2
+    assert len(first) == result.stdout.count(" s  ")
+    nothing, result = script()
+    assert nothing == []
+    assert result.stdout.count("there already") == len(first)
+
+
+def test_one_stage_can_be_asked_for_and_an_unknown_one_is_refused(script):
+    calls, _ = script("training")
+    assert [words[1] for words in calls] == ["benchmarks.training"]
+    calls, result = script("speed", code=2)
+    assert calls == []
+    assert "speed is no stage" in result.stderr
