@@ -100,7 +100,8 @@ class Sampler:
                 return model.unpatchify(tokens)
             tokens, mask = check_known(model, bsz, known, known_mask)
             noise = noise.arranged(order, mask)
-            for count, images in images_by_count(mask).items():
+            assert known_mask is not None  # where the caller has it: the device need not be asked
+            for count, images in images_by_count(known_mask.flatten(1)).items():
                 plan = plans(known=count)
                 if plan.steps:
                     some = None if labels is None else [labels[i] for i in images]

@@ -158,9 +158,19 @@ class Rendezvous:
         if self.store is None:
             return
         self._heartbeat.join()
-        if error is not None:
-            with suppress(RuntimeError):
+        with suppress(RuntimeError):
+            if error is not None:
                 self.store.set(f"failed/{self.world.rank}", reason_of(error))
+            self.store.set(f"left/{self.world.rank}", "")
+            if self.world.is_main:  # it may host the store, which the others still read
+                self._wait_until_left(self.store)
+
+    def _wait_until_left(self, store: dist.Store) -> None:
+        keys = [f"left/{rank}" for rank in range(self.world.size)]
+        for _ in range(round(_FAILURE_WITHIN / _POLL_EVERY)):
+            if store.check(keys):
+                return
+            time.sleep(_POLL_EVERY)
 
     def next_round(self) -> None:
         """Begin another evaluation with its own messages; every process calls it."""

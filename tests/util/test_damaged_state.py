@@ -25,7 +25,7 @@ def refusal(call) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("content", [*DAMAGED, b"[]"])
+@pytest.mark.parametrize("content", [*DAMAGED, b"[]"], ids=range(len(DAMAGED) + 1))
 def test_a_note_of_the_tokenizer_that_is_damaged_is_named(tmp_path, content):
     tokenizer = tmp_path / "vae.safetensors"
     tokenizer.write_bytes(b"weights")
@@ -63,7 +63,7 @@ def test_a_manifest_that_is_damaged_is_named(tmp_path, content):
     assert "manifest.json" in refusal(RunFolder(tmp_path).manifest)
 
 
-@pytest.mark.parametrize("content", [*DAMAGED, b"[]"])
+@pytest.mark.parametrize("content", [*DAMAGED, b"[]"], ids=range(len(DAMAGED) + 1))
 def test_results_that_are_damaged_are_named_by_all_who_read_them(tmp_path, content):
     (tmp_path / "manifest.json").write_text(json.dumps({"config": {}, "calls": [CALL]}))
     (tmp_path / "results.json").write_bytes(content)

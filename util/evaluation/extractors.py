@@ -99,7 +99,7 @@ def register_features(name: str, spec: FeatureSpec, extractor: type[FeatureExtra
     FEATURES[name] = spec
 
 
-def _judge_labels(logits: torch.Tensor, conditions: Sequence[Condition]) -> list[dict[str, bool]]:
+def judge_labels(logits: torch.Tensor, conditions: Sequence[Condition]) -> list[dict[str, bool]]:
     """accuracy: the largest logit is the label."""
     found = logits.argmax(1).tolist()
     pairs = zip(found, conditions, strict=True)
@@ -107,7 +107,7 @@ def _judge_labels(logits: torch.Tensor, conditions: Sequence[Condition]) -> list
 
 
 register_features(
-    "shapes", FeatureSpec("64", 64, "logits", shapes_weights, _judge_labels), ShapesFeatureExtractor
+    "shapes", FeatureSpec("64", 64, "logits", shapes_weights, judge_labels), ShapesFeatureExtractor
 )
 
 
