@@ -10,11 +10,7 @@ from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase
 
 from util import metrics
-<<<<<<< HEAD
-from util.evaluation.extractors import FeatureSpec, register_features
-=======
 from util.evaluation.extractors import judge_labels
->>>>>>> origin/main
 from util.evaluation.image_source import image_batches, open_source
 from util.evaluation.request import ScoreRequest
 from util.images import png_name, save_png
@@ -49,22 +45,11 @@ class ToyExtractor(FeatureExtractorBase):
         return tuple(layers[name] for name in self.features_list)
 
 
-<<<<<<< HEAD
-def judge(logits, conditions):
-    """accuracy: the largest logit is the label."""
-    pairs = zip(logits.argmax(1).tolist(), conditions, strict=True)
-    return [{"accuracy": found == label} for found, label in pairs]
-
-
-SPEC = FeatureSpec("8", 8, "logits", lambda path: path, judge, "spatial")
-register_features("toy", SPEC, ToyExtractor)
-=======
 metrics.register_features(
     "toy",
     metrics.FeatureSpec("8", 8, "logits", lambda path: path, judge_labels, "spatial"),
     ToyExtractor,
 )
->>>>>>> origin/main
 
 
 class Pictures(Dataset):
