@@ -42,7 +42,7 @@ def parse() -> tuple[cli.Selection, str | None]:
     flags = cli.make_parser("eval", __doc__.splitlines()[0]).parse()
     folder = flags.given.pop("score_only", None)
     if folder is not None and (manifest := RunFolder(folder).manifest()):
-        before = manifest["calls"][-1]["arguments"]
+        before = manifest["calls"][-1].get("arguments", {})
         known = {name: before[name] for name in SCORED_AS if before.get(name) is not None}
         known |= {name: beside_code(known[name]) for name in PATHS if name in known}
         flags.given = {**known, **flags.given}

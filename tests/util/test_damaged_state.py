@@ -51,7 +51,7 @@ WRONG_MANIFESTS = [
     {"config": {}, "calls": [None]},
     {"config": {}, "calls": [{**CALL, "made": []}]},
     {"config": {}, "calls": [{**CALL, "made": {"generated": "all"}}]},
-    {"config": {}, "calls": [{"made": CALL["made"]}]},
+    {"config": {}, "calls": [{"arguments": []}]},
 ]
 
 

@@ -61,9 +61,9 @@ class RunFolder:
         found = read_json(path, dict, remedy)
         calls = found.get("calls")
         if not isinstance(found.get("config"), dict) or not isinstance(calls, list) or not calls:
-            raise UserError(f"{path} lacks its configuration or calls: {remedy}")
+            raise UserError(f"{path} cannot be read (it lacks configuration or calls): {remedy}")
         if not all(isinstance(call, dict) and _is_whole(call) for call in calls):
-            raise UserError(f"{path} has a call that is not whole: {remedy}")
+            raise UserError(f"{path} cannot be read (a call is not whole): {remedy}")
         return found
 
     def conflict(self, config: Json) -> str | None:
@@ -206,7 +206,7 @@ def _is_whole(call: Json) -> bool:
     """Whether a call says what it was given and, unless it was interrupted, what it has made."""
     made = call.get("made", dict.fromkeys(_MADE, 0))
     return (
-        isinstance(call.get("arguments"), dict)
+        isinstance(call.get("arguments", {}), dict)
         and isinstance(made, dict)
         and all(isinstance(made.get(name), (int, float)) for name in _MADE)
     )
