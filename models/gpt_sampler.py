@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models.graphs import CudaGraphs, call_now, compiled
 from models.line_cache import KVCache, LineARConfig, make_cache
-from models.step_cache import StepCache
+from models.step_cache import Run, StepCache
 from models.token_sampling import TokenSampler, check_settings
 
 
@@ -46,12 +46,9 @@ class GPTDecoding:
         batch: int,
         guidance: Guidance,
         line_ar: LineARConfig | bool | None,
-        graphs: bool,
+        graphs: Run | None = None,
     ) -> None:
-        """model: a models.llamagen.GPT.
-
-        graphs: record each step that is another program, and replay it from then on.
-        """
+        """model: a models.llamagen.GPT. graphs: runs the steps, which then are few programs."""
         self.model, self.guidance = model, guidance
         rows, layers = guidance.branches * batch, len(model.layers)
         device, dtype = model.device, model.output.weight.dtype
@@ -62,13 +59,11 @@ class GPTDecoding:
         self.codes = torch.empty(batch, model.block_size, dtype=torch.long, device=device)
         self.logits = torch.empty(batch, model.vocab_size, device=device)
         self.uniforms = torch.empty(batch, model.block_size, device=device)
-        # A step leaves nothing in the memory of its graph, so they may come in any order.
-        self.run = CudaGraphs() if graphs else call_now
-        self.cache: KVCache
-        if graphs:
-            self.cache = StepCache(line_ar, model.grid, layers, self.position, dtype, self.run)
-        else:
-            self.cache = make_cache(line_ar, model.grid, layers)
+        self.run: Run = call_now
+        self.cache: KVCache = make_cache(line_ar, model.grid, layers)
+        if graphs is not None:
+            self.run = graphs
+            self.cache = StepCache(line_ar, model.grid, layers, self.position, dtype, graphs)
 
     def __call__(self, labels: Tensor, sampler: TokenSampler) -> Tensor:
         """labels (B,) on the device -> codes (B, N); -1 for an image whose logits are not finite."""
@@ -161,9 +156,10 @@ class GPTSampler:
     ) -> GPTDecoding:
         """A GPTDecoding; with graphs the last one, if what it recorded is the same, settings too."""
         if not self.graphs:
-            return GPTDecoding(self.model, batch, guidance, line_ar, graphs=False)
+            return GPTDecoding(self.model, batch, guidance, line_ar)
         what = (batch, guidance, line_ar, settings)
         if self._last is None or self._last[0] != what:
             self._last = None  # free its memory first
-            self._last = what, GPTDecoding(self.model, batch, guidance, line_ar, graphs=True)
+            # Their memory may be shared: a step leaves nothing in it, so the order does not matter.
+            self._last = what, GPTDecoding(self.model, batch, guidance, line_ar, CudaGraphs())
         return self._last[1]
