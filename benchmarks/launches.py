@@ -19,7 +19,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from util.markdown import markdown_table
 
 from benchmarks.common import (
     add_output,
@@ -40,6 +39,7 @@ from models.plan import DecodingPlan
 from models.sampling_copy import sampling_copy
 from models.token_sampling import TokenSampler
 from util.errors import UserError, run_main
+from util.report import markdown_table
 
 MARS = ("mar_base", "mar_large", "mar_huge")
 GPTS = ("gpt_b", "gpt_l", "gpt_xl")
