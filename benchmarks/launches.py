@@ -13,7 +13,7 @@ The last line is one JSON document.
 import argparse
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -146,7 +146,9 @@ def gpt_launches(
     with counting() as launches, torch.no_grad():
         calls = Calls(launches)
         decoding = GPTDecoding(*what)
-        decoding.run = lambda key, call: calls(key[0] == 0, call)  # all but the first are alike
+        decoding.run = lambda key, call: calls(
+            cast(tuple[int, ...], key)[0] == 0, call
+        )  # all but the first are alike
         decoding(labels, sampler)
     eager = launches.count + calls.total
     with counting() as launches, torch.no_grad():
