@@ -82,7 +82,7 @@ ERRORS = [
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory."),
     OSError(12, "Cannot allocate memory"),
-    UserError("a.npz is no cached latent"),
+    UserError("a.npz is not a cached latent"),
 ]
 
 
@@ -123,7 +123,7 @@ def test_a_failure_before_the_first_step_leaves_the_checkpoint_alone(train, tmp_
 
 
 def test_a_disk_that_refuses_the_rescue_does_not_hide_what_failed(train, tmp_path, monkeypatch):
-    fail_at(monkeypatch, training, "train_step", 3, UserError("a.npz is no cached latent"))
+    fail_at(monkeypatch, training, "train_step", 3, UserError("a.npz is not a cached latent"))
     monkeypatch.setattr(main_mar.checkpoint, "save_checkpoint", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match=r"a\.npz"):
         train()
