@@ -35,10 +35,11 @@ from benchmarks.common import (
 )
 from engine.llamagen import PRESETS as LLAMAGEN
 from models import llamagen
+from models.gpt_sampler import GPTSampler
 from models.line_cache import LineARConfig, LinePlan, make_cache
 from models.line_methods import METHODS
 from models.llamagen import GPT
-from util.device import DTYPES, device_name, pick_device, pick_dtype, set_threads
+from util.device import DTYPES, can_compile, device_name, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
 from util.report import markdown_table
 
@@ -71,20 +72,23 @@ def read_bytes(model: GPT, plan: LinePlan, rows: int) -> int:
     return model.block_size * weights + live * theory_bytes(model, plan, rows) // plan.slots
 
 
-def sampling_seconds(model: GPT, config: LineARConfig, batch: int, cfg: float) -> float:
+def sampling_seconds(sampler: GPTSampler, config: LineARConfig, batch: int, cfg: float) -> float:
     """One call of sample_tokens."""
-    labels = torch.arange(batch) % model.num_classes
-    sample = partial(model.sample_tokens, labels, cfg, seeds=range(batch), line_ar=config)
-    return timed(sample, model.device)
+    labels = torch.arange(batch) % sampler.model.num_classes
+    sample = partial(sampler.sample_tokens, labels, cfg, seeds=range(batch), line_ar=config)
+    return timed(sample, sampler.model.device)
 
 
-def largest_batch(model: GPT, config: LineARConfig, cfg: float) -> int:
-    """The largest power of two, or 1.5 times one, that can be sampled without running out of memory."""
-    best, batch = 0, 1
+def largest_batch(model: GPT, config: LineARConfig, cfg: float, first: int = 1) -> int:
+    """The largest power of two, or 1.5 times one, that can be sampled without running out of memory.
+
+    first: a power of two to begin with; 0 is found where that is too large.
+    """
+    best, batch = 0, first
     while True:
         try:
             torch.cuda.empty_cache()
-            sampling_seconds(model, config, batch, cfg)
+            sampling_seconds(GPTSampler(model), config, batch, cfg)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             return best
@@ -104,19 +108,34 @@ def sizes(model: GPT, plan: LinePlan, config: LineARConfig, rows: int) -> dict[s
 
 
 def measure(
-    model: GPT, configs: Mapping[str, LineARConfig], batch: int, cfg: float, repeats: int
+    model: GPT,
+    configs: Mapping[str, LineARConfig],
+    batch: int,
+    cfg: float,
+    repeats: int,
+    fast: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Budget -> its columns that take time, or a device that counts its memory."""
+    """Budget -> its columns that take time, or a device that counts its memory.
+
+    fast: torch.compile and CUDA graphs. On CUDA one budget follows the other, because each holds its
+    cache and graphs; then the first call, which compiles and records, is one more.
+    """
     found: dict[str, dict[str, Any]] = {b: {"seconds": math.inf, "peak_gb": None} for b in configs}
     on_cuda = model.device.type == "cuda"
-    for _ in range(repeats):
-        for b, config in configs.items():
-            if on_cuda:
-                torch.cuda.reset_peak_memory_stats()
-            seconds = sampling_seconds(model, config, batch, cfg)
-            found[b]["seconds"] = min(found[b]["seconds"], seconds)
-            if on_cuda:
-                found[b]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    turns = [b for _ in range(repeats) for b in configs]
+    if on_cuda:
+        turns = [b for b in configs for _ in range(1 + repeats)]
+    sampler, last = GPTSampler(model), ""
+    for b in turns:
+        if fast and b != last:
+            del sampler  # free its memory first
+            sampler, last = GPTSampler(model, compile=True, graphs=True), b
+        if on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = sampling_seconds(sampler, configs[b], batch, cfg)
+        found[b]["seconds"] = min(found[b]["seconds"], seconds)
+        if on_cuda:
+            found[b]["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     base = next(iter(found.values()))["seconds"]
     for row in found.values():
         row |= {"images_per_s": batch / row["seconds"], "speedup": base / row["seconds"]}
@@ -137,10 +156,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--method", default="linear", help=f"one of {', '.join(METHODS)}")
     parser.add_argument("--cfg", type=float, default=1.75)
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
-    parser.add_argument("--max_batch", action="store_true", help="look for the largest (CUDA)")
+    parser.add_argument(
+        "--max_batch",
+        action="store_true",
+        help="look for the largest from the last of --batches on (CUDA)",
+    )
     parser.add_argument(
         "--sizes_only", action="store_true", help="bytes alone, from shapes: nothing is sampled"
     )
+    parser.add_argument("--no_compile", action="store_true", help="as eval.py's")
     parser.add_argument("--threads", type=int, help="CPU threads (1)")
     parser.add_argument("--device")
     parser.add_argument("--dtype", choices=tuple(DTYPES))
@@ -180,12 +204,13 @@ def main() -> None:
         plans = {b: config.plan(model.grid) for b, config in args.configs.items()}
     except ValueError as error:
         raise UserError(f"--budgets {args.budgets}: {error}") from error
+    fast = not (args.no_compile or args.sizes_only) and can_compile(device, show=True)
     rows = []
     for batch in args.batches:
         count = batch * (2 if args.cfg > 1 else 1)
         measured = {}
         if not args.sizes_only:
-            measured = measure(model, args.configs, batch, args.cfg, args.repeats)
+            measured = measure(model, args.configs, batch, args.cfg, args.repeats, fast)
         for b, config in args.configs.items():
             row = {"batch": batch, "budget": b, **sizes(model, plans[b], config, count)}
             if b in measured:
@@ -195,7 +220,10 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     largest = {}
     if args.max_batch:
-        largest = {b: largest_batch(model, c, args.cfg) for b, c in args.configs.items()}
+        largest = {
+            b: largest_batch(model, c, args.cfg, 1 << (max(args.batches).bit_length() - 1))
+            for b, c in args.configs.items()
+        }
     about = {
         **origin(),
         "model": args.model,
@@ -207,6 +235,7 @@ def main() -> None:
     if not args.sizes_only:
         about |= {
             "repeats": args.repeats,
+            "compile and CUDA graphs": fast,
             "device": device_name(device),
             "threads": torch.get_num_threads(),
             "clock": "wall"

@@ -5,7 +5,7 @@ those tokens given z. Every count comes from the plan, and nothing in the loop w
 What passes between the calls lies in tensors made once, so that the calls can be CUDA graphs.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.denoiser import Denoiser, PlainDenoiser
-from models.graphs import CudaGraphs, call_now
+from models.graphs import CudaGraphs, Runner, call_now
 from models.head_config import HeadConfig, denoising_runs
 from models.lazy_head import LazyDenoiser
 from models.lazy_mar import LazyMARConfig
@@ -25,8 +25,6 @@ from models.predictor import PlainPredictor, Predictor
 
 if TYPE_CHECKING:
     from models.mar import MAR
-
-Runner = Callable[[Hashable, Callable[[], None]], None]  # as CudaGraphs.__call__
 
 
 class Decoding:
@@ -85,9 +83,12 @@ class Decoding:
         else:
             self.denoiser = PlainDenoiser(net, [*runs.values()], compile)
         self.first_z: dict[int | None, Tensor] = {}  # label -> z (L, D) of step 0, raster order
+        self.class_embedding = like.new_empty(1, self.embedding.shape[1])  # of one class
+        self.class_z = like.new_empty(model.seq_len, self.z.shape[1])
         # Heads come again and again, so they must not share memory with the steps.
         self.run_step: Runner = CudaGraphs() if graphs else call_now
         self.run_head: Runner = CudaGraphs() if graphs else call_now
+        self.run_class: Runner = CudaGraphs() if graphs else call_now
 
     @torch.no_grad()
     def __call__(
@@ -175,10 +176,16 @@ class Decoding:
         for name in names:
             if name not in self.first_z:
                 embedding = self.model.class_embedding(None if name is None else [name], 1)
-                nothing = self.tokens[:1, :0]
-                raster = torch.arange(self.model.seq_len, device=self.order.device)[None]
-                z = self.model.predict(nothing, raster, self.model.seq_len, embedding)
-                self.first_z[name] = z[0]
+                self.class_embedding.copy_(embedding)
+                self.run_class("class", self._predict_class)
+                self.first_z[name] = self.class_z.clone()
         table = torch.stack([self.first_z[name] for name in names])  # (classes, L, D)
         rows = torch.tensor([names.index(label) for label in classes], device=self.order.device)
         return table[rows[:, None], self.order[: len(classes), : self.plan.steps[0].stop]]
+
+    def _predict_class(self) -> None:
+        """class_embedding (1, D) -> class_z (L, D): z of all tokens while none is known."""
+        length = self.model.seq_len
+        raster = torch.arange(length, device=self.order.device)[None]
+        z = self.model.predict(self.tokens[:1, :0], raster, length, self.class_embedding)
+        self.class_z.copy_(z[0])

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.graphs import CudaGraphs, call_now, compiled
+from models.graphs import CudaGraphs, Runner, call_now, compiled
 from models.line_cache import KVCache, LineARConfig, make_cache
-from models.step_cache import Run, StepCache
+from models.step_cache import StepCache
 from models.token_sampling import TokenSampler, check_settings
 
 
@@ -46,7 +46,7 @@ class GPTDecoding:
         batch: int,
         guidance: Guidance,
         line_ar: LineARConfig | bool | None,
-        graphs: Run | None = None,
+        graphs: Runner | None = None,
     ) -> None:
         """model: a models.llamagen.GPT. graphs: runs the steps, which then are few programs."""
         self.model, self.guidance = model, guidance
@@ -59,7 +59,7 @@ class GPTDecoding:
         self.codes = torch.empty(batch, model.block_size, dtype=torch.long, device=device)
         self.logits = torch.empty(batch, model.vocab_size, device=device)
         self.uniforms = torch.empty(batch, model.block_size, device=device)
-        self.run: Run = call_now
+        self.run: Runner = call_now
         self.cache: KVCache = make_cache(line_ar, model.grid, layers)
         if graphs is not None:
             self.run = graphs

@@ -4,6 +4,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+# Runs a call, which takes nothing, returns nothing and is the same for the same key.
+Runner = Callable[[Hashable, Callable[[], None]], None]
 VARIANTS = 64  # of one function: row counts, with guidance or not, memory layouts
 
 

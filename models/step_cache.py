@@ -5,18 +5,17 @@ the same program. Here a tensor says where to write, and a step attends to a mul
 which a mask hides those that are not live: there are as many programs as buckets, each run often.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
+from models.graphs import Runner
 from models.line_cache import KVCache, LineARConfig, LineLayer, make_layer
 
 # Masked attention on CUDA wants masks aligned to 16 elements. At 24x24 tokens a full cache then attends to
 # 3% more slots than are live, LineAR at 1/6 to 9%.
 BUCKET = 16
-
-Run = Callable[[Hashable, Callable[[], None]], None]  # CudaGraphs or call_now
 
 
 class StepCache(KVCache):
@@ -33,7 +32,7 @@ class StepCache(KVCache):
         layers: int,
         position: Tensor,
         dtype: torch.dtype,
-        run: Run,
+        run: Runner,
     ) -> None:
         """dtype: of queries, keys and values. ValueError if the budget does not fit the grid."""
         config = LineARConfig.from_argument(line_ar)
