@@ -3,7 +3,7 @@
     python main_cache.py --model mar_tiny --data_path data/shapes --cached_path data/shapes_latents
 
 ROOT/train/CLASS/NAME becomes CACHED/CLASS/NAME.npz. Files that are there already are kept, so the
-same command goes on after an interruption. Several processes (torchrun) share the images. At the end
+same command continues after an interruption. Several processes (torchrun) share the images. At the end
 it says which --latent_scale would give the latents the standard deviation of 1 that training needs.
 """
 

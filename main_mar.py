@@ -3,7 +3,7 @@
     python main_mar.py --model mar_tiny --use_cached --cached_path data/shapes_latents
     torchrun --nproc_per_node=8 main_mar.py --model mar_base --diffloss_d 6 --diffloss_w 1024 ...
 
-With `--resume DIR` the same command goes on where it stopped, in the middle of an epoch too, and
+With `--resume DIR` the same command continues where it stopped, in the middle of an epoch too, and
 computes, on a CPU, the very same numbers as a run that was never stopped.
 """
 

@@ -138,7 +138,7 @@ def stored_rows(path: Path, settings: Mapping[str, object]) -> list[dict[str, An
 def write_result(path: Path | None, document: Mapping[str, Any], text: str) -> None:
     """Print the table and the document, one line of JSON; with a path write PATH.md and PATH.json."""
     about = "\n".join(f"    {key}: {value}" for key, value in document["about"].items())
-    text = f"{text.rstrip()}\n\n{about}\n"  # the empty line makes them a block of their own
+    text = f"{text.rstrip()}\n\n{about}\n"  # the empty line makes them a separate block
     if path:
         prepare_output(path)
         write_text(with_ending(path, ".md"), text)

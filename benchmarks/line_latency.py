@@ -33,6 +33,7 @@ from benchmarks.common import (
     timed,
     write_result,
 )
+from engine.llamagen import PRESETS as LLAMAGEN
 from models import llamagen
 from models.gpt_sampler import GPTSampler
 from models.line_cache import LineARConfig, LinePlan, make_cache
@@ -171,8 +172,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.max_batch and args.sizes_only:
         raise UserError("--max_batch samples, which --sizes_only does not: remove one of them")
-    if not args.model.startswith("gpt_") or not hasattr(llamagen, args.model):
-        raise UserError(f"--model {args.model} is no GPT: use gpt_b to gpt_3b or gpt_tiny")
+    if args.model not in LLAMAGEN:
+        raise UserError(f"--model {args.model} is not a GPT model: use gpt_b to gpt_3b or gpt_tiny")
     if args.method not in METHODS:
         raise UserError(f"--method {args.method} is unknown; use one of {', '.join(METHODS)}")
     args.batches = batch_sizes(args.batches)

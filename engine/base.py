@@ -108,6 +108,7 @@ class Family(ABC):
 
     name: str
     presets: Mapping[str, Preset]
+    trains: bool = False  # whether main_mar.py and main_cache.py know its models
 
     @abstractmethod
     def add_flags(self, parser: FlagParser) -> None:

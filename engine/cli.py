@@ -46,7 +46,7 @@ def make_parser(program: str, description: str = "") -> FlagParser:
     training = program in TRAINING
     parser.add(WeightsConfig, "weights", from_model=() if training else from_model)
     for family in FAMILIES.values():
-        if not training or family.name == "MAR":
+        if family.trains or not training:
             family.add_flags(parser)
     parser.add(EvaluationConfig, "evaluation")
     parser.add(ComputeConfig, "evaluation")
@@ -100,7 +100,7 @@ def select(flags: Flags, program: str) -> Selection:
         for name, value in family.presets[model].items()
     }
     training = program in TRAINING
-    if training and family.name != "MAR":
+    if training and not family.trains:
         raise UserError(f"{program}.py is for MAR models; eval.py samples --model {model}")
     flags.refuse_foreign(family.name, model)
     trains = preset.pop("trains", False)

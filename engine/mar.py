@@ -185,6 +185,7 @@ class MARFamily(Family):
 
     name = "MAR"
     presets = PRESETS
+    trains = True
 
     def add_flags(self, parser: FlagParser) -> None:
         from_model = {name for preset in PRESETS.values() for name in preset} | {"cfg"}

@@ -6,7 +6,7 @@
 A row added to ROWS is listed, can be reproduced by its name, and belongs in the README's table.
 """
 
-import sys
+import argparse
 from dataclasses import dataclass
 
 from util.errors import UserError, run_main
@@ -74,8 +74,11 @@ def tflops_at_64(model: str, lazy_mar: bool) -> float:
 
 def main() -> None:
     """Print the rows, or the flags of the one that is named."""
-    if sys.argv[1:]:
-        print(flags_of(sys.argv[1]))
+    parser = argparse.ArgumentParser("python -m engine.published", description=main.__doc__)
+    parser.add_argument("name", nargs="?", help="a row; without it all rows are listed")
+    name = parser.parse_args().name
+    if name is not None:
+        print(flags_of(name))
         return
     head = ("name", "method", "FID", "IS", "s / image, RTX 3090", "CPU", "TFLOPs", "eval.py")
     rows = []

@@ -54,7 +54,7 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Queries or keys (B, H, L, d) times the factors of `rope_table`.
 
     The pairs are neighbours (2j, 2j + 1) while the frequencies lie in blocks, so both channels of a
-    pair have angles of their own: no rotation, but what the weights were trained with.
+    pair have different angles, which is not a rotation, but what the weights were trained with.
     """
     cosines, sines = rope.chunk(2, dim=1)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)

@@ -23,7 +23,7 @@ class CudaGraphs:
     A call takes nothing and returns nothing: it reads and writes tensors that keep their addresses.
     Graphs of one instance share their memory, so what a call leaves behind for later calls is safe
     only if all calls are replayed in the order in which they were recorded; calls that come in
-    another order need an instance of their own, and may leave nothing behind.
+    another order need another instance, and may leave nothing behind.
     """
 
     def __init__(self) -> None:

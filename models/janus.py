@@ -182,7 +182,7 @@ def from_original(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         start = next((old for old in ORIGINAL_KEYS if key.startswith(old)), None)
         if start is None:
-            raise ValueError(f"{key} is no key of deepseek-ai's Janus files")
+            raise ValueError(f"{key} is not a key of deepseek-ai's Janus files")
         rest = key.removeprefix(start)
         if start == "gen_vision_model.":
             for old, new in TOKENIZER_KEYS.items():

@@ -2,7 +2,7 @@
 
 It shares with the model whatever needs no change, has the same modules and the same forward
 methods, and cannot be trained. Under autocast a linear layer casts its weight, and on CPUs oneDNN
-lays it out anew, at each call; here both are done once.
+lays it out again, at each call; here both are done once.
 """
 
 import copy

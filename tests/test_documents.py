@@ -19,15 +19,10 @@ from benchmarks.ablation_rows import ABOUT
 from engine import base, cli
 from engine.published import ROWS
 from models.lazy_mar import LazyMARConfig
-from tests.support import ROOT
+from tests.support import DOCUMENTS, ROOT
 from tests.support.golden_data import relative_error
 from tests.support.sampling import CLOSE, noise_of, sample, small_mar
 
-DOCUMENTS = sorted(
-    path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/*.md", "pretrained_models/*/README.md")
-    for path in ROOT.glob(pattern)
-)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 STARTS = ("make ", "python ", "torchrun ", "sbatch ", "scripts/")
 

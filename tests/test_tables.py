@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from engine.published import ROWS, tflops_at_64
-from tests.support import ROOT
-from tests.test_documents import DOCUMENTS
+from tests.support import DOCUMENTS, ROOT
 from util import flops
 
 TABLE = re.compile(r"(?:^<!-- from (.+) -->\n)?((?:^\|.*\n)+)", re.MULTILINE)

@@ -76,7 +76,7 @@ def save_checkpoint(
     """Write a training checkpoint in the official format, atomically.
 
     `epoch` is the last *complete* epoch (-1: none). The one key beyond the official six is
-    `progress`, plain integers by which our trainer goes on inside an epoch.
+    `progress`, plain integers by which our trainer continues inside an epoch.
     """
     state = model.state_dict()
     # The original's loader refuses the empty state of a disabled scaler.

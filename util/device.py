@@ -112,7 +112,7 @@ def _matrix_rate(dtype: torch.dtype, rows: int = 128, width: int = 1024, repeats
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device; a copy to CUDA goes on while the caller does, through pinned memory."""
+    """The tensor on a device; a copy to CUDA continues while the caller does, through pinned memory."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

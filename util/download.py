@@ -296,7 +296,7 @@ def _copy(item: Item, response: HTTPResponse, part: Path, start: int, total: int
 
 
 def _verify(item: Item, part: Path) -> None:
-    """Refuse and delete a wrong file, so that the next call starts anew."""
+    """Refuse and delete a wrong file, so that the next call starts again."""
     size = part.stat().st_size
     if item.bytes not in (None, size):
         fault = f"has {size} bytes instead of {item.bytes}"

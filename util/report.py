@@ -80,18 +80,20 @@ def load_run(path: Path) -> dict[str, Any]:
         try:
             parts.append(read_json(path / name, dict, "finish or repeat the run"))
         except UserError as error:
-            raise UserError(f"{path} is no finished run of eval.py: {error}") from error
+            raise UserError(f"{path} is not a finished run of eval.py: {error}") from error
     manifest, results = parts
     if not isinstance(manifest.get("config"), dict):
-        raise UserError(f"{path} is no finished run of eval.py: manifest.json has no configuration")
+        raise UserError(
+            f"{path} is not a finished run of eval.py: manifest.json has no configuration"
+        )
     run = {"path": path, **manifest["config"], **results}
     for name in NEEDED:
         if name not in run:
-            raise UserError(f"{path} is no finished run of eval.py: it does not say its {name}")
+            raise UserError(f"{path} is not a finished run of eval.py: it does not say its {name}")
     for name in NUMBERS:
         if not isinstance(run.get(name), (int, float, type(None))):
             raise UserError(
-                f"{path} has the {name} {run[name]!r}, which is no number: score it again"
+                f"{path} has the {name} {run[name]!r}, which is not a number: score it again"
             )
     return run
 

@@ -178,7 +178,7 @@ class ShapesDataset(torch.utils.data.Dataset):
 def export(output_dir: Path, num_images: int, start: int = 0) -> None:
     """Write pictures start .. start + num_images - 1 as output_dir/train/NN_name/IIIIIII.png.
 
-    Pictures that are there already are written anew, byte for byte the same. Raises UserError
+    Pictures that are there already are written again, byte for byte the same. Raises UserError
     when the folder holds anything that is not such a data set.
     """
     if num_images < 1 or start < 0:

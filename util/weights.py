@@ -89,7 +89,8 @@ def read_pickle(path: Path, mmap: bool = True) -> Any:
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        registered = torch.serialization.get_safe_globals()  # the block's end would remove them
+        with torch.serialization.safe_globals([x for x in SAFE_GLOBALS if x not in registered]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))

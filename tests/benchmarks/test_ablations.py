@@ -51,7 +51,7 @@ def ablate(one_thread, monkeypatch, weights, tmp_path, capsys):
 
 
 def untimed(document):
-    """Its rows without what is measured anew each time."""
+    """Its rows without what is measured again each time."""
     return [
         {key: value for key, value in row.items() if key not in ("s_per_image", "speedup")}
         for row in document["rows"]

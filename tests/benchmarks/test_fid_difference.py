@@ -103,5 +103,5 @@ def test_runs_that_are_no_pairs_are_refused_in_a_sentence(command, runs, tmp_pat
     with pytest.raises(UserError, match="one run has nothing to be compared with"):
         command(runs[0])
     (runs[1] / "features.npz").write_bytes(b"none")
-    with pytest.raises(UserError, match="is no file of features .*: delete it"):
+    with pytest.raises(UserError, match="is not a file of features .*: delete it"):
         command(*runs)

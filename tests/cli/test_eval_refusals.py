@@ -103,7 +103,7 @@ def test_missing_weights_of_inception_are_reported_before_anything_is_generated(
 def test_a_damaged_file_for_scoring_is_reported_before_anything_is_generated(refused, tmp_path):
     (tmp_path / "page").write_text("<!DOCTYPE html><p>Sign in</p>")
     assert "page is not a shape classifier's file" in refused("--features_path", tmp_path / "page")
-    assert "page is no file of FID statistics" in refused("--fid_stats", tmp_path / "page")
+    assert "page is not a file of FID statistics" in refused("--fid_stats", tmp_path / "page")
     assert "none is missing" in refused("--features_path", tmp_path / "none")
     assert "unknown feature extractor" in refused("--features", "resnet")
 

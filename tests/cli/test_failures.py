@@ -82,7 +82,7 @@ ERRORS = [
     MemoryError(),
     torch.OutOfMemoryError("CUDA out of memory."),
     OSError(12, "Cannot allocate memory"),
-    UserError("a.npz is no cached latent"),
+    UserError("a.npz is not a cached latent"),
 ]
 
 
@@ -123,7 +123,7 @@ def test_a_failure_before_the_first_step_leaves_the_checkpoint_alone(train, tmp_
 
 
 def test_a_disk_that_refuses_the_rescue_does_not_hide_what_failed(train, tmp_path, monkeypatch):
-    fail_at(monkeypatch, training, "train_step", 3, UserError("a.npz is no cached latent"))
+    fail_at(monkeypatch, training, "train_step", 3, UserError("a.npz is not a cached latent"))
     monkeypatch.setattr(main_mar.checkpoint, "save_checkpoint", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match=r"a\.npz"):
         train()
@@ -194,6 +194,7 @@ def children_of(pid):
     return [int(word) for word in open(f"/proc/{pid}/task/{pid}/children").read().split()]
 
 
+@pytest.mark.slow  # twice in about twenty runs on a loaded machine the command did not end
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux's /proc")
 def test_a_killed_worker_ends_the_run_with_a_sentence_and_a_checkpoint(latents, tmp_path):
     out = tmp_path / "out"

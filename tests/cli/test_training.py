@@ -1,4 +1,4 @@
-"""Training: the loss falls, a run stopped anywhere goes on exactly, bad steps are skipped."""
+"""Training: the loss falls, a run stopped anywhere continues exactly, bad steps are skipped."""
 
 import json
 import os

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from models import mar, vae
 from models.vae import AutoencoderKL
 from tests.support.train_small import WIDTHS
 from util import download
+from util.weights import read_pickle
 
 KL16 = {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4)}
 
@@ -67,6 +69,13 @@ def test_the_notebook_samples_and_decodes(official):
     assert sampled_images.shape == (2, 3, 256, 256)
     assert sampled_images.isfinite().all()
     assert not torch.equal(sampled_images[0], sampled_images[1])
+
+
+def test_our_own_reader_leaves_what_torch_may_unpickle_as_it_was(official):
+    before = torch.serialization.get_safe_globals()
+    assert argparse.Namespace in before
+    read_pickle(Path("pretrained_models/mar/mar_base/checkpoint-last.pth"))
+    assert torch.serialization.get_safe_globals() == before
 
 
 @pytest.mark.parametrize(

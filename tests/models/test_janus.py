@@ -178,7 +178,7 @@ def test_the_original_files_load_and_draw_the_same():
 def test_original_files_that_do_not_fit_are_refused():
     model = tiny_janus((8, 8))
     weights = original_weights(model, small_vq())
-    with pytest.raises(ValueError, match="decoder.what is no key of deepseek-ai's"):
+    with pytest.raises(ValueError, match="decoder.what is not a key of deepseek-ai's"):
         from_original({**weights, "decoder.what": torch.zeros(1)})
     del weights["gen_embed.weight"]
     with pytest.raises(ValueError, match="1 tensors are missing.*generation_embeddings.weight"):

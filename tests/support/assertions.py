@@ -20,4 +20,6 @@ def assert_same(a, b):
 
 
 def is_one_sentence(error):
-    return "\n" not in str(error.value) and len(str(error.value)) < 400
+    """One line, not much longer than the paths in it."""
+    text = str(error.value)
+    return "\n" not in text and len(text) < 600

@@ -1,6 +1,6 @@
 """CUDA graphs on the CPU: a call is recorded as its operations on its very tensors, and replayed as these.
 
-A replay runs no Python of the call, so whatever Python would have decided anew (a slice, a number, a
+A replay runs no Python of the call, so whatever Python would have decided again (a slice, a number, a
 tensor that lies elsewhere now) is what it was when the call was recorded: as on a card.
 """
 

@@ -1,4 +1,4 @@
-"""Work that may fail in some processes of a run ends in all of them, and the run goes on."""
+"""Work that may fail in some processes of a run ends in all of them, and the run continues."""
 
 import threading
 

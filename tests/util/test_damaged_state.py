@@ -74,7 +74,7 @@ def test_results_that_are_damaged_are_named_by_all_who_read_them(tmp_path, conte
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"fid": "low"}, "the fid 'low', which is no number"),
+        ({"fid": "low"}, "the fid 'low', which is not a number"),
         ({"is_std": [1]}, "the is_std"),
         ({"method": ...}, "does not say its method"),
         ({"images_dir": ...}, "does not say its images_dir"),

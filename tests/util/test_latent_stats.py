@@ -191,8 +191,8 @@ def test_files_that_do_not_fit_the_tokenizer_are_one_sentence(files, tmp_path):
             (path, tmp_path / "none.safetensors"),
             "no latent statistics at .*util.checkpoint convert",
         ),
-        ((path, EXAMPLE), "no safetensors file: convert it"),
-        ((path, path), "no safetensors file: convert it"),
+        ((path, EXAMPLE), "not a safetensors file: convert it"),
+        ((path, path), "not a safetensors file: convert it"),
         ((stats, stats), "not a file of l-DeTok's tokenizer"),
     ]
     for arguments, words in cases:

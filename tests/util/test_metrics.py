@@ -238,7 +238,7 @@ def test_missing_statistics_are_an_error_that_names_both_commands(tmp_path):
         ({"mu": np.full(8, np.nan), "sigma": np.eye(8)}, "NaN"),
         ({"mu": np.zeros(9), "sigma": np.eye(9)}, "9-d.*toy has 8 features"),
         ({"mu": np.zeros(8), "sigma": np.eye(8), "features": "shapes"}, "statistics of shapes"),
-        ({"mu": np.array([print] * 8), "sigma": np.eye(8)}, "no file of FID statistics"),
+        ({"mu": np.array([print] * 8), "sigma": np.eye(8)}, "not a file of FID statistics"),
     ],
 )
 def test_wrong_statistics_are_refused_before_anything_is_generated(tmp_path, arrays, message):
@@ -253,11 +253,11 @@ def test_a_file_that_is_no_npz_is_refused_as_statistics(tmp_path):
     data = stats.read_bytes()
     for wrong in (data[:100], b"", b"<html>not found</html>"):
         stats.write_bytes(wrong)
-        with pytest.raises(UserError, match="no file of FID statistics"):
+        with pytest.raises(UserError, match="not a file of FID statistics"):
             metrics.check_ready(request(stats))
     with open(stats, "wb") as file:
         np.save(file, np.zeros(8))
-    with pytest.raises(UserError, match="no file of FID statistics"):
+    with pytest.raises(UserError, match="not a file of FID statistics"):
         metrics.check_ready(request(stats))
 
 

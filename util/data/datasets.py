@@ -1,7 +1,7 @@
 """Training data: images in class folders, or their cached latents.
 
 All randomness of the data (order and flips) is drawn before an epoch from (seed, epoch), so that a
-run can go on in the middle of an epoch with the same batches, whatever the number of workers.
+run can continue in the middle of an epoch with the same batches, whatever the number of workers.
 """
 
 import signal

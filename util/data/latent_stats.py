@@ -29,7 +29,7 @@ def read_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
         )
     if path.suffix != ".safetensors":
         raise WeightsError(
-            f"{path} is no safetensors file: convert it with "
+            f"{path} is not a safetensors file: convert it with "
             f"`python -m util.checkpoint convert {path} {path.with_suffix('.safetensors')}`"
         )
     tensors, _ = read_safetensors(path)

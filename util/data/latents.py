@@ -33,19 +33,19 @@ def read_moments(
 
     UserError for a file that is none, or whose moments are not finite or of another `shape`.
     """
-    remedy = "write it anew with main_cache.py"
+    remedy = "write it again with main_cache.py"
     found = read_arrays(Path(path), names, "cached latent", remedy)
     if any(array.dtype.kind not in "fiu" for array in found.values()):
-        raise UserError(f"{path} is no cached latent (it holds no numbers): {remedy}")
+        raise UserError(f"{path} is not a cached latent (it holds no numbers): {remedy}")
     arrays = [found[name].astype(np.float32) for name in names]
     for array in arrays:
         if array.shape != (shape or arrays[0].shape):
             raise UserError(
                 f"{path} holds moments {array.shape}, the model needs {shape or arrays[0].shape}: "
-                "check --img_size, --vae_stride and --vae_embed_dim, or write it anew"
+                "check --img_size, --vae_stride and --vae_embed_dim, or write it again"
             )
         if not np.isfinite(array).all():
-            raise UserError(f"{path} holds NaN or infinity: write it anew with main_cache.py")
+            raise UserError(f"{path} holds NaN or infinity: write it again with main_cache.py")
     return [torch.from_numpy(array) for array in arrays]
 
 
@@ -69,9 +69,11 @@ def check_note(cached_path: str | Path, tokenizer_files: Sequence[str], img_size
     note = Path(cached_path) / NOTE
     if not note.is_file() or not all(Path(file).is_file() for file in tokenizer_files):
         return
-    remedy = "remove it if the latents are of this tokenizer, or write them anew with main_cache.py"
+    remedy = (
+        "remove it if the latents are of this tokenizer, or write them again with main_cache.py"
+    )
     if read_json(note, dict, remedy) != _describe(tokenizer_files, img_size):
         raise UserError(
             f"{cached_path} holds latents of another tokenizer or image size than {tokenizer_files[0]} "
-            f"at {img_size} pixels: write them anew into an empty folder with main_cache.py"
+            f"at {img_size} pixels: write them again into an empty folder with main_cache.py"
         )

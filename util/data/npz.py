@@ -26,7 +26,7 @@ def _in_one_sentence(path: Path, kind: str, remedy: str) -> Iterator[None]:
         yield
     except Exception as error:  # a damaged archive raises almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} is no {kind} ({reason}): {remedy}") from error
+        raise UserError(f"{path} is not a {kind} ({reason}): {remedy}") from error
 
 
 def read_arrays(

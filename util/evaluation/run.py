@@ -208,7 +208,7 @@ def _open(
     changes = folder.open(run.config, call, run.num_images, run.settings.overwrite)
     if changes:
         print(
-            f"note: {folder.path} goes on with {', '.join(changes)}: pixels may differ in rounding",
+            f"note: {folder.path} continues with {', '.join(changes)}: pixels may differ in rounding",
             file=sys.stderr,
         )
     batches = len(run.task.grid)

@@ -57,7 +57,7 @@ class RunFolder:
         path = self.path / MANIFEST
         if not path.exists():
             return {}
-        remedy = "restore it, or delete the folder and start anew"
+        remedy = "restore it, or delete the folder and start again"
         found = read_json(path, dict, remedy)
         calls = found.get("calls")
         if not isinstance(found.get("config"), dict) or not isinstance(calls, list) or not calls:
@@ -67,7 +67,7 @@ class RunFolder:
         return found
 
     def conflict(self, config: Json) -> str | None:
-        """Why `config` must not go on here, as half a sentence, or None."""
+        """Why `config` must not continue here, as half a sentence, or None."""
         manifest = self.manifest()
         if not manifest:
             count = len(list_images(self.images)) if self.images.is_dir() else 0
@@ -97,7 +97,7 @@ class RunFolder:
         return conflict is not None
 
     def open(self, config: Json, call: Json, num_images: int, overwrite: bool = False) -> list[str]:
-        """Create the folder, or go on in it with one more call, as `check` allows.
+        """Create the folder, or continue in it with one more call, as `check` allows.
 
         Returns what of MAY_DIFFER has changed since the last call, as "eval_bsz 64 -> 32".
         UserError also if the folder cannot be written.

@@ -59,7 +59,7 @@ def load_stats(path: str | os.PathLike[str]) -> FidStatistics:
     found = read_arrays(path, ("mu", "sigma"), _KIND, _REMEDY, optional=_OPTIONAL)
     for name, array in found.items():
         if name != "features" and array.dtype.kind not in "fiu":
-            raise UserError(f"{path} is no {_KIND} ({name} holds {array.dtype}): {_REMEDY}")
+            raise UserError(f"{path} is not a {_KIND} ({name} holds {array.dtype}): {_REMEDY}")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise UserError(f"{path} contains NaN or infinity in {name}: {_REMEDY}")
     for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
@@ -71,7 +71,7 @@ def load_stats(path: str | os.PathLike[str]) -> FidStatistics:
             f"{path} has activations {activations.shape}, its mu is {found['mu'].shape}: {_REMEDY}"
         )
     if any(found[name].ndim for name in ("num_images", "features") if name in found):
-        raise UserError(f"{path} is no {_KIND} (num_images or features is a list): {_REMEDY}")
+        raise UserError(f"{path} is not a {_KIND} (num_images or features is a list): {_REMEDY}")
     return FidStatistics(
         mu=found["mu"],
         sigma=found["sigma"],

@@ -3,7 +3,7 @@
     python -m util.tiny.gpt --output_dir output_dir/gpt_tiny
 
 The data set is turned into codes once (codes.safetensors in the output folder). Step i is seeded by
-i, so the same command goes on after a stop.
+i, so the same command continues after a stop.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 A plain autoencoder at first, its latents on the unit sphere; then its codebook starts as k-means of
 these latents, and codes, encoder and decoder are trained together (van den Oord et al., NeurIPS
-2017, equation 3). Step i sees pictures i * BATCH on, so the same command goes on after a stop.
+2017, equation 3). Step i sees pictures i * BATCH on, so the same command continues after a stop.
 """
 
 import argparse
@@ -33,7 +33,7 @@ CONTINUOUS = 150  # steps without a codebook
 COMMITMENT = 0.25  # van den Oord et al., equation 3: beta; LlamaGen's value too
 KMEANS_ITERATIONS = 10
 KMEANS_PICTURES = 128
-REVIVE_EVERY = 50  # steps after which codes that were not used start anew at a latent
+REVIVE_EVERY = 50  # steps after which codes that were not used start again at a latent
 SAVE_EVERY = 50  # steps
 TEST_PICTURES = 1000
 

@@ -102,7 +102,7 @@ class TrainingMonitor:
                 if self.world.is_main:
                     print(
                         f"note: epoch {epoch} has no score ({dist.reason_of(error)}): the training "
-                        "goes on",
+                        "continues",
                         file=sys.stderr,
                         flush=True,
                     )

@@ -33,7 +33,7 @@ def starting_point(resume: str, config: TrainConfig, world: dist.World) -> str:
 
 
 def resume(state: TrainState, plan: BatchPlan, path: str, world: dist.World) -> tuple[int, int]:
-    """Restore a run; returns (epoch, step inside it) to go on with."""
+    """Restore a run; returns (epoch, step inside it) to continue with."""
     epoch, progress = checkpoint.restore_checkpoint(
         path,
         model=state.model,

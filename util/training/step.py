@@ -1,7 +1,7 @@
 """Training without a word about the model: one step, one epoch, and the state of a run.
 
 The noise of a step is seeded by (seed, step) and drawn for all its images, so a run that was stopped
-anywhere goes on with the very same numbers, and any number of processes and accumulated batches
+anywhere continues with the very same numbers, and any number of processes and accumulated batches
 follows the same curve, dropout apart. No state of a random generator has to be kept.
 """
 

@@ -167,7 +167,7 @@ def test_one_latent_of_another_shape_is_found_by_its_length_before_training(late
 
 def test_a_truncated_latent_is_found_by_its_length_before_training(latents):
     damage(latents / "n01440764" / NAMES[5])
-    with pytest.raises(UserError, match="is no cached latent"):
+    with pytest.raises(UserError, match="is not a cached latent"):
         opened(latents, cache_in_memory=False)
 
 
@@ -199,7 +199,7 @@ def test_what_is_no_cached_latent_is_named(latents, kind):
         path.write_text("hello")
     else:
         np.savez(path, moments=np.zeros(SHAPE))
-    with pytest.raises(UserError, match=f"{path} is no cached latent"):
+    with pytest.raises(UserError, match=f"{path} is not a cached latent"):
         CachedTensors(CachedFolder(latents))
 
 

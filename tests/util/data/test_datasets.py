@@ -110,7 +110,7 @@ def test_a_flipped_pick_is_the_latent_of_the_mirrored_picture(latents):
 def test_a_damaged_latent_is_named(latents):
     path = latents / "cat" / "1.png.npz"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"1\.png\.npz is no cached latent"):
+    with pytest.raises(UserError, match=r"1\.png\.npz is not a cached latent"):
         CachedTensors(CachedFolder(latents))
 
 

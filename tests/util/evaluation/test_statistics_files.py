@@ -62,7 +62,7 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path, length):
     np.savez_compressed(path, **WHOLE)
     data = path.read_bytes()
     path.write_bytes(data[: int(length * len(data)) if length < 1 else length])
-    assert "is no file of FID statistics" in refusal(lambda: load_stats(path))
+    assert "is not a file of FID statistics" in refusal(lambda: load_stats(path))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path, length):
         ({"activations": np.full((7, 64), np.nan)}, "infinity in activations"),
         ({"num_images": np.array("many")}, "num_images holds"),
         ({"num_images": np.array([1, 2])}, "is a list"),
-        ({"mu": np.array([{}] * 64)}, "is no file of FID statistics"),
+        ({"mu": np.array([{}] * 64)}, "is not a file of FID statistics"),
     ],
 )
 def test_entries_of_another_kind_are_named(tmp_path, changes, words):
