@@ -16,7 +16,7 @@ from types import TracebackType
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from util.errors import UserError
 from util.files import atomic_path
@@ -97,6 +97,7 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
             rgb = None if mode.startswith(("I", "F")) else image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
+        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else reason
         raise UserError(
             f"{path} cannot be read as an image ({reason}): remove or replace it"
         ) from error
