@@ -140,6 +140,8 @@ def parse() -> tuple[cli.Selection, int]:
     parser.add_flag("port", "of the page on this machine", type=int, metavar="N")
     flags = parser.parse()
     port = flags.given.pop("port", 7860)
+    if not 0 < port < 1 << 16:
+        raise UserError(f"--port is {port}; it must be from 1 to 65535")
     flags.given["lazy_mar"] = True
     return cli.select(flags, "demo"), port
 

@@ -1,5 +1,6 @@
 """Errors that are the user's to mend: one sentence on stderr and exit code 2, never a traceback."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -21,6 +22,10 @@ _REMEDIES = {
     ),
 }
 
+# What a file system answers where a file cannot be read or written, whoever asks.
+_REFUSALS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+_REFUSALS |= {errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+
 
 class UserError(Exception):
     """Bad input, missing file, impossible combination. The message says what, which value, what to do."""
@@ -34,6 +39,11 @@ def sentence_of(error: BaseException) -> str | None:
     """What a user should read of an error; None for a defect of ours, which needs its traceback."""
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, OSError) and error.errno in _REFUSALS:
+        return (
+            f"cannot use {error.filename or 'a file'} ({error.strerror}): check that its folder exists, "
+            "is writable and has free space, or choose another"
+        )
     text = " ".join([type(error).__name__, *str(error).split()])
     for mark, remedy in _REMEDIES.items():
         if mark in text.lower():

@@ -84,6 +84,7 @@ def test_the_caption_compares_seconds_and_pixels():
     [
         (["--model", "gpt_tiny"], "--lazy_mar is for MAR models"),
         (["--port", "x"], "--port"),
+        (["--port", "99999"], "--port is 99999"),
         (["--num_imges", "4"], "unrecognized arguments: --num_imges 4"),
         (["--top_k", "5"], "--top_k is for GPT and Janus models"),
     ],

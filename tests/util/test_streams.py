@@ -106,6 +106,8 @@ def test_a_pipe_that_does_not_block_gets_every_line(tmp_path):
         ("OSError(24, 'Too many open files')", "ulimit -n"),
         ("OSError(12, 'Cannot allocate memory')", "use a smaller batch"),
         ('RuntimeError("can\'t start new thread")', "ulimit -u"),
+        ("OSError(28, 'No space left on device')", "has free space, or choose another"),
+        ("OSError(30, 'Read-only file system', 'data/x')", "cannot use data/x (Read-only"),
     ],
 )
 def test_an_exhausted_machine_is_one_sentence_with_a_remedy(tmp_path, raised, words):
