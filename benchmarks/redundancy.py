@@ -33,12 +33,12 @@ from engine import cli
 from engine.mar import MARHost
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig
-from models.lazy_predictor import LazyPredictor
 from models.mar import MAR
 from models.noise import ImageNoise
 from models.plan import DecodingPlan, DecodingStep
 from models.predictor import PlainPredictor
 from models.sampling_copy import sampling_copy
+from models.step_view import REUSED, views
 from util.device import device_name, pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
@@ -48,7 +48,6 @@ from util.images import to_uint8
 from util.report import markdown_table
 
 GROUPS = ("earlier", "previous", "now", "later")
-NOW, PREVIOUS, CHANGED, REUSED = "npc."  # what happened to a token, in the maps of the strip
 
 
 def positions_of(step: DecodingStep, seq_len: int) -> dict[str, slice]:
@@ -159,62 +158,27 @@ def guidance_redundancy(
     }
 
 
-class RecordingPredictor(LazyPredictor):
-    """LazyPredictor that remembers what it selects: step index -> positions (R, kept)."""
-
-    def __init__(
-        self,
-        model: MAR,
-        order: Tensor,
-        embedding: Tensor,
-        plan: DecodingPlan,
-        config: LazyMARConfig,
-    ) -> None:
-        """As LazyPredictor."""
-        super().__init__(model, order, embedding, plan, config)
-        self.selected: dict[int, Tensor] = {}
-
-    def select(self, v: Tensor, step: DecodingStep, kept: int) -> Tensor:
-        """As LazyPredictor.select."""
-        self.selected[step.index] = super().select(v, step, kept)
-        return self.selected[step.index]
-
-
 def lazy_strip(
     model: MAR, plan: DecodingPlan, config: LazyMARConfig, label: int, noise: ImageNoise
 ) -> tuple[dict[str, Any], Tensor]:
     """What LazyMAR recomputes at each step for one image, and its latents (1, C, H, W).
 
-    maps: per step a string in raster order, n decoded now, p in the previous step, c recomputed
-    besides, `.` taken from the cache, by the decoder layers behind the probe. ranks: when each
-    token is decoded, raster order.
+    maps: per step a string of states, as in models.step_view. ranks: when each token is decoded,
+    raster order.
     """
-    decoding = Decoding(model, 1, plan, config, temperature=1.0)
-    predictor = RecordingPredictor(model, decoding.order, decoding.embedding, plan, config)
-    decoding.predictor = predictor
-    latents = model.unpatchify(decoding([label], noise))
-    ranks = decoding.order[0].argsort().tolist()
-    maps = []
-    for step in plan.steps:
-        index = predictor.selected.get(step.index)
-        kept = set(range(plan.seq_len))
-        if index is not None:
-            kept = {position - model.buffer_size for position in index[0].tolist()}
-        states = [CHANGED if rank in kept else REUSED for rank in range(plan.seq_len)]
-        states[step.previous : step.start] = PREVIOUS * (step.start - step.previous)
-        states[step.start : step.stop] = NOW * (step.stop - step.start)
-        maps.append("".join(states[rank] for rank in ranks))
+    seen = list(views(model, plan, config, label, noise))
+    maps = [view.states for view in seen]
     strip = {
-        "steps": [step.index for step in plan.steps],
-        "refresh": [predictor.policies[step.index].refresh for step in plan.steps],
-        "known": [step.stop for step in plan.steps],
+        "steps": [view.step.index for view in seen],
+        "refresh": [view.refresh for view in seen],
+        "known": [view.step.stop for view in seen],
         "grid": model.grid_size,
         "label": label,
-        "ranks": ranks,
+        "ranks": noise.orders[0].flip(0).argsort().tolist(),
         "maps": maps,
         "recomputed": [1 - m.count(REUSED) / plan.seq_len for m in maps],
     }
-    return strip, latents
+    return strip, seen[-1].latents
 
 
 @dataclass(frozen=True)

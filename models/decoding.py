@@ -5,7 +5,7 @@ those tokens given z. Every count comes from the plan, and nothing in the loop w
 What passes between the calls lies in tensors made once, so that the calls can be CUDA graphs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -103,9 +103,23 @@ class Decoding:
         known (B, L, c), raster order: holds the tokens that the plan takes as known.
         """
         self._prepare(labels, noise, known)
-        self._decode(noise, progress)
-        order = self.order[: self.bsz, :, None].expand_as(self.tokens)
-        return torch.empty_like(self.tokens).scatter_(1, order, self.tokens)
+        for _ in self._decode(noise, progress):
+            pass
+        return self._in_raster_order(self.plan.seq_len)
+
+    @torch.no_grad()
+    def partial_results(
+        self, labels: Sequence[int] | None, noise: ImageNoise, known: Tensor | None = None
+    ) -> Iterator[tuple[DecodingStep, Tensor]]:
+        """As a call, step by step: each step and the tokens (B, L, c) after it, 0 where unknown."""
+        self._prepare(labels, noise, known)
+        for step in self._decode(noise, progress=False):
+            yield step, self._in_raster_order(step.stop)
+
+    def _in_raster_order(self, known: int) -> Tensor:
+        """The first `known` tokens of the decoding order, in raster order (B, L, c), others 0."""
+        order = self.order[: self.bsz, :known, None].expand(-1, -1, self.tokens.shape[2])
+        return torch.zeros_like(self.tokens).scatter_(1, order, self.tokens[:, :known])
 
     def _prepare(
         self, labels: Sequence[int] | None, noise: ImageNoise, known: Tensor | None = None
@@ -125,8 +139,8 @@ class Decoding:
             classes += [None] * self.bsz if first.guided else []
             self._write_z(self._first_conditions(classes))
 
-    def _decode(self, noise: ImageNoise, progress: bool) -> None:
-        """All steps; nothing here waits for the device."""
+    def _decode(self, noise: ImageNoise, progress: bool) -> Iterator[DecodingStep]:
+        """All steps, each when it is done; nothing here waits for the device."""
         for i, step in enumerate(tqdm(self.plan.steps, disable=not progress, leave=False)):
             if step.start > 0 or self.first_fills:
                 self.run_step(i, partial(self._predict, step))
@@ -137,6 +151,7 @@ class Decoding:
             denoise = partial(self._denoise, n, rows, steps)
             self.run_head((n, rows, steps), denoise)
             self.tokens[:, step.start : step.stop] = self.sampled[:n].unflatten(0, (self.bsz, -1))
+            yield step
 
     def _predict(self, step: DecodingStep) -> None:
         """z of a step after the first."""

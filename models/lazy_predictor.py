@@ -51,6 +51,7 @@ class LazyPredictor:
         self.encoder_caches = [KVCache(self.rows, known) for _ in model.encoder_blocks]
         self.probe = ProbeCache(self.rows)
         self.selection = config.token_selection
+        self.selected: Tensor | None = None  # positions (rows, kept) of the last step, if selected
         self.oldest: dict[int, Tensor] = {}  # step index -> kept positions (kept,)
         if self.selection == "oldest":
             chosen = oldest_positions(plan, self.policies, model.buffer_size)
@@ -63,6 +64,7 @@ class LazyPredictor:
     def __call__(self, step: DecodingStep, tokens: Tensor) -> Tensor:
         """Tokens (B, L, c), known up to step.start -> z (R, stop - start, D); unguided (B, ., D)."""
         policy = self.policies[step.index]
+        self.selected = None
         compute = self._refresh if policy.refresh else self._lazy
         x = compute(step, policy, tokens)
         return self.model.to_condition(x, self.order[: len(x), step.start : step.stop])
@@ -168,7 +170,7 @@ class LazyPredictor:
         block = blocks[self.probe_layer]
         h = block.norm1(x)
         k, v = block.attn.keys_values(h)
-        index = self.select(v, step, kept)
+        index = self.selected = self.select(v, step, kept)
         x, h = _take(x, index), _take(h, index)
         x = block.finish(x, block.attn.attend(block.attn.queries(h), k, v))
         now = slice(step.start - step.previous, step.stop - step.previous)  # among the kept
