@@ -26,6 +26,7 @@ from util.images import to_uint8
 
 HOST = cli.named("mar_tiny", lazy_mar=True).host()
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+REQUEST = demo.Request(label=0, seed=0, num_iter=12, cfg=3.0)
 PICTURES = """[...document.querySelectorAll("img[src*='/file=']")]"""
 
 
@@ -51,7 +52,7 @@ def side(bundled):
 def test_the_pictures_are_those_of_sample_tokens_for_the_same_seed(bundled, schedule, temperature):
     model, tokenizer = bundled
     side = side_by_side(bundled, schedule, temperature)
-    pictures = side.pair(label=4, seed=7, num_iter=10, cfg=3.0)
+    pictures = side.pair(demo.Request(label=4, seed=7, num_iter=10, cfg=3.0))
     for picture, lazy_mar in zip(pictures, (None, side.sampling.lazy_mar), strict=True):
         latents = model.sample_tokens(
             1, 10, 3.0, schedule, [4], temperature, noise=model.image_noise([7]), lazy_mar=lazy_mar
@@ -68,7 +69,59 @@ def test_the_pictures_are_those_of_sample_tokens_for_the_same_seed(bundled, sche
 )
 def test_what_cannot_be_drawn_is_named(side, change, reason):
     with pytest.raises(ValueError, match=reason):
-        side.pair(**{"label": 0, "seed": 0, "num_iter": 2, "cfg": 3.0, **change})
+        side.pair(replace(REQUEST, **change))
+
+
+@pytest.mark.parametrize("preset", [{}, {"preset": "fast"}], ids=str)
+def test_an_image_grows_to_the_picture_of_the_pair(bundled, preset):
+    model, tokenizer = bundled
+    sampling = cli.named(
+        "mar_tiny", lazy_mar=True, diff_upper_steps=8, diff_lower_steps=4, **preset
+    )
+    sampling = sampling.host().sampling
+    side = demo.SideBySide(model, tokenizer, tokenizer.latent_scale, sampling, torch.float32)
+    frames = list(side.grow(REQUEST))
+    _, lazy = side.pair(REQUEST)
+    assert np.array_equal(frames[-1].image, lazy.image)
+    grey = [(frame.image == demo.UNKNOWN).all(axis=2).sum() for frame in frames]
+    assert grey == sorted(grey, reverse=True) and grey[0] > 3000
+    now = [(frame.tokens == demo.COLOURS["n"]).all(axis=2).sum() for frame in frames]
+    assert sum(now) == model.seq_len
+    assert any((frame.tokens == demo.COLOURS["."]).all(axis=2).any() for frame in frames)
+
+
+def test_editing_keeps_what_is_not_painted(side):
+    _, lazy = side.pair(REQUEST)
+    painted = np.zeros((384, 384), bool)
+    painted[:96, 200:] = True
+    pictures = side.edit(replace(REQUEST, seed=9), demo.enlarged(lazy.image), painted)
+    for picture in pictures:
+        change = np.abs(picture.image.astype(int) - lazy.image).max(axis=2)
+        assert change[24:].max() <= 16 and change[:, :28].max() <= 16  # the tokenizer's own error
+        assert change[:16, 33:].max() > 16
+    with pytest.raises(ValueError, match="nothing is painted"):
+        side.edit(REQUEST, lazy.image, np.zeros((64, 64), bool))
+
+
+def test_the_page_streams_frames_and_then_both_pictures(side):
+    *frames, last = demo.Page(side).sample(2, 3, 6, 3.0)
+    assert len(frames) == 6 and all(frame[0] is None for frame in frames)
+    assert last[0].shape == last[1].shape == last[4].shape == (384, 384, 3)
+    assert "times as fast" in last[3]
+    (refused,) = demo.Page(side).sample(None, 3, 6, 3.0)
+    assert refused[3] == "Cannot draw this: class and seed are whole numbers from 0"
+
+
+def test_the_editor_hands_over_its_layers(side):
+    background = np.full((128, 128, 4), 200, np.uint8)
+    layer = np.zeros((128, 128, 4), np.uint8)
+    actions, controls = demo.Page(side), (2, 3, 6, 3.0)
+    nothing = actions.edit({"background": background, "layers": [layer]}, *controls)
+    assert nothing[2].startswith("Cannot draw this: nothing is painted")
+    layer[:40, :40, 3] = 255
+    plain, _, text = actions.edit({"background": background, "layers": [layer]}, *controls)
+    assert plain.shape == (384, 384, 3) and "PSNR" in text
+    assert actions.edit(None, *controls)[2].startswith("Cannot draw this: there is no picture")
 
 
 def test_the_caption_compares_seconds_and_pixels():
