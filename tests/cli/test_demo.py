@@ -250,9 +250,32 @@ def test_a_visitor_draws_a_star_with_both_methods_and_learns_what_is_wrong(
     said.wait_for()
     assert "MAR" in said.inner_text()
     page.wait_for_function(f"{PICTURES}.every(picture => picture.naturalWidth == {demo.SHOWN})")
-    assert len(set(page.evaluate(f"{PICTURES}.map(picture => picture.src)"))) == 2
+    assert len(set(page.evaluate(f"{PICTURES}.map(picture => picture.src)"))) == 3  # and the map
     page.screenshot(path=tmp_path / "pair.png")
     page.get_by_label("seed").fill("-1")
     page.get_by_role("button", name="Sample").click()
     page.get_by_text("seed -1 is negative").wait_for()
     page.screenshot(path=tmp_path / "refused.png")
+
+
+@pytest.mark.browser
+def test_a_visitor_paints_over_a_part_and_has_it_drawn_again(browser, address, tmp_path):
+    page = browser.new_page(viewport={"width": 1300, "height": 900})
+    page.set_default_timeout(60_000)
+    page.goto(address)
+    page.get_by_label("number input for steps").fill("16")
+    page.get_by_role("button", name="Sample").click()
+    page.get_by_text("times as fast").wait_for()
+    page.get_by_role("tab", name="Edit").click()
+    canvas = page.locator("canvas").first
+    canvas.wait_for()
+    page.wait_for_timeout(2000)  # the editor fits its picture
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.4 * box["height"])
+    page.mouse.down()
+    for share in (0.4, 0.5, 0.6, 0.7):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 0.5 * box["height"])
+    page.mouse.up()
+    page.get_by_role("button", name="Draw the painted part").click()
+    page.get_by_text("times as fast").nth(1).wait_for()
+    page.screenshot(path=tmp_path / "edited.png")
