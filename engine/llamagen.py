@@ -184,8 +184,8 @@ class LlamaGenFamily(Family):
     def add_flags(self, parser: FlagParser) -> None:
         from_model = tuple({name for preset in PRESETS.values() for name in preset})
         shared: dict[str, Any] = {"owner": self.name, "from_model": from_model}
-        parser.add(GPTImageConfig, "LlamaGen and Janus", **shared)
-        parser.add(GPTSampling, "LlamaGen and Janus", **shared)
+        parser.add(GPTImageConfig, "LlamaGen and text-to-image", **shared)
+        parser.add(GPTSampling, "LlamaGen and text-to-image", **shared)
         parser.add(
             LineARConfig,
             "LineAR",
