@@ -90,7 +90,8 @@ class TextToImageHost(Host):
     def flops(self, parts: Iterable[nn.Module], layers: int, width: int, tokens: int) -> float:
         """Of an image with the full cache, the prompt not counted; `parts` see every token."""
         branches = 2 if self.sampling.cfg > 1 else 1
-        matrices = sum(p.numel() for part in parts for p in part.parameters() if p.dim() == 2)
+        modules = (module for part in parts for module in part.modules())
+        matrices = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))
         attention = 4 * width * layers * tokens * (tokens + 1) / 2
         return float(branches * (2 * tokens * matrices + attention))
 

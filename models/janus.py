@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import JanusForConditionalGeneration
+from transformers import Cache, JanusForConditionalGeneration
 
 from models.gpt_images import GPTSampling, pictures
 from models.line_config import LineARConfig
@@ -54,12 +54,13 @@ def sample_tokens(
     grid: tuple[int, int] | None = None,
     seeds: Sequence[int] | None = None,
     greedy: bool = False,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Codes (B, N) int64 of prompts (B, P), which end with <begin_of_image> and are padded on the left.
 
-    The settings are those of GPT.sample_tokens; line_ar None is the library's DynamicCache. grid:
-    lines and tokens of a line, a square without it. In float32 with the same draws the codes are
-    those of the library's `generate`.
+    The settings are those of GPT.sample_tokens; line_ar None is the library's DynamicCache, or
+    `cache`, another empty one. grid: lines and tokens of a line, a square without it. In float32 with
+    the same draws the codes are those of the library's `generate`.
     """
     check_settings(cfg, temperature, top_k, top_p)
     grid = image_grid(model) if grid is None else grid
@@ -73,7 +74,8 @@ def sample_tokens(
     x = model.get_input_embeddings()(input_ids)
     tokens = []
     with nullcontext() if line_ar is None else line_ar_attention(model):
-        decode = Decoder(model.model.language_model, new_cache(line_ar, grid), attention_mask)
+        cache = new_cache(line_ar, grid) if cache is None else cache
+        decode = Decoder(model.model.language_model, cache, attention_mask)
         for i in range(math.prod(grid)):
             logits = model.model.generation_head(decode(inputs_embeds=x)).float()
             if guided:

@@ -64,6 +64,15 @@ def test_compressed_codes_are_those_of_the_librarys_generate(librarys):
     assert not torch.equal(codes, librarys(model))
 
 
+def test_another_cache_of_the_library_draws_the_same():
+    model = tiny_janus()
+    cache = transformers.StaticCache(config=model.config.text_config, max_cache_len=7 + 48)
+    settings = {"grid": GRID, "seeds": SEEDS}
+    codes = sample_tokens(model, **padded(PROMPTS), **settings, cache=cache)
+    assert cache.get_seq_length() == 7 + 47
+    assert torch.equal(codes, sample_tokens(model, **padded(PROMPTS), **settings))
+
+
 @pytest.mark.parametrize("cfg", [2.0, 5.0])
 def test_greedy_codes_are_those_of_the_library(cfg):
     model = tiny_janus()
