@@ -77,7 +77,7 @@ class Drawing:
         from models.janus import JanusGenerator
 
         generator = JanusGenerator(self.model, self.processor, sampling, IMAGE_SIZE)
-        prompts, seeds = ([values[i] for i in indices] for values in (self.prompts, self.seeds))
+        prompts, seeds = [self.prompts[i] for i in indices], [self.seeds[i] for i in indices]
         return to_uint8(generator.generate(generator.prepare(prompts, seeds)))
 
     def inputs(self, count: int) -> dict[str, Tensor]:
@@ -91,9 +91,8 @@ class Drawing:
         """What the full cache samples, (B, N)."""
         from models.janus import sample_tokens
 
-        return sample_tokens(
-            self.model, **inputs, cfg=cfg, seeds=self.seeds[: len(inputs["input_ids"])]
-        )
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        return sample_tokens(self.model, ids, mask, cfg, seeds=self.seeds[: len(ids)])
 
     @torch.no_grad()
     def log_probabilities(

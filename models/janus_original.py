@@ -179,7 +179,7 @@ def open_original(folder: Path) -> tuple[JanusForConditionalGeneration, JanusPro
         },
     )
     weights = from_original(read_hub_folder(folder))
-    model = with_weights(JanusForConditionalGeneration, config, weights, ABSENT)
+    model: Any = with_weights(JanusForConditionalGeneration, config, weights, ABSENT)
     begin = tokenizer.convert_tokens_to_ids(tags["image_start_tag"])
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -191,6 +191,6 @@ def open_original(folder: Path) -> tuple[JanusForConditionalGeneration, JanusPro
         JanusImageProcessor(),
         tokenizer,
         chat_template=CHAT_TEMPLATE,
-        num_image_tokens=config.vision_config.num_image_tokens,
+        num_image_tokens=model.config.vision_config.num_image_tokens,
     )
     return model, processor

@@ -153,8 +153,9 @@ class LuminaGenerator:
         s = self.sampling
         codes = sample_tokens(
             self.model,
-            **inputs,
-            grid=self.grid,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            self.grid,
             cfg=s.cfg,
             temperature=s.temperature,
             top_k=s.top_k,

@@ -1,7 +1,7 @@
 """What the sampling loops over models of transformers share: steps through a cache, and weights."""
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ def with_weights(
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the library reports each tensor that is absent
     try:
-        model, report = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             None,
             config=config,
             state_dict=dict(weights),
@@ -70,6 +70,9 @@ def with_weights(
         )
     finally:
         logging.set_verbosity(verbosity)
+    model: Model
+    report: dict[str, Any]
+    model, report = loaded
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(absent))
     unknown = sorted(report["unexpected_keys"])
     shapes = sorted(key for key, *_ in report["mismatched_keys"])
