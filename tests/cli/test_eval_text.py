@@ -15,6 +15,7 @@ from util.errors import UserError
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from engine import llamagen as llamagen_engine  # noqa: E402
 from engine import lumina, text_to_image  # noqa: E402
 from models import janus_original  # noqa: E402
 from tests.support.janus_original import (  # noqa: E402
@@ -143,8 +144,10 @@ def test_lumina_draws_and_resumes(draw, monkeypatch, tmp_path):
         ),
         (
             "janus_tiny --resume JANUS --vae_path x",
-            "--vae_path is for GPT and Lumina and MAR models",
+            "--vae_path is for GPT, Lumina and MAR models",
         ),
+        ("gpt_xl_t2i_512", "t2i_XL_stage2_512.pt is missing: get it from LlamaGen's repository, see"),
+        ("gpt_tiny --t5_path x", "--t5_path is for text-to-image models; gpt_tiny takes class labels"),
         ("lumina_mgpt_768 --img_size 100", "--img_size is 100; it must be a multiple of 32"),
         ("lumina_mgpt_768 --resume JANUS", "--vae_path: the tokenizer"),
     ],
@@ -171,3 +174,54 @@ def test_a_name_on_the_hub_is_fetched_into_its_cache(draw, janus, monkeypatch):
     result = draw("janus_tiny", "--resume", "someone/Janus", "--no_score", "--num_images", 1)
     assert asked == ["someone/Janus"]
     assert manifest_of(result)["config"]["weights"].startswith("Janus ")
+
+
+@pytest.fixture
+def llamagen_files(monkeypatch, tmp_path):
+    """Flags for a tiny text-to-image GPT of 4 x 4 codes, its tokenizer, and a T5 of random weights."""
+    from models import llamagen, vq
+
+    tiny = {"dim": 64, "n_layer": 1, "n_head": 4, "vocab_size": 512}
+    make = partial(llamagen.GPT, **tiny, cls_token_num=6, caption_dim=32)
+    monkeypatch.setattr(llamagen, "gpt_xl_t2i", make)
+    torch.manual_seed(0)
+    torch.save({"model": make(block_size=16).state_dict()}, tmp_path / "t2i.pt")
+    torch.save({"model": vq.vq_tiny().state_dict()}, tmp_path / "vq.pt")
+    config = transformers.T5Config(
+        vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2
+    )
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path / "t5")
+    tiny_processor().tokenizer.save_pretrained(tmp_path / "t5")
+    flags = ["--resume", tmp_path / "t2i.pt", "--vae_path", tmp_path / "vq.pt"]
+    monkeypatch.setitem(llamagen_engine.TOKENIZERS, "vq16", vq.vq_tiny)
+    flags += ["--vae_stride", 4, "--img_size", 16, "--no_score"]
+    return [*flags, "--t5_path", tmp_path / "t5"]
+
+
+def test_llamagen_draws_captions_through_t5(draw, llamagen_files, tmp_path):
+    full = draw("gpt_xl_t2i_256", *llamagen_files)
+    assert pixels_of(full).shape == (4, 16, 16, 3)
+    assert len(set(images_of(full))) == 4
+    assert " T5 " in manifest_of(full)["config"]["weights"]
+    single = draw("gpt_xl_t2i_256", *llamagen_files, out="one", bsz=1)
+    assert abs(pixels_of(full) - pixels_of(single)).max() <= 1
+    line_ar = ("--line_ar", "--line_budget", 2, "--line_anchors", 1, "--line_recent", 1)
+    assert images_of(draw("gpt_xl_t2i_256", *llamagen_files, *line_ar)) != images_of(full)
+    with pytest.raises(
+        UserError, match=r"--t5_path none is no T5 of transformers \(none holds nei"
+    ):
+        draw("gpt_xl_t2i_256", *llamagen_files, "--t5_path", "none")
+
+
+def test_captions_are_padded_on_the_left_as_the_gpt_was_trained(tmp_path):
+    from models.llamagen_text import CaptionGenerator
+
+    encoder = transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
+    ).eval()
+    model = type("Model", (), {"cls_token_num": 6, "device": torch.device("cpu")})
+    generator = CaptionGenerator(model, (tiny_processor().tokenizer, encoder), None, None, 16)
+    captions, mask, _ = generator.prepare(["A red disc ", "a green star a red star"], [1, 2])
+    assert mask.tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6]  # <s> and three words; cut after six
+    alone = encoder(torch.tensor([[1, 6, 7, 8]])).last_hidden_state[0]
+    torch.testing.assert_close(captions[0, 2:], alone, rtol=1e-4, atol=1e-5)
