@@ -34,13 +34,15 @@ from benchmarks.common import (
     write_result,
 )
 from benchmarks.line_work import LIBRARY, GPTWork, JanusWork, PeakMemory, Variant, Work
-from engine.llamagen import PRESETS as LLAMAGEN
+from engine.llamagen import PRESETS
+from models import llamagen
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS
 from util.device import DTYPES, can_compile, device_name, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
 from util.report import markdown_table
 
+GPTS = tuple(name for name in PRESETS if hasattr(llamagen, name))
 JANUS = ("janus_pro_1b", "janus_pro_7b")
 HEAD = ["batch", "budget", "slots", "images_per_s", "speedup", "cache_gb", "cache_over_theory"]
 HEAD += ["workspace_gb", "peak_gb", "read_gb_per_s"]
@@ -127,9 +129,9 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.max_batch and args.sizes_only:
         raise UserError("--max_batch samples, which --sizes_only does not: remove one of them")
-    if args.model not in (*LLAMAGEN, *JANUS):
+    if args.model not in (*GPTS, *JANUS):
         raise UserError(
-            f"--model {args.model} is not a GPT model: use gpt_b to gpt_3b, gpt_tiny, {' or '.join(JANUS)}"
+            f"--model {args.model} cannot be measured: use gpt_b to gpt_3b, gpt_tiny, {' or '.join(JANUS)}"
         )
     library = LIBRARY if args.model in JANUS else ()
     args.budgets = args.budgets or ",".join([*library, "1,1/4,1/6"])

@@ -146,8 +146,14 @@ def test_lumina_draws_and_resumes(draw, monkeypatch, tmp_path):
             "janus_tiny --resume JANUS --vae_path x",
             "--vae_path is for GPT, Lumina and MAR models",
         ),
-        ("gpt_xl_t2i_512", "t2i_XL_stage2_512.pt is missing: get it from LlamaGen's repository, see"),
-        ("gpt_tiny --t5_path x", "--t5_path is for text-to-image models; gpt_tiny takes class labels"),
+        (
+            "gpt_xl_t2i_512",
+            "t2i_XL_stage2_512.pt is missing: get it from LlamaGen's repository, see",
+        ),
+        (
+            "gpt_tiny --t5_path x",
+            "--t5_path is for text-to-image models; gpt_tiny takes class labels",
+        ),
         ("lumina_mgpt_768 --img_size 100", "--img_size is 100; it must be a multiple of 32"),
         ("lumina_mgpt_768 --resume JANUS", "--vae_path: the tokenizer"),
     ],
