@@ -56,7 +56,9 @@ class Run:
 
     @property
     def labels(self) -> list[int]:
-        return [image_label(i, self.num_images, HOST.class_num) for i in range(self.num_images)]
+        return [
+            image_label(i, self.num_images, HOST.images.class_num) for i in range(self.num_images)
+        ]
 
     @property
     def seeds(self) -> list[int]:

@@ -16,6 +16,7 @@ import argparse
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +159,8 @@ def janus_locality(
     seeds = [image_seed(seed, i) for i in range(len(prompts))]
     inputs, _ = generator.prepare(prompts, seeds)
     ids, mask, grid = inputs["input_ids"], inputs["attention_mask"], image_grid(model)
-    codes = sample_tokens(model, ids, mask, seeds=seeds)
+    guidance: Any = model.generation_config.guidance_scale
+    codes = sample_tokens(model, ids, mask, guidance or 5.0, seeds=seeds)
     shares = Shares(config.plan(grid, ids.shape[1]))
     with line_ar_attention(model):
         cache = LineARCache(None, grid, layer=Watched)

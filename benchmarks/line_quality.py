@@ -11,6 +11,7 @@ those of the documents are in benchmarks/results.
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
 EVERY = (",".join(METHODS), ",".join(BUDGETS))  # methods and budgets of the whole table
 GRID = HOST.images.grid  # lines, tokens per line
+SCORES = (("fid", "FID", ".3f"), ("accuracy", "Accuracy", ".1%"))  # keys, titles, formats
 COLUMNS = 10  # images of the picture, one of each class
 SAME = (
     "weights",
@@ -58,11 +60,11 @@ SAME = (
 )  # in all rows of a file
 
 
-def tables(rows: list[dict]) -> str:
-    """Markdown: FID and accuracy of all methods (rows) at all budgets (columns)."""
+def tables(rows: list[dict], scores: Sequence[tuple[str, str, str]] = SCORES) -> str:
+    """Markdown: each score of all methods (rows) at all budgets (columns)."""
     full = next(row for row in rows if row["method"] == FULL)
     parts = []
-    for key, title, form in (("fid", "FID", ".3f"), ("accuracy", "Accuracy", ".1%")):
+    for key, title, form in scores:
         cells = {(row["method"], row["budget"]): format(row[key], form) for row in rows}
         body = [[name, *(cells.get((name, b), "-") for b in BUDGETS)] for name in METHODS]
         head = [f"{title} (full cache: {format(full[key], form)})", *BUDGETS]
@@ -79,7 +81,9 @@ def draw(rows: list[dict], output: Path) -> None:
     save_budget_plot(with_ending(output, "_fid.png"), title, list(BUDGETS), series, level)
 
 
-def plans(methods: str, budgets: str, recent: int) -> list[tuple[str, str, LineARConfig | None]]:
+def plans(
+    methods: str, budgets: str, recent: int, grid: tuple[int, int] = GRID
+) -> list[tuple[str, str, LineARConfig | None]]:
     """Rows: method, budget, configuration. UserError for a name that the table does not have.
 
     Raises ValueError for recent lines that do not fit a budget.
@@ -93,7 +97,7 @@ def plans(methods: str, budgets: str, recent: int) -> list[tuple[str, str, LineA
                     f"{', '.join(BUDGETS)}"
                 )
             config = LineARConfig(BUDGETS[budget], recent=recent, method=name)
-            config.plan(GRID)
+            config.plan(grid)
             rows.append((name, budget, config))
     return rows
 

@@ -3,7 +3,8 @@
 from engine.base import Family
 from engine.janus import JanusFamily
 from engine.llamagen import LlamaGenFamily
+from engine.lumina import LuminaFamily
 from engine.mar import MARFamily
 
-_FAMILIES: tuple[Family, ...] = (MARFamily(), LlamaGenFamily(), JanusFamily())
+_FAMILIES: tuple[Family, ...] = (MARFamily(), LlamaGenFamily(), JanusFamily(), LuminaFamily())
 FAMILIES = {family.name: family for family in _FAMILIES}

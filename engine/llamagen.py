@@ -1,6 +1,7 @@
 """The LlamaGen family: GPTs over VQ codes, with the full key-value cache or LineAR's."""
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from util import checkpoint
 from util.config import FlagParser, Flags, setting
 from util.device import can_compile
 from util.errors import UserError
-from util.files import sha256_of
+from util.evaluation.generation import ImageGenerator
+from util.files import hub_weights, sha256_of
 
 ROPE_TABLE = "freqs_cis"  # some published files hold it; ours is computed
 TOKENIZERS = {"vq16": vq.vq16, "vq_tiny": vq.vq_tiny}
@@ -44,6 +46,17 @@ PRESETS: dict[str, Preset] = {
     "gpt_xl": _published("XL", 1.75),
     "gpt_xxl": _published("XXL", 1.75),
     "gpt_3b": _published("3B", 1.65),
+    **{
+        f"gpt_xl_t2i_{size}": {
+            "img_size": size,
+            "image_size_eval": None,
+            "cfg": 7.5,  # LlamaGen, sample_t2i.py: cfg-scale and top-k
+            "top_k": 1000,
+            "resume": f"{_LLAMAGEN}/t2i_XL_stage{stage}_{size}.pt",
+            "vae_path": f"{_LLAMAGEN}/vq_ds16_t2i.pt",
+        }
+        for stage, size in ((1, 256), (2, 512))
+    },
     "gpt_tiny": {
         "img_size": 64,
         "image_size_eval": None,
@@ -99,14 +112,19 @@ class LlamaGenHost(Host):
     resume: str
 
     @property
-    def class_num(self) -> int:
+    def class_num(self) -> int | None:
         return self.images.class_num
+
+    @property
+    def builder(self) -> str:
+        """The function of models/llamagen.py that makes the model."""
+        return self.model
 
     def load(self, device: torch.device) -> Loaded:
         checkpoint.find_checkpoint(self.resume)
         lines, line = self.images.grid
         with torch.device("meta"):  # drawing billions of weights takes minutes
-            build = getattr(llamagen, self.model)
+            build = getattr(llamagen, self.builder)
             model = build(block_size=lines * line, num_classes=self.images.class_num)
         model = model.to_empty(device="cpu")
         checkpoint.load_into(model, self.resume, use_ema=False, surplus=(ROPE_TABLE,))
@@ -134,7 +152,7 @@ class LlamaGenHost(Host):
         device: torch.device,
         dtype: torch.dtype,
         show: bool,
-    ) -> GPTGenerator:
+    ) -> ImageGenerator:
         assert isinstance(loaded.model, llamagen.GPT)
         assert isinstance(loaded.tokenizer, vq.VQModel)
         images = self.images
@@ -175,8 +193,71 @@ class LlamaGenHost(Host):
         return branches * (2 * tokens * sum(p.numel() for p in matrices) + attention)
 
 
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """What embeds captions."""
+
+    t5_path: str = setting(
+        "pretrained_models/t5/flan-t5-xl", "text encoder of a t2i model: its folder", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True)
+class CaptionHost(LlamaGenHost):
+    """A named text-to-image GPT, whose captions are embedded by flan-t5-xl."""
+
+    text: TextEncoderConfig
+
+    @property
+    def class_num(self) -> None:
+        return None
+
+    @property
+    def builder(self) -> str:
+        return self.model.rpartition("_")[0]  # without the size
+
+    def load(self, device: torch.device) -> Loaded:
+        remedy = "get it from LlamaGen's repository, see docs/line_ar.md"
+        require_file(self.resume, "--resume: the model", remedy)
+        require_file(self.images.vae_path, "--vae_path: the tokenizer", remedy)
+        loaded = super().load(device)
+        path = self.text.t5_path
+        try:
+            from transformers import AutoTokenizer, T5EncoderModel
+
+            files = hub_weights(Path(path))
+            encoder: Any = T5EncoderModel.from_pretrained(
+                path, use_safetensors=True, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (ImportError, OSError, ValueError, UserError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"--t5_path {path} is no T5 of transformers ({reason}): give the folder of flan-t5-xl"
+            ) from error
+        weights = " ".join([loaded.weights, "T5", *(sha256_of(file)[:16] for file in files)])
+        text = tokenizer, encoder.to(device).eval()
+        return Loaded(loaded.model, (*text, loaded.tokenizer), weights)
+
+    def generator(
+        self,
+        loaded: Loaded,
+        compute: ComputeConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        show: bool,
+    ) -> ImageGenerator:
+        from models.llamagen_text import CaptionGenerator
+
+        model: Any = loaded.model.to(dtype)
+        *text, vq = loaded.tokenizer
+        text[1].to(dtype)
+        size = self.images.image_size_eval or self.images.img_size
+        return CaptionGenerator(model, text, vq, self.sampling, size, compute.vae_bsz)
+
+
 class LlamaGenFamily(Family):
-    """LlamaGen's class-conditional GPTs and the bundled gpt_tiny."""
+    """LlamaGen's GPTs for classes and for captions, and the bundled gpt_tiny."""
 
     name = "GPT"
     presets = PRESETS
@@ -184,8 +265,9 @@ class LlamaGenFamily(Family):
     def add_flags(self, parser: FlagParser) -> None:
         from_model = tuple({name for preset in PRESETS.values() for name in preset})
         shared: dict[str, Any] = {"owner": self.name, "from_model": from_model}
-        parser.add(GPTImageConfig, "LlamaGen and Janus", **shared)
-        parser.add(GPTSampling, "LlamaGen and Janus", **shared)
+        parser.add(GPTImageConfig, "LlamaGen and text-to-image", **shared)
+        parser.add(GPTSampling, "LlamaGen and text-to-image", **shared)
+        parser.add(TextEncoderConfig, "LlamaGen and text-to-image", owner=self.name)
         parser.add(
             LineARConfig,
             "LineAR",
@@ -205,6 +287,11 @@ class LlamaGenFamily(Family):
             raise UserError(str(error)) from error
         sampling = replace(flags.build(GPTSampling, defaults), line_ar=line_ar)
         resume = flags.build(WeightsConfig, defaults).resume
+        if "_t2i" in model:
+            text = flags.build(TextEncoderConfig, defaults)
+            return CaptionHost(model, images, sampling, resume, text)
+        if "t5_path" in flags.given:
+            raise UserError(f"--t5_path is for text-to-image models; {model} takes class labels")
         return LlamaGenHost(model, images, sampling, resume)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.line_config import LineARConfig
 from models.line_methods import METHODS, LineView
-from models.line_plan import LinePlan
+from models.line_plan import CONDITION, LinePlan
 
 __all__ = [
     "KVCache",
@@ -292,8 +292,13 @@ def make_layer(config: LineARConfig, plan: LinePlan, slots: int) -> KVLayer:
     return LineLayer(slots, plan, config) if plan.compressed else KVLayer(slots)
 
 
-def make_cache(line_ar: LineARConfig | bool | None, grid: tuple[int, int], layers: int) -> KVCache:
+def make_cache(
+    line_ar: LineARConfig | bool | None,
+    grid: tuple[int, int],
+    layers: int,
+    condition: int = CONDITION,
+) -> KVCache:
     """An empty cache for one call. ValueError if the budget does not fit the grid."""
     config = LineARConfig.from_argument(line_ar)
-    plan = config.plan(grid)
+    plan = config.plan(grid, condition)
     return KVCache([make_layer(config, plan, plan.slots) for _ in range(layers)])

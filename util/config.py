@@ -157,9 +157,10 @@ class Flags:
         for name in self.given:
             owners = self._owners.get(name, set())
             if owners and owner not in owners:
+                *others, last = sorted(owners)
+                known = f"{', '.join(others)} and {last}" if others else last
                 raise UserError(
-                    f"--{name} is for {' and '.join(sorted(owners))} models; "
-                    f"--model {model} is a {owner} model"
+                    f"--{name} is for {known} models; --model {model} is a {owner} model"
                 )
 
 

@@ -11,27 +11,34 @@ import os
 import ssl
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from types import ModuleType
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, build_opener
 
 from tqdm import tqdm
 
 from util.errors import UserError, run_main
-from util.files import sha256_of
+from util.files import hub_weights, sha256_of
 
 MANIFEST = Path(__file__).parent.parent / "pretrained_models" / "manifest.json"
+HUB = "https://huggingface.co/"
 TORCH_HUB = "$TORCH_HUB/"  # start of a path below torch.hub.get_dir()
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")  # of a repository: no pickles
 CHUNK = 1 << 20
 TRY_LATER = (408, 425, 429)  # RFC 9110 and 6585: the same request may succeed later; so may any 5xx
 
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the manifest. `bytes` and `sha256` are None where nobody has published them."""
+    """One line of the manifest. `bytes` and `sha256` are None where nobody has published them.
+
+    With `folder` it is all of a repository of the Hugging Face Hub that is in MODEL_FILES.
+    """
 
     name: str
     url: str
@@ -41,6 +48,7 @@ class Item:
     licence: str
     source: str  # the page of whoever publishes the file
     hub: bool = False  # fetched by huggingface_hub
+    folder: bool = False
     also: Sequence[str] = ()  # items without which this one is of no use
 
     @property
@@ -134,6 +142,8 @@ def fetch(
     what has arrived so far stays for the next call, unless it is wrong.
     """
     target = item.target
+    if item.folder:
+        return _fetch_folder(item, overwrite)
     if target.exists() and not overwrite:
         size = target.stat().st_size
         if item.bytes not in (None, size):
@@ -145,7 +155,7 @@ def fetch(
     if item.hub:
         return _fetch_from_hub(item, overwrite)
     part = target.with_name(target.name + ".part")
-    print(f"{item.name}: {item.url} to {target}, licence {item.licence}", file=sys.stderr)
+    _announce(item)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(attempts):
@@ -170,30 +180,59 @@ def fetch(
 
 def _fetch_from_hub(item: Item, overwrite: bool) -> Path:
     """Let huggingface_hub bring a file of https://huggingface.co/REPOSITORY/resolve/REVISION/NAME."""
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise UserError(
-            f"{item.name} comes from the Hugging Face Hub: pip install huggingface_hub, {item.by_hand}."
-        ) from error
-    repository, _, rest = item.url.removeprefix("https://huggingface.co/").partition("/resolve/")
+    repository, _, rest = item.url.removeprefix(HUB).partition("/resolve/")
     revision, _, filename = rest.partition("/")
-    print(f"{item.name}: {item.url} to {item.target}, licence {item.licence}", file=sys.stderr)
-    try:
-        hf_hub_download(
+    _announce(item)
+    with _hub(item.name, item.by_hand) as hub:
+        hub.hf_hub_download(
             repository,
             filename,
             revision=revision,
             local_dir=item.target.parent,
             force_download=overwrite,
         )
-    except Exception as error:  # errors of httpx, requests, the Hub or the disk, by its version
-        reason = (str(error) or repr(error)).strip().splitlines()[0]
-        raise UserError(
-            f"{item.name} could not be fetched ({reason}): try again, {item.by_hand}."
-        ) from error
     _verify(item, item.target)
     return item.target
+
+
+def _fetch_folder(item: Item, overwrite: bool) -> Path:
+    """Let huggingface_hub bring what is missing of the files of https://huggingface.co/REPOSITORY."""
+    _announce(item)
+    with _hub(item.name, item.by_hand) as hub:
+        hub.snapshot_download(
+            item.url.removeprefix(HUB),
+            allow_patterns=list(MODEL_FILES),
+            local_dir=item.target,
+            force_download=overwrite,
+        )
+    hub_weights(item.target)  # without a network the Hub's client takes a folder as it is
+    return item.target
+
+
+def hub_folder(repository: str) -> Path:
+    """A model of the Hub in the cache of its client, fetched if it is not there: safetensors alone."""
+    with _hub(repository, "or download it by hand and give its folder") as hub:
+        return Path(hub.snapshot_download(repository, allow_patterns=list(MODEL_FILES)))
+
+
+@contextmanager
+def _hub(name: str, remedy: str) -> Iterator[ModuleType]:
+    """huggingface_hub, for a call that may fail. UserError if it does, or is not installed."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(
+            f"{name} comes from the Hugging Face Hub: pip install huggingface_hub, {remedy}."
+        ) from error
+    try:
+        yield huggingface_hub
+    except Exception as error:  # errors of httpx, requests, the Hub or the disk, by its version
+        reason = (str(error) or repr(error)).strip().splitlines()[0]
+        raise UserError(f"{name} could not be fetched ({reason}): try again, {remedy}.") from error
+
+
+def _announce(item: Item) -> None:
+    print(f"{item.name}: {item.url} to {item.target}, licence {item.licence}", file=sys.stderr)
 
 
 def _validator(part: Path) -> Path:

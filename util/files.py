@@ -88,6 +88,26 @@ def read_json(path: Path, kind: type[Document], remedy: str) -> Document:
     return found
 
 
+def hub_weights(folder: Path) -> list[Path]:
+    """The files of weights of a model's folder as the Hugging Face Hub has them, safetensors first.
+
+    UserError if the folder holds none, or a part is missing.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            parts = read_json(index, dict, "download it again").get("weight_map", {})
+            names = sorted(set(parts.values()))
+        else:
+            names = [name]
+        missing = [part for part in names if not (folder / part).is_file()]
+        if index.is_file() and missing:
+            raise UserError(f"{folder} lacks {missing[0]}: download it again")
+        if not missing:
+            return [folder / part for part in names]
+    raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """Hexadecimal sha256 of a file."""
     digest = hashlib.sha256()

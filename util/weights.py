@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from util.download import name_of
 from util.errors import WeightsError
-from util.files import atomic_path, sha256_of
+from util.files import atomic_path, hub_weights, sha256_of
 
 LAST = "checkpoint-last.pth"
 AVERAGES = "model_ema"
@@ -115,6 +115,18 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise WeightsError(f"{path} is damaged, truncated or not a safetensors file") from error
 
 
+def read_hub_folder(folder: str | Path) -> dict[str, Tensor]:
+    """All tensors of a model's folder as the Hugging Face Hub has it, under their names there.
+
+    UserError if the folder holds no weights, or a file is damaged.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in hub_weights(Path(folder)):
+        safe = path.suffix == ".safetensors"
+        weights |= read_safetensors(path)[0] if safe else _named(read_pickle(path), path)
+    return weights
+
+
 def load_state_dict_file(
     path: str | Path,
     use_ema: bool | None = True,
@@ -171,14 +183,18 @@ def weights_in(
 
 
 def _by_name(weights: Mapping[Any, Any], source: str | Path) -> dict[str, Tensor]:
-    if not weights:
+    return _unwrap(_named(weights, source))
+
+
+def _named(weights: object, source: str | Path) -> Mapping[str, Tensor]:
+    if not isinstance(weights, Mapping) or not weights:
         raise WeightsError(f"{source} holds no weights by name")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise WeightsError(
                 f"{source} holds no weights by name: '{name}' is a {type(value).__name__}"
             )
-    return _unwrap(weights)
+    return weights
 
 
 def _unwrap(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -86,6 +86,7 @@ def test_committed_results_are_written_only_where_a_flag_names_them(
         (waterfall, "--batch 0", "--batch is 0; it must be at least 1"),
         (training, "--repeats 0", "--repeats is 0; it must be at least 1"),
         (training, "--batch 0", "--batch is 0; it must be at least 1"),
+        (line_latency, "--model gpt_xl_t2i_256", "gpt_xl_t2i_256 cannot be measured: use gpt_b to"),
         (line_latency, "--method x", "--method x is unknown; use one of linear, "),
         (line_latency, "--lines 0", "--lines is 0; it must be at least 1"),
         (line_latency, "--repeats 0", "--repeats is 0; it must be at least 1"),

@@ -133,10 +133,39 @@ def test_cache_sizes_follow_from_shapes_alone(monkeypatch, capsys):
     assert rows[0]["workspace_gb"] == 0 < rows[1]["workspace_gb"]
 
 
+def test_cache_sizes_of_janus_pro_are_those_of_its_shapes(monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    command = "line_latency --model janus_pro_1b --batches 128 --sizes_only"
+    monkeypatch.setattr(sys, "argv", command.split())
+    line_latency.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["budget"] for row in rows] == ["dynamic", "static", "1", "1/4", "1/6"]
+    slots = [round(row["cache_gb"] * 1e9 / (2 * 128 * 196_608), 6) for row in rows]
+    assert slots == [20 + 575, 20 + 576, 20 + 576 + 24, 20 + 144 + 24, 20 + 96 + 24]
+    assert rows[4]["cache_over_theory"] == 1
+
+
 def test_a_benchmark_that_samples_nothing_finds_no_largest_batch(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["line_latency", "--sizes_only", "--max_batch"])
     with pytest.raises(UserError, match="remove one of them"):
         line_latency.main()
+
+
+def test_the_caches_of_transformers_are_measured_beside_ours(one_thread, monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from models import janus_original
+
+    tiny = janus_original.published(64, 2, 4, 128)
+    monkeypatch.setitem(janus_original.PUBLISHED, "janus_pro_1b", tiny)
+    monkeypatch.setattr(janus_original, "VQ_CHANNELS", {"base_channels": 32, "latent_channels": 32})
+    command = "line_latency --model janus_pro_1b --lines 4 --batches 1,2 --method streaming"
+    command += " --budgets dynamic,static,1,1/2 --repeats 1 --device cpu"
+    monkeypatch.setattr(sys, "argv", command.split())
+    line_latency.main()
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["budget"] for row in document["rows"]] == ["dynamic", "static", "1", "1/2"] * 2
+    assert all(row["images_per_s"] > 0 for row in document["rows"])
+    assert (document["about"]["condition"], document["about"]["cfg"]) == (20, 5.0)
 
 
 def test_the_cache_benchmark_measures_its_budgets(one_thread, monkeypatch, capsys):

@@ -138,7 +138,7 @@ def test_the_caption_compares_seconds_and_pixels():
         (["--model", "gpt_tiny"], "--lazy_mar is for MAR models"),
         (["--port", "x"], "--port"),
         (["--num_imges", "4"], "unrecognized arguments: --num_imges 4"),
-        (["--top_k", "5"], "--top_k is for GPT and Janus models"),
+        (["--top_k", "5"], "--top_k is for GPT, Janus and Lumina models"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(monkeypatch, flags, reason):

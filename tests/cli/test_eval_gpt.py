@@ -135,10 +135,11 @@ def test_a_mistake_is_one_sentence(refused, files, flags, sentence):
 
 
 def test_flags_of_a_gpt_are_refused_for_mar(refused):
-    assert "--line_ar is for GPT and Janus models; --model mar_tiny is a MAR model" in refused(
-        "--line_ar"
+    assert (
+        "--line_ar is for GPT, Janus and Lumina models; --model mar_tiny is a MAR model"
+        in refused("--line_ar")
     )
-    assert "--top_k is for GPT and Janus models" in refused("--top_k", 5)
+    assert "--top_k is for GPT, Janus and Lumina models" in refused("--top_k", 5)
 
 
 @pytest.mark.parametrize("name", ["gpt_b", "gpt_xl"])

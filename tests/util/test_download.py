@@ -326,6 +326,8 @@ def test_the_manifest_puts_every_file_where_the_presets_look_for_it(monkeypatch,
         assert targets[name] == Path(host.resume)
         assert targets["vq16"] == Path(host.images.vae_path)
         assert targets["fid_stats"] == Path(cli.named(name).request().stats_path)
+    for name in ("janus_pro_1b", "janus_pro_7b"):
+        assert targets[name] == Path(cli.named(name).host().resume)
     assert targets["adm_batch"].parent == targets["fid_stats"].parent
     hub = tmp_path / "hub" / "checkpoints"
     assert targets["inception"] == hub / "weights-inception-2015-12-05-6726825d.pth"

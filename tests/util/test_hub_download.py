@@ -26,7 +26,18 @@ def hub(monkeypatch, tmp_path):
         Path(local_dir).mkdir(parents=True, exist_ok=True)
         (Path(local_dir) / filename).write_bytes(b"weights")
 
-    module.hf_hub_download = hf_hub_download
+    def snapshot_download(repo_id, *, allow_patterns, local_dir=None, force_download=False):
+        module.calls.append((repo_id, tuple(allow_patterns), local_dir, force_download))
+        if module.fails:
+            raise module.fails
+        folder = Path(local_dir or "cache")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in module.found:
+            (folder / name).write_bytes(b"weights")
+        return str(folder)
+
+    module.hf_hub_download, module.snapshot_download = hf_hub_download, snapshot_download
+    module.found = ["config.json", "model.safetensors"]
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     return module
 
@@ -52,6 +63,27 @@ def test_a_file_that_is_there_is_not_fetched_again(hub):
     download.download("detok_mar_base")
     download.download("detok_mar_base")
     assert len(hub.calls) == 1
+
+
+def test_a_folder_of_the_hub_comes_without_pickles_and_what_is_there_stays(hub):
+    path = download.download("janus_pro_1b")
+    assert path == Path("pretrained_models/janus/Janus-Pro-1B")
+    assert (path / "model.safetensors").read_bytes() == b"weights"
+    patterns = ("*.safetensors", "*.json", "*.jinja")
+    assert hub.calls == [("deepseek-community/Janus-Pro-1B", patterns, path, False)]
+    download.download("janus_pro_1b")  # a cut transfer leaves a folder, so its client looks again
+    assert len(hub.calls) == 2
+    assert download.hub_folder("someone/Janus") == Path("cache")
+    assert hub.calls[-1] == ("someone/Janus", patterns, None, False)
+
+
+def test_a_folder_that_came_without_its_weights_is_refused(hub):
+    hub.found = ["config.json"]
+    with pytest.raises(UserError, match=r"Janus-Pro-7B holds neither model\.safetensors nor"):
+        download.download("janus_pro_7b")
+    hub.fails = RuntimeError("offline")
+    with pytest.raises(UserError, match=r"janus_pro_7b could not be fetched \(offline\)"):
+        download.download("janus_pro_7b")
 
 
 def test_a_failure_of_the_hub_is_one_sentence_with_another_way(hub):
