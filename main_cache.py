@@ -10,7 +10,6 @@ it says which --latent_scale would give the latents the standard deviation of 1 
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from engine import cli
@@ -18,7 +17,7 @@ from engine.mar import MARHost
 from util import dist
 from util.data.checks import check_files, note
 from util.data.config import DataConfig
-from util.data.datasets import ImageFolder, in_one_sentence, to_unit_range
+from util.data.datasets import ImageFolder, batches, to_unit_range
 from util.data.latents import write_moments, write_note
 from util.errors import UserError, run_main
 from util.training.config import TrainConfig
@@ -43,11 +42,10 @@ def cache(
     picks = [[(index, False) for index in group] for group in groups]
     tokenizer = host.open_tokenizer(device)
     write_note(folder, host.tokenizer.files, img_size)
-    loader = DataLoader(images, batch_sampler=picks, num_workers=data.num_workers)
-    batches = zip(groups, in_one_sentence(loader), strict=True)
+    read = zip(groups, batches(images, picks, data.num_workers), strict=True)
     count, total = 0, torch.zeros((), dtype=torch.float64)  # of all latents written here
     squares = total
-    bar = tqdm(batches, total=len(groups), unit="batch", disable=None)
+    bar = tqdm(read, total=len(groups), unit="batch", disable=None)
     for group, (batch, _) in bar:
         x = to_unit_range(batch.to(device))
         posterior = tokenizer.encode(x)

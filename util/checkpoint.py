@@ -8,6 +8,7 @@ STATS.pkl, into a DST.safetensors.
 """
 
 import argparse
+import operator
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -57,7 +58,7 @@ RESUMED: dict[str, tuple[type, ...]] = {
     "model": (Mapping,),
     "model_ema": (Mapping, Sequence),
     "optimizer": (Mapping,),
-    "epoch": (Integral,),
+    "epoch": (object,),
 }
 PROGRESS = ("step", "step_in_epoch", "images_per_step")  # what a resumed run cannot do without
 
@@ -108,7 +109,9 @@ def restore_checkpoint(
     """
     path = find_checkpoint(path)
     content = _training_state(path)
-    epochs = int(content["epoch"]) + 1
+    epoch = _whole(content["epoch"], least=-1)
+    if epoch is None:
+        raise _broken(path, "epoch", f"is {_kind_of(content['epoch'])}")
     progress = _progress(content, path)
     weights = weights_in(content, path, use_ema=False)
     averages = weights_in(content, path, use_ema=True, like=model)
@@ -116,14 +119,14 @@ def restore_checkpoint(
     check_weights(model, averages, path)
     model.load_state_dict(weights)
     ema.load_state_dict(averages)
-    steps = progress.get("step", epochs) - progress.get("skipped", 0)
+    steps = progress.get("step", epoch + 1) - progress.get("skipped", 0)
     _restore_optimizer(optimizer, content["optimizer"], path, trained=steps > 0)
     if scaler.is_enabled() and content.get("scaler"):
         try:
             scaler.load_state_dict(content["scaler"])
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise _broken(path, "scaler", f"is incomplete ({error!r})") from error
-    return epochs, progress
+    return epoch + 1, progress
 
 
 def _training_state(path: Path) -> Mapping[str, Any]:
@@ -141,7 +144,16 @@ def _training_state(path: Path) -> Mapping[str, Any]:
 
 
 def _kind_of(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
+    return str(value) if value is None or isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def _whole(value: Any, least: int = 0) -> int | None:
+    """A whole number of Python, numpy or torch; None for anything else, and below `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        return None
+    return number if number >= least else None
 
 
 def _broken(path: Path, entry: str, fault: str) -> UserError:
@@ -159,10 +171,11 @@ def _progress(content: Mapping[str, object], path: Path) -> dict[str, int]:
     for name in PROGRESS if progress else ():
         if name not in progress:
             raise _broken(path, "progress", f"lacks '{name}'")
-    for name, value in progress.items():
-        if not isinstance(value, Integral):
-            raise _broken(path, "progress", f"has {_kind_of(value)} as '{name}'")
-    return {name: int(value) for name, value in progress.items()}
+    numbers = {name: _whole(value) for name, value in progress.items()}
+    for name, number in numbers.items():
+        if number is None:
+            raise _broken(path, "progress", f"has {_kind_of(progress[name])} as '{name}'")
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _restore_optimizer(

@@ -1,6 +1,6 @@
 """Weights on disk: the one safe reader of the project, and the writer of safetensors.
 
-A file holds weights by name: a state dict, or a dict with one under `model_ema` (the averages),
+A file holds weights by name: a state dict, or a dict with one under `model_ema` or `ema` (averages),
 `model`, `module` or `state_dict`. Nothing is unpickled but tensors, plain containers, numpy's scalars
 and arrays, and `argparse.Namespace`, in which the official checkpoints keep their flags.
 """
@@ -166,7 +166,7 @@ def weights_in(
     """The weights inside an unpickled checkpoint, chosen and named as in `load_state_dict_file`."""
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{source} holds no weights by name")
-    averages = content.get(AVERAGES)
+    averages = content.get(AVERAGES, content.get("ema"))  # as MAR and as DiT call them
     plain = next((content[key] for key in PLAIN if isinstance(content.get(key), Mapping)), None)
     if use_ema is not False and isinstance(averages, Mapping):
         return _by_name(averages, source)
@@ -186,15 +186,19 @@ def _by_name(weights: Mapping[Any, Any], source: str | Path) -> dict[str, Tensor
     return _unwrap(_named(weights, source))
 
 
-def _named(weights: object, source: str | Path) -> Mapping[str, Tensor]:
+def _named(weights: object, source: str | Path) -> dict[str, Tensor]:
     if not isinstance(weights, Mapping) or not weights:
         raise WeightsError(f"{source} holds no weights by name")
+    tensors: dict[str, Tensor] = {}
     for name, value in weights.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            value = torch.from_numpy(value)
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise WeightsError(
                 f"{source} holds no weights by name: '{name}' is a {type(value).__name__}"
             )
-    return weights
+        tensors[name] = value
+    return tensors
 
 
 def _unwrap(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

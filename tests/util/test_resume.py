@@ -65,7 +65,7 @@ def test_a_whole_checkpoint_comes_back(content, tmp_path):
 def test_prefixes_numpy_numbers_and_a_list_of_averages_do_not_stop_a_resumption(content, tmp_path):
     content["model"] = {f"module.{name}": w for name, w in content["model"].items()}
     content["model_ema"] = list(content["model_ema"].values())
-    content["epoch"] = np.int64(2)
+    content["epoch"] = torch.tensor(2)
     content["progress"] = {name: np.int32(value) for name, value in PROGRESS.items()}
     run, epochs, progress = restore(content, tmp_path)
     assert (epochs, progress) == (3, PROGRESS)
@@ -113,6 +113,8 @@ FAULTS = {
     )},
     "epoch a word": (put("3", "epoch"), "its 'epoch' is a str"),
     "epoch a float": (put(2.0, "epoch"), "its 'epoch' is a float"),
+    "epoch below the first": (put(-2, "epoch"), "its 'epoch' is -2"),
+    "progress below zero": (put(-1, "progress", "step"), "has -1 as 'step'"),
     "model empty": (put({}, "model"), "no weights by name"),
     "model partial": (drop("model", "bias"), "lacks 'bias'"),
     "averages partial": (drop("model_ema", "bias"), "lacks 'bias'"),

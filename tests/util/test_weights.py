@@ -84,6 +84,9 @@ CONTAINERS = {
     "DeepSpeed": ({"module": PLAIN, "epoch": 3}, False, PLAIN),
     "DeepSpeed, averages wanted": ({"module": PLAIN, "epoch": 3}, True, PLAIN),
     "Lightning": ({"state_dict": PLAIN, "global_step": 7}, False, PLAIN),
+    "DiT": ({"model": PLAIN, "ema": AVERAGED, "opt": {}}, True, AVERAGED),
+    "DiT, weights asked for": ({"model": PLAIN, "ema": AVERAGED}, False, PLAIN),
+    "arrays of numpy": ({name: w.numpy() for name, w in PLAIN.items()}, True, PLAIN),
     "flags": ({"model": PLAIN, "args": argparse.Namespace(lr=None)}, False, PLAIN),
     "parameters": (dict(net(1).named_parameters()), True, PLAIN),
 }

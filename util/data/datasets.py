@@ -9,9 +9,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context, get_start_method
 from multiprocessing.connection import wait
+from multiprocessing.context import DefaultContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import TypeVar
 
@@ -175,8 +177,29 @@ def batches(
         num_workers=num_workers,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_run,
+        multiprocessing_context=_Context(get_context(get_start_method())) if num_workers else None,
     )
     return in_one_sentence(loader)
+
+
+class _Flag(Event):
+    """An event without a lock: a worker killed inside the usual one's would keep it for ever."""
+
+    def __init__(self, context: DefaultContext) -> None:
+        self._value = context.RawValue("b", 0)
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
+
+    def set(self) -> None:
+        self._value.value = 1
+
+
+class _Context(DefaultContext):
+    """The usual context; its events, by which the loader ends its workers, are flags."""
+
+    def Event(self) -> _Flag:
+        return _Flag(self)
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

@@ -36,12 +36,17 @@ def read_arrays(
 
     UserError "PATH is no KIND (reason): REMEDY" for a file that is damaged or lacks a name.
     """
-    with _in_one_sentence(path, kind, remedy), np.load(path, allow_pickle=False) as file:
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array")
-        if missing := [name for name in names if name not in file]:
-            raise ValueError(f"it lacks {' and '.join(missing)}")
-        return {name: file[name] for name in (*names, *optional) if name in file}
+    with _in_one_sentence(path, kind, remedy):
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is empty, truncated or no npz file")
+        with np.load(path, allow_pickle=False) as file:
+            if missing := [name for name in names if name not in file]:
+                raise ValueError(f"it lacks {' and '.join(missing)}")
+            found = {name: file[name] for name in (*names, *optional) if name in file}
+        for name, array in found.items():
+            if not isinstance(array, np.ndarray):
+                raise ValueError(f"{name} is no array")
+        return found
 
 
 def check_array(

@@ -94,6 +94,9 @@ def _check_gaussian(
             f"{path} has {mu_name} {mu.shape} and {sigma_name} {sigma.shape}; "
             f"FID statistics are (d,) and (d, d): {_REMEDY}"
         )
+    largest = np.abs(sigma).max(initial=0)
+    if np.abs(sigma - sigma.T).max(initial=0) > 1e-3 * largest or (np.diag(sigma) < 0).any():
+        raise UserError(f"{path} has a {sigma_name} that is no covariance: {_REMEDY}")
 
 
 def _holds_images(path: Path) -> bool:

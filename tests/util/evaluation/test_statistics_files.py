@@ -73,6 +73,8 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path, length):
         ({"sigma": np.full((64, 64), np.inf)}, "infinity in sigma"),
         ({"mu_s": np.full(3, np.nan)}, "NaN or infinity in mu_s"),
         ({"sigma_s": np.eye(4)}, r"sigma_s (4, 4)"),
+        ({"sigma": np.tri(64)}, "sigma that is no covariance"),
+        ({"sigma_s": -np.eye(3)}, "sigma_s that is no covariance"),
         ({"activations": np.zeros((7, 3))}, "activations (7, 3)"),
         ({"activations": np.full((7, 64), np.nan)}, "infinity in activations"),
         ({"num_images": np.array("many")}, "num_images holds"),
@@ -83,6 +85,23 @@ def test_a_file_that_was_cut_off_is_refused(tmp_path, length):
 def test_entries_of_another_kind_are_named(tmp_path, changes, words):
     np.savez(tmp_path / "stats.npz", **{**WHOLE, **changes})
     assert words in refusal(lambda: load_stats(tmp_path / "stats.npz"))
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\x80\x04K\x01.", "npy", "members"])
+def test_a_file_of_another_kind_is_refused_without_advice_to_unpickle(tmp_path, content):
+    path = tmp_path / "stats.npz"
+    if content == "npy":
+        with path.open("wb") as file:
+            np.save(file, GAUSSIAN["mu"])
+    elif content == "members":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("mu.npy", "text")
+            archive.writestr("sigma.npy", "")
+    else:
+        path.write_bytes(content)
+    words = refusal(lambda: load_stats(path))
+    assert "is not a file of FID statistics" in words
+    assert "pickle" not in words
 
 
 @pytest.mark.parametrize("alone", ["mu_s", "sigma_s"])
