@@ -204,11 +204,7 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
     optimizer = command.optimizer
     peak = scaled_lr(optimizer.lr, optimizer.blr, plan.images_per_step)
     schedule = LRSchedule(
-        peak,
-        optimizer.min_lr,
-        optimizer.warmup_epochs,
-        config.epochs,
-        shape=optimizer.lr_schedule,
+        peak, optimizer.min_lr, optimizer.warmup_epochs, config.epochs, shape=optimizer.lr_schedule
     )
     state = training.TrainState(
         model=model,

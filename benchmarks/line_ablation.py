@@ -17,14 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import (
-    OUTPUT,
-    add_output,
-    at_least,
-    origin,
-    prepare_output,
-    write_result,
-)
+from benchmarks.common import OUTPUT, add_output, at_least, origin, prepare_output, write_result
 from benchmarks.line_common import BUDGETS, HOST, Run, load_tiny
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS, POOLINGS

@@ -80,10 +80,4 @@ class Run:
 
     def score(self, images: np.ndarray) -> dict[str, Any]:
         """fid, is_mean, is_std, accuracy of the bundled classifier."""
-        return metrics.score(
-            Pictures(images),
-            self.num_images,
-            REQUEST,
-            "cpu",
-            labels=self.labels,
-        )
+        return metrics.score(Pictures(images), self.num_images, REQUEST, "cpu", labels=self.labels)

@@ -16,14 +16,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from benchmarks.common import (
-    OUTPUT,
-    add_output,
-    at_least,
-    origin,
-    prepare_output,
-    write_result,
-)
+from benchmarks.common import OUTPUT, add_output, at_least, origin, prepare_output, write_result
 from benchmarks.line_common import Pictures
 from engine import cli
 from engine.mar import MARHost

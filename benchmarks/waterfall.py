@@ -15,14 +15,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks import eager_mar
-from benchmarks.common import (
-    add_output,
-    at_least,
-    origin,
-    prepare_output,
-    timed,
-    write_result,
-)
+from benchmarks.common import add_output, at_least, origin, prepare_output, timed, write_result
 from benchmarks.mar_work import MODELS, build
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig

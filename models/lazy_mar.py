@@ -95,9 +95,7 @@ class LazyMARConfig:
         metavar="P:R,...",
     )
     token_selection: str = setting(
-        "similarity",
-        f"which positions are kept: {', '.join(TOKEN_SELECTIONS)}",
-        metavar="NAME",
+        "similarity", f"which positions are kept: {', '.join(TOKEN_SELECTIONS)}", metavar="NAME"
     )
     token_cache: bool = setting(True, "compute only tokens that changed")
     condition_cache: bool = setting(True, "unconditional branch = conditional + cached residual")

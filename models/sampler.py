@@ -28,12 +28,7 @@ class Sampler:
     """
 
     def __init__(
-        self,
-        model: "MAR",
-        dtype: torch.dtype,
-        *,
-        compile: bool = False,
-        graphs: bool = False,
+        self, model: "MAR", dtype: torch.dtype, *, compile: bool = False, graphs: bool = False
     ) -> None:
         """dtype: that of its matrix products (sums and norms keep the model's).
 

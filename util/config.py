@@ -231,12 +231,7 @@ class FlagParser:
             self._owners.setdefault(name, set()).add(owner)
 
     def _add(
-        self,
-        group: Any,
-        name: str,
-        kind: type,
-        default: Any,
-        metadata: Mapping[str, Any],
+        self, group: Any, name: str, kind: type, default: Any, metadata: Mapping[str, Any]
     ) -> None:
         self._names.add(name)
         shown = "" if default is None or default is False or default == "" else default

@@ -10,12 +10,7 @@ from tests.support.golden_data import golden
 from tests.support.golden_recipe import load_shapes
 from tests.support.llamagen_data import golden_gpt, random_codes, small_gpt
 
-PUBLISHED = {
-    "gpt_b": "GPT-B",
-    "gpt_l": "GPT-L",
-    "gpt_xl": "GPT-XL",
-    "gpt_xxl": "GPT-XXL",
-}
+PUBLISHED = {"gpt_b": "GPT-B", "gpt_l": "GPT-L", "gpt_xl": "GPT-XL", "gpt_xxl": "GPT-XXL"}
 FROZEN = [6866841, 8090049, 16628172]
 MILLIONS = {"gpt_b": 110.9, "gpt_l": 342.9, "gpt_xl": 774.7, "gpt_xxl": 1411.3, "gpt_3b": 3096.7}
 

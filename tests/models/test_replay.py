@@ -33,10 +33,7 @@ MARS = {
 }
 BATCHES = (((3, 4), (1, 2)), ((5, 6), (0, 1)), ((7, 8), (4, 4)))  # as it is, recorded, replayed
 GRID = (6, 4)
-GPTS = {
-    "full": None,
-    **{m: LineARConfig(budget=3, anchors=2, recent=1, method=m) for m in METHODS},
-}
+GPTS = {"full": None, **{m: LineARConfig(budget=3, anchors=2, recent=1, method=m) for m in METHODS}}
 
 
 @pytest.fixture

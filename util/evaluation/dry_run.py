@@ -32,10 +32,7 @@ def dry_run(
     )
     for rank, jobs in enumerate(shares):
         print(f"process {rank}: {to_make[rank]} images in {len(jobs)} batches")
-    print(
-        f"arithmetic: {flops_per_image:.3g} FLOPs per image, {flops:.3g} in all",
-        flush=True,
-    )
+    print(f"arithmetic: {flops_per_image:.3g} FLOPs per image, {flops:.3g} in all", flush=True)
     seconds = 0.0
     if sum(to_make):
         batch = next(jobs[0].batch for jobs in shares if jobs)

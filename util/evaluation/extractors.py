@@ -84,12 +84,8 @@ FEATURES: dict[str, FeatureSpec] = {
     # 1008 outputs in the order of the 2015 TensorFlow graph, not in ImageNet's order; that graph's
     # mixed_6/conv is torchvision's Mixed_6d.branch1x1.
     "inception-v3-compat": FeatureSpec(
-        "2048",
-        2048,
-        "logits_unbiased",
-        inception_weights,
-        spatial_module="Mixed_6d.branch1x1",
-    ),
+        "2048", 2048, "logits_unbiased", inception_weights, spatial_module="Mixed_6d.branch1x1"
+    )
 }
 
 

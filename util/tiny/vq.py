@@ -112,10 +112,7 @@ def test(model: VQModel, draw: Pictures) -> dict[str, float]:
 
 
 def train(
-    output_dir: Path,
-    steps: int,
-    make: Callable[[], VQModel] = vq_tiny,
-    draw: Pictures = pictures,
+    output_dir: Path, steps: int, make: Callable[[], VQModel] = vq_tiny, draw: Pictures = pictures
 ) -> VQModel:
     """Train the model that `make` makes, or continue from the checkpoint in output_dir."""
     torch.manual_seed(0)

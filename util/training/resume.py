@@ -35,11 +35,7 @@ def starting_point(resume: str, config: TrainConfig, world: dist.World) -> str:
 def resume(state: TrainState, plan: BatchPlan, path: str, world: dist.World) -> tuple[int, int]:
     """Restore a run; returns (epoch, step inside it) to continue with."""
     epoch, progress = checkpoint.restore_checkpoint(
-        path,
-        model=state.model,
-        ema=state.ema,
-        optimizer=state.optimizer,
-        scaler=state.scaler,
+        path, model=state.model, ema=state.ema, optimizer=state.optimizer, scaler=state.scaler
     )
     step_in_epoch = progress.get("step_in_epoch", 0)
     if step_in_epoch and progress["images_per_step"] != plan.images_per_step:

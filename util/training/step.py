@@ -195,8 +195,4 @@ def _parts_of_step(
         start = (config.rank * config.accum_iter + i) * len(labels)
         part = noise.part(start, start + len(labels))
         data = data.to(config.device, non_blocking=True)
-        yield (
-            to_latents(data, part.latents),
-            labels.to(config.device, non_blocking=True),
-            part,
-        )
+        yield (to_latents(data, part.latents), labels.to(config.device, non_blocking=True), part)
