@@ -3,7 +3,7 @@
     python -m benchmarks.line_ablation
 
 Codes that the bundled GPT sampled with the full cache are fed to each compressed cache, position by
-position. Measured is KL(full || compressed) of the next token, in nats, averaged over images and the tokens
+position. It measures KL(full || compressed) of the next token in nats, averaged over images and the tokens
 of a line. All settings see the same codes, so few images suffice.
 Results: output_dir/benchmarks/line_ablation.{json,md}, or where --output says; those of the documents
 are benchmarks/results/line_ablation.{json,md}.
@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import OUTPUT, add_output, at_least, origin, prepare_output, write_result
+from benchmarks.common import (
+    OUTPUT,
+    add_output,
+    at_least,
+    make_parser,
+    origin,
+    prepare_output,
+    write_result,
+)
 from benchmarks.line_common import BUDGETS, HOST, Run, load_tiny
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS, POOLINGS
@@ -69,8 +77,7 @@ def table(rows: list[dict], key: tuple[str, ...]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    """Flags, checked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.line_ablation", description=__doc__)
+    parser = make_parser("line_ablation", __doc__)
     parser.add_argument("--num_images", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
     parser.add_argument("--device")
@@ -97,11 +104,8 @@ def main() -> None:
     for budget, config in sweep(model.grid):
         kl = kl_per_line(full, model, codes, labels, config)
         row = {
-            "method": config.method,
             "budget": budget,
-            "anchors": config.anchors,
-            "recent": config.recent,
-            "pooling": config.pooling,
+            **{key: getattr(config, key) for key in ("method", "anchors", "recent", "pooling")},
             "kl": kl.mean().item(),
             "kl_per_line": [round(value, 6) for value in kl.tolist()],
         }

@@ -1,12 +1,12 @@
-"""Whether LineAR's premises hold for a model: three numbers per line, from one run with the full cache.
+"""Whether LineAR's assumptions hold for a model: three numbers per line, from one run with the full cache.
 
     python -m benchmarks.line_locality --model gpt_tiny
     python -m benchmarks.line_locality --model pretrained_models/janus_tiny --prompts prompts.txt
 
 * condition: share of a line's attention on the class or prompt tokens. LineAR expects it to stay high.
 * older: share on lines older than the last three. LineAR expects it to be small.
-* coverage: share of a line's attention that the budget's tokens get if they are those that the line before
-  attended to most. best: the same for the best possible choice of as many tokens.
+* coverage: share of a line's attention on the tokens of the budget, if these are the ones that the previous
+  line attended to most. best: the same for the best possible choice of as many tokens.
 
 A model is gpt_tiny, or the folder of a Janus model saved by transformers, with its processor. Shares are
 means over images, layers, heads and queries of the conditional branch.
@@ -20,7 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import add_output, at_least, origin, prepare_output, write_result
+from benchmarks.common import (
+    add_output,
+    at_least,
+    make_parser,
+    origin,
+    prepare_output,
+    write_result,
+)
 from benchmarks.line_common import HOST, Run, load_tiny
 from models.line_cache import KVCache, KVLayer, LineARConfig, LinePlan
 from util.device import pick_device, pick_dtype
@@ -37,15 +44,13 @@ class Shares:
     """Sums of attention per line, over layers; `lines` reads the shares."""
 
     plan: LinePlan
-    sums: Tensor = field(
-        init=False
-    )  # (lines, 6): all, condition, older, to choose from, covered, best
+    sums: Tensor = field(init=False)  # (lines, 6): all, condition, older, candidates, covered, best
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(self.plan.lines, 6, dtype=torch.float64)
 
     def add(self, t: int, attention: Tensor, chosen: Tensor | None) -> None:
-        """attention (rows, H, 1 + tokens) of line t; chosen (rows, H, M): slots the line before prefers."""
+        """attention (rows, H, 1 + tokens) of line t; chosen (rows, H, M): slots the line before chose."""
         plan = self.plan
         old = plan.condition + max(0, t - NEAR) * plan.line
         parts = [attention, attention[..., : plan.condition], attention[..., plan.condition : old]]
@@ -57,7 +62,7 @@ class Shares:
             self.sums[t, i] += part.sum().double().cpu()
 
     def lines(self) -> list[dict[str, float | None]]:
-        """One row per line; what a budget does not have to choose from has no coverage."""
+        """One row per line; without candidates there is no coverage."""
         rows = []
         for t, (every, condition, older, choice, covered, best) in enumerate(self.sums.tolist()):
             shares = (condition / every, older / every)
@@ -170,8 +175,8 @@ def janus_locality(
 
 
 def parse() -> argparse.Namespace:
-    """Flags, checked; `config` holds the budget."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.line_locality", description=__doc__)
+    """The flags; `config` holds the budget, `texts` the prompts."""
+    parser = make_parser("line_locality", __doc__)
     parser.add_argument("--model", default="gpt_tiny", help="gpt_tiny, or the folder of a Janus")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="of a Janus, a line each")
     parser.add_argument("--num_images", type=int, default=6)
@@ -213,24 +218,17 @@ def main() -> None:
     except (OSError, ImportError, ValueError) as error:
         raise UserError(f"--model {args.model}: {str(error).splitlines()[0]}") from error
     rows = shares.lines()
-    body = [[row["line"], *(percent(row[name]) for name in COLUMNS)] for row in rows]
+    percent = [["" if (x := row[name]) is None else f"{x:.1%}" for name in COLUMNS] for row in rows]
+    body = [[row["line"], *cells] for row, cells in zip(rows, percent, strict=True)]
     about = {
         **origin(),
         "images": args.num_images,
-        "seed": args.seed,
-        "budget": args.budget,
-        "anchors": args.anchors,
-        "recent": args.recent,
+        **{name: getattr(args, name) for name in ("seed", "budget", "anchors", "recent")},
         "device": str(device),
         "dtype": "float32",
     }
     document = {"about": about, "rows": rows}
     write_result(args.output, document, markdown_table(["line", *COLUMNS], body))
-
-
-def percent(share: float | None) -> str:
-    """A cell of the table."""
-    return "" if share is None else f"{share:.1%}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What hardly changes from step to step in MAR: LazyMAR's motivation, measured on any checkpoint and drawn.
+"""How little MAR's features change from step to step: LazyMAR's motivation, measured and plotted.
 
     python -m benchmarks.redundancy                                          # the bundled model
     python -m benchmarks.redundancy --model mar_huge --num_images 16         # an official one
@@ -10,7 +10,7 @@ says; those of the documents are in benchmarks/results. Three figures, each besi
 * tokens: similarity of decoder features between neighbouring steps of plain MAR, for tokens decoded
   earlier, in the previous step, now, and later.
 * guidance: the same for the two branches and their residual; error of the unconditional features
-  when they, or the residual, are as old as LazyMAR lets them become.
+  when they, or the residual, are reused for as many steps as LazyMAR allows.
 * strip: which positions the deep decoder layers of LazyMAR recompute, step by step, over the image.
 """
 
@@ -58,13 +58,13 @@ def positions_of(step: DecodingStep, seq_len: int) -> dict[str, slice]:
 
 
 class Observer(PlainPredictor):
-    """PlainPredictor that computes every token and compares its features with those of steps before.
+    """PlainPredictor that computes every token and compares its features with those of earlier steps.
 
-    From the second step on it adds to `similarity` (layers, B, L), conditional rows, and to
-    `guidance` (3, B, L): conditional, unconditional, residual. As soon as `ages` steps have gone by
-    it adds to `errors` (2 * ages + 1, B * n) for the tokens decoded now: the distance of the
-    unconditional output from that of each age, from the conditional one plus the residual of each
-    age, and from the conditional one, all over its length.
+    From the second step on it adds to `similarity` (layers, B, L), conditional branch, and to
+    `guidance` (3, B, L): conditional, unconditional, residual. After `ages` steps it also adds to
+    `errors` (2 * ages + 1, B * n) for the tokens decoded now: the distance of the unconditional
+    output from that of each age, from the conditional one plus the residual of each age, and from
+    the conditional one, all divided by its norm.
     """
 
     def __init__(self, model: MAR, order: Tensor, embedding: Tensor, ages: int) -> None:
@@ -87,8 +87,8 @@ class Observer(PlainPredictor):
             x = block(x)
             layers.append(x[: len(tokens), model.buffer_size :].float())
         x = x[:, model.buffer_size :]
-        self._compare(layers, x.float(), slice(step.start, step.stop))
         now = slice(step.start, step.stop)
+        self._compare(layers, x.float(), now)
         return model.to_condition(x[:, now], order[:, now])
 
     def _compare(self, layers: list[Tensor], output: Tensor, now: slice) -> None:
@@ -145,9 +145,8 @@ def guidance_redundancy(
     kinds = ("conditional", "unconditional", "residual")
     by_step: dict[str, list[float]] = {kind: [] for kind in kinds}
     for step, values in zip(plan.steps[1:], guidance, strict=True):
-        for kind, value in zip(
-            kinds, values[:, :, step.start :].mean((1, 2)).tolist(), strict=True
-        ):
+        means = values[:, :, step.start :].mean((1, 2)).tolist()
+        for kind, value in zip(kinds, means, strict=True):
             by_step[kind].append(value)
     *old, none = torch.cat(errors, dim=1).mean(1).tolist()
     ages = len(old) // 2
@@ -162,20 +161,11 @@ def guidance_redundancy(
 class RecordingPredictor(LazyPredictor):
     """LazyPredictor that remembers what it selects: step index -> positions (R, kept)."""
 
-    def __init__(
-        self,
-        model: MAR,
-        order: Tensor,
-        embedding: Tensor,
-        plan: DecodingPlan,
-        config: LazyMARConfig,
-    ) -> None:
-        """As LazyPredictor."""
-        super().__init__(model, order, embedding, plan, config)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.selected: dict[int, Tensor] = {}
 
     def select(self, v: Tensor, step: DecodingStep, kept: int) -> Tensor:
-        """As LazyPredictor.select."""
         self.selected[step.index] = super().select(v, step, kept)
         return self.selected[step.index]
 
@@ -185,9 +175,9 @@ def lazy_strip(
 ) -> tuple[dict[str, Any], Tensor]:
     """What LazyMAR recomputes at each step for one image, and its latents (1, C, H, W).
 
-    maps: per step a string in raster order, n decoded now, p in the previous step, c recomputed
-    besides, `.` taken from the cache, by the decoder layers behind the probe. ranks: when each
-    token is decoded, raster order.
+    maps: per step a string in raster order, for the decoder layers behind the probe: n decoded now,
+    p in the previous step, c also recomputed, `.` taken from the cache. ranks: index of each token in
+    the decoding order, raster order.
     """
     decoding = Decoding(model, 1, plan, config, temperature=1.0)
     predictor = RecordingPredictor(model, decoding.order, decoding.embedding, plan, config)
@@ -196,14 +186,14 @@ def lazy_strip(
     ranks = decoding.order[0].argsort().tolist()
     maps = []
     for step in plan.steps:
-        index = predictor.selected.get(step.index)
+        selected = predictor.selected.get(step.index)
         kept = set(range(plan.seq_len))
-        if index is not None:
-            kept = {position - model.buffer_size for position in index[0].tolist()}
-        states = [CHANGED if rank in kept else REUSED for rank in range(plan.seq_len)]
+        if selected is not None:
+            kept = {position - model.buffer_size for position in selected[0].tolist()}
+        states = [CHANGED if index in kept else REUSED for index in range(plan.seq_len)]
         states[step.previous : step.start] = PREVIOUS * (step.start - step.previous)
         states[step.start : step.stop] = NOW * (step.stop - step.start)
-        maps.append("".join(states[rank] for rank in ranks))
+        maps.append("".join(states[index] for index in ranks))
     strip = {
         "steps": [step.index for step in plan.steps],
         "refresh": [predictor.policies[step.index].refresh for step in plan.steps],
@@ -309,9 +299,7 @@ def main() -> None:
         "weights": loaded.weights,
         "images": settings.num_images,
         "seed": settings.seed,
-        "num_iter": sampling.num_iter,
-        "cfg": sampling.cfg,
-        "cfg_schedule": sampling.cfg_schedule,
+        **{name: getattr(sampling, name) for name in ("num_iter", "cfg", "cfg_schedule")},
         "strip": sampling.method,
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),

@@ -150,19 +150,7 @@ class JanusGenerator:
     def generate(self, prepared: tuple[dict[str, Tensor], Sequence[int]]) -> Tensor:
         """Images (B, 3, size, size) float32, about [-1, 1]; NaN where the model computed none."""
         inputs, seeds = prepared
-        s = self.sampling
-        codes = sample_tokens(
-            self.model,
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            cfg=s.cfg,
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-            cfg_interval=s.cfg_interval,
-            line_ar=s.line_ar,
-            seeds=seeds,
-        )
+        codes = sample_tokens(self.model, **inputs, **vars(self.sampling), seeds=seeds)
         codes = codes.unflatten(1, image_grid(self.model))
         return pictures(self.decode, codes, self.size, self.vae_bsz)
 
@@ -185,10 +173,16 @@ def from_original(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{key} is not a key of deepseek-ai's Janus files")
         rest = key.removeprefix(start)
         if start == "gen_vision_model.":
-            for old, new in TOKENIZER_KEYS.items():
-                rest = rest.replace(old, new)
+            rest = rename_tokenizer_key(rest)
         renamed[ORIGINAL_KEYS[start] + rest] = tensor
     return renamed
+
+
+def rename_tokenizer_key(key: str) -> str:
+    """The name in transformers' JanusVQVAE of a key of LlamaGen's tokenizer."""
+    for old, new in TOKENIZER_KEYS.items():
+        key = key.replace(old, new)
+    return key
 
 
 def load_original(model: JanusForConditionalGeneration, weights: Mapping[str, Tensor]) -> None:

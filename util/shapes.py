@@ -157,22 +157,10 @@ def coverage(
     return np.clip(0.5 - SHAPES[shape](x, y, radius) / (EDGE * pixel), 0, 1)[..., None]
 
 
-class ShapesDataset(torch.utils.data.Dataset):
-    """Pictures start .. start + length - 1, each as (uint8 (3, 64, 64), label)."""
-
-    def __init__(self, start: int, length: int) -> None:
-        if start < 0 or length < 1:
-            raise ValueError(f"need start >= 0 and length >= 1, got {start} and {length}")
-        self.start, self.length = start, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
-        if not 0 <= position < self.length:
-            raise IndexError(f"picture {position} of {self.length}")
-        index = self.start + position
-        return torch.from_numpy(render(index)).permute(2, 0, 1).contiguous(), label_of(index)
+def pictures(start: int, count: int) -> torch.Tensor:
+    """Pictures start .. start + count - 1, uint8 (count, 3, 64, 64)."""
+    stacked = np.stack([render(index) for index in range(start, start + count)])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
 
 
 def export(output_dir: Path, num_images: int, start: int = 0) -> None:

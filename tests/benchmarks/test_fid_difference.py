@@ -100,7 +100,7 @@ def test_runs_that_are_no_pairs_are_refused_in_a_sentence(command, runs, tmp_pat
     third = make_run(tmp_path / "c", 5, seed=2)
     with pytest.raises(UserError, match=r"c has seed 2, .*a has 1: runs to compare share"):
         command(runs[0], third)
-    with pytest.raises(UserError, match="one run has nothing to be compared with"):
+    with pytest.raises(UserError, match="a single run cannot be compared"):
         command(runs[0])
     (runs[1] / "features.npz").write_bytes(b"none")
     with pytest.raises(UserError, match="is not a file of features .*: delete it"):

@@ -10,7 +10,7 @@ import torch
 
 from engine import cli
 from models import llamagen
-from models.gpt_images import GPTSampling, generate
+from models.gpt_images import GPTGenerator, GPTSampling
 from models.line_cache import LineARConfig
 from models.vq import vq_tiny
 from tests.support import ROOT
@@ -67,7 +67,7 @@ def test_the_images_are_those_of_their_labels_and_seeds_in_any_batch(sample):
     load_into(tokenizer, ROOT / cli.named("gpt_tiny").host().images.vae_path, use_ema=False)
     for i, image in enumerate(images_of(result)):
         label, seed = image_label(i, 3, 10), image_seed(1, i)
-        one = generate(model, tokenizer, [label], [seed], GPTSampling(2.0), 32)
+        one = GPTGenerator(model, tokenizer, GPTSampling(2.0), 32).generate(([label], [seed]))
         difference = to_uint8(one)[0].astype(int) - image
         assert abs(difference).max() <= 1
 

@@ -32,20 +32,9 @@ from transformers import (
 from util.errors import UserError, run_main
 from util.images import to_bytes
 from util.shapes import HELD_OUT_START, IMAGE_SIZE
+from util.tiny import janus_vq
 from util.tiny.captions import WORDS, caption_of
 from util.tiny.gpt import fit, load_codes
-from util.tiny.janus_vq import (
-    BASE_CHANNELS,
-    CHANNEL_MULTIPLIER,
-    CODE_CHANNELS,
-    CODES,
-    LATENT_CHANNELS,
-    RES_BLOCKS,
-    draw,
-    janus_weights,
-    load_tokenizer,
-    save_sheet,
-)
 from util.tiny.prompt_classifier import CLASSIFIER, FOLDER, PromptClassifier, prompt_agreement
 
 GRID = 16  # codes per line, and lines
@@ -129,12 +118,12 @@ def make_model() -> JanusForConditionalGeneration:
             "num_image_tokens": GRID * GRID,
         },
         vq_config={
-            "embed_dim": CODE_CHANNELS,
-            "num_embeddings": CODES,
-            "latent_channels": LATENT_CHANNELS,
-            "base_channels": BASE_CHANNELS,
-            "channel_multiplier": list(CHANNEL_MULTIPLIER),
-            "num_res_blocks": RES_BLOCKS,
+            "embed_dim": janus_vq.CODE_CHANNELS,
+            "num_embeddings": janus_vq.CODES,
+            "latent_channels": janus_vq.LATENT_CHANNELS,
+            "base_channels": janus_vq.BASE_CHANNELS,
+            "channel_multiplier": list(janus_vq.CHANNEL_MULTIPLIER),
+            "num_res_blocks": janus_vq.RES_BLOCKS,
             "projection_dim": WIDTH,
             "image_token_embed_dim": WIDTH,
         },
@@ -162,9 +151,11 @@ def start(tokenizer_path: Path) -> JanusForConditionalGeneration:
     torch.manual_seed(0)
     model = make_model().requires_grad_(False)
     inner = model.model
-    inner.vqmodel.load_state_dict(janus_weights(load_tokenizer(tokenizer_path).state_dict()))
+    inner.vqmodel.load_state_dict(
+        janus_vq.janus_weights(janus_vq.load_tokenizer(tokenizer_path).state_dict())
+    )
     codes = inner.vqmodel.quantize.embedding.weight
-    inner.generation_embeddings.weight.copy_(codes * CODE_CHANNELS**0.5)
+    inner.generation_embeddings.weight.copy_(codes * janus_vq.CODE_CHANNELS**0.5)
     for part in (inner.generation_aligner, inner.generation_head):
         for module in part.modules():
             if isinstance(module, nn.Linear):
@@ -204,7 +195,7 @@ def train(
 ) -> tuple[JanusForConditionalGeneration, float]:
     """Train, or continue from the checkpoint in output_dir; the model and its last mean loss."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    codes = load_codes(output_dir, count, tokenizer_path, load_tokenizer, draw)
+    codes = load_codes(output_dir, count, tokenizer_path, janus_vq.load_tokenizer, janus_vq.draw)
     prompts = make_processor()(
         text=[caption_of(index) for index in range(count)],
         generation_mode="image",
@@ -262,7 +253,7 @@ def main() -> None:
     save(model.half(), args.bundle)
     prompts = [caption_of(HELD_OUT_START + n) for n in range(TEST_PICTURES)]
     images = draw_prompts(args.bundle, prompts, seed=0)
-    save_sheet(args.output_dir / "samples.png", images.unflatten(0, (-1, 10)))
+    janus_vq.save_sheet(args.output_dir / "samples.png", images.unflatten(0, (-1, 10)))
     agreement = prompt_agreement(classifier, images, prompts)
     print(json.dumps({"training_loss_nats": round(loss, 4), "agreement": agreement}))
 

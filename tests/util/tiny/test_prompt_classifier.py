@@ -8,7 +8,7 @@ import torch
 
 from util.errors import UserError
 from util.shapes import HELD_OUT_START
-from util.tiny import prompt_classifier
+from util.tiny import prompt_classifier, training
 from util.tiny.captions import COLOURS, SHAPES, SINGLE, caption_of, parse, pictures, scene_of
 from util.tiny.prompt_classifier import (
     CLASSIFIER,
@@ -131,7 +131,7 @@ def test_training_labels_leave_the_second_object_of_a_single_one_out():
 
 
 def test_a_short_training_learns_the_ground(monkeypatch):
-    monkeypatch.setattr(prompt_classifier, "BATCH", 20)
+    monkeypatch.setattr(training, "BATCH", 20)
     classifier = prompt_classifier.train(400)
     scenes = classifier.scenes(pictures(UNSEEN, 100))
     right = [scene.ground == scene_of(UNSEEN + n).ground for n, scene in enumerate(scenes)]
