@@ -123,7 +123,7 @@ class Flags:
     ) -> Config:
         """A config from the given flags, then `defaults`, then the command's, then the class's own.
 
-        UserError for a number out of range, and for what the class itself refuses.
+        UserError for a number out of range or a ValueError of the class.
         """
         defaults = {**self._defaults, **(defaults or {})}
         values = {}
@@ -153,7 +153,7 @@ class Flags:
         return None
 
     def refuse_foreign(self, owner: str, model: str) -> None:
-        """UserError for a given flag that only other families than `owner` have."""
+        """UserError for a given flag that belongs only to other families than `owner`."""
         for name in self.given:
             owners = self._owners.get(name, set())
             if owners and owner not in owners:
@@ -211,11 +211,11 @@ class FlagParser:
             self._groups[title] = group
         defaults = {**(defaults or {}), **self._defaults}
         if switch:
-            self._claim(switch[0], owner)
+            self._add_owner(switch[0], owner)
             if switch[0] not in self._names:
                 self._add(group, switch[0], bool, False, {"help": switch[1]})
         for flag in flags_of(config, prefix):
-            self._claim(flag.name, owner)
+            self._add_owner(flag.name, owner)
             if flag.name in self._names:
                 continue
             default = defaults.get(flag.name, flag.field.default)
@@ -224,7 +224,7 @@ class FlagParser:
             metadata = {**flag.field.metadata, "hidden": hidden}
             self._add(group, flag.name, flag.type, default, metadata)
 
-    def _claim(self, name: str, owner: str | None) -> None:
+    def _add_owner(self, name: str, owner: str | None) -> None:
         if owner is None:
             self._common.add(name)
         else:
@@ -260,7 +260,7 @@ class FlagParser:
         self._parser.add_argument(f"--{name}", help=help, **options)
 
     def parse(self, words: Sequence[str] | None = None) -> Flags:
-        """The given flags, from sys.argv without words; --a-b is --a_b. UserError: not understood."""
+        """Parse words, or sys.argv; --a-b is --a_b. UserError for what it does not understand."""
         words = sys.argv[1:] if words is None else words
         return self.flags(vars(self._parser.parse_args([_with_underscores(w) for w in words])))
 

@@ -2,8 +2,8 @@
 
     python -m util.report demo/mar_tiny-mar-* demo/mar_tiny-lazy_mar_* --sheet demo/sheet.png
 
-The first run is what the others are compared with: speed-up, and PSNR between images of the same seeds
-(LPIPS too, where the package lpips is installed).
+The others are compared with the first run: speed-up, and PSNR between images of the same seeds (and LPIPS
+if the package lpips is installed).
 """
 
 import argparse
@@ -39,7 +39,7 @@ ON_REQUEST = (
     ("precision", "precision", ".3f"),
     ("recall", "recall", ".3f"),
 )
-# What is read of every run, and what must be a number where it is there.
+# Entries that every run must have, and entries that must be numbers if present.
 NEEDED = (
     *(
         "model",
@@ -113,8 +113,8 @@ def image_pairs(run: Json, first: Json) -> Iterator[tuple[np.ndarray, np.ndarray
 
 
 def closeness(run: Json, first: Json) -> dict[str, float | None]:
-    """psnr: mean over the images of two paired runs that differ, None if none does; identical: the
-    share of those that do not."""
+    """psnr: mean over the images of two paired runs that differ, None if none does; identical: share of
+    the others."""
     values = [None if np.array_equal(a, b) else psnr(a, b) for a, b in image_pairs(run, first)]
     differing = [value for value in values if value is not None]
     mean = float(np.mean(differing)) if differing else None
@@ -136,7 +136,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def make_lpips() -> Callable[[np.ndarray, np.ndarray], float] | None:
-    """LPIPS (Zhang et al. 2018, AlexNet) of uint8 images, None where it is not available."""
+    """LPIPS (Zhang et al. 2018, AlexNet) of uint8 images, None if it is not available."""
     try:
         import lpips  # an optional package, which needs seconds and weights of its own
         import torch
@@ -155,7 +155,7 @@ def make_lpips() -> Callable[[np.ndarray, np.ndarray], float] | None:
 
 
 def cells(run: Json) -> list[str]:
-    """What a table tells of one run: method, FID, IS, accuracy, seconds per image."""
+    """Cells of one run: method, FID, IS, accuracy, seconds per image."""
     inception = "-"
     if run.get("is_mean") is not None:
         inception = f"{run['is_mean']:.2f} ± {run['is_std']:.2f}"
@@ -217,7 +217,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
     references = {run["reference"] for run in rows if run.get("reference")}
     if len(references) > 1:
-        about = f"The scores do not compare: {' and '.join(sorted(references))}.\n\n{about}"
+        about = f"The scores are not comparable: {' and '.join(sorted(references))}.\n\n{about}"
     return f"{markdown_table(headings, body)}\n{about}"
 
 

@@ -1,9 +1,9 @@
-"""A data set made by arithmetic: one of ten flat shapes on a flat ground, 64x64 RGB.
+"""A synthetic data set: one of ten flat shapes on a flat ground, 64x64 RGB.
 
-Picture n is a function of the integer n alone (label n % 10), so a training set needs no download
-and held-out pictures are simply other integers. Few things vary (two colours, a centre, a radius,
-a small rotation): a model of two million parameters, trained for an hour on a CPU, can learn it.
-A shape is a signed distance (negative inside), and a pixel's coverage is that distance clipped.
+Picture n is a function of the integer n alone (label n % 10), so nothing has to be downloaded, and
+held-out pictures are other integers. Only two colours, a centre, a radius and a small rotation vary,
+so a model of two million parameters learns it in an hour on a CPU. A shape is a signed distance
+(negative inside), and a pixel's coverage is that distance clipped.
 
     python -m util.shapes --output_dir data/shapes --num_images 10000     # an ImageFolder
 """
@@ -166,8 +166,7 @@ def pictures(start: int, count: int) -> torch.Tensor:
 def export(output_dir: Path, num_images: int, start: int = 0) -> None:
     """Write pictures start .. start + num_images - 1 as output_dir/train/NN_name/IIIIIII.png.
 
-    Pictures that are there already are written again, byte for byte the same. Raises UserError
-    when the folder holds anything that is not such a data set.
+    Existing pictures are written again with the same bytes. UserError if the folder holds anything else.
     """
     if num_images < 1 or start < 0:
         raise UserError(

@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, model):
 
 def test_weights_alone_cannot_be_resumed(tmp_path, model):
     save_safetensors(tmp_path / "model.safetensors", model.state_dict())
-    with pytest.raises(UserError, match="no 'model', so it is no training checkpoint"):
+    with pytest.raises(UserError, match="no 'model', so it is not a training checkpoint"):
         checkpoint.restore_checkpoint(
             tmp_path,
             model=model,

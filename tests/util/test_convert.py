@@ -106,7 +106,7 @@ def test_plain_weights_are_not_evaluated_in_the_place_of_averages(run, tmp_path)
 def test_what_is_shared_cannot_be_resumed_and_says_so(run, tmp_path):
     model = nn.Linear(3, 2)
     convert(run, tmp_path / "shared" / checkpoint.LAST, True)
-    with pytest.raises(UserError, match="no 'optimizer', so it is no training checkpoint"):
+    with pytest.raises(UserError, match="no 'optimizer', so it is not a training checkpoint"):
         checkpoint.restore_checkpoint(
             tmp_path / "shared",
             model=model,

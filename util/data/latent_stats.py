@@ -75,7 +75,7 @@ def _channels(entry: object, source: str) -> tuple[Tensor, Tensor]:
     for tensor in pair:
         if not isinstance(tensor, Tensor) or tensor.dim() != 1 or len(tensor) % 2:
             raise WeightsError(
-                f"the 'channel' statistics of {source} are no tensors of 2C entries, C of the means "
+                f"the 'channel' statistics of {source} are not tensors of 2C entries, C of the means "
                 "and C of the log variances"
             )
     mean, std = (tensor[: len(tensor) // 2] for tensor in pair)
@@ -95,7 +95,7 @@ def _checked(mean: Tensor, std: Tensor, source: object) -> tuple[Tensor, Tensor]
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Builds tensors and plain containers; any other name in the file is refused before it is used."""
+    """Builds tensors and plain containers; any other name in the file is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -113,7 +113,7 @@ class _RefusedError(Exception):
 
 
 def _load_storage(data: bytes) -> Any:
-    """What torch itself pickles a storage by, without its right to unpickle anything; on the CPU."""
+    """torch's function of this name, on the CPU and with weights_only."""
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 

@@ -46,11 +46,11 @@ class ScoreRequest:
 
     @property
     def needs_features(self) -> bool:
-        """Whether sums do not suffice."""
+        """Whether a metric needs the features themselves, not only sums."""
         return not {"kid", "pr"}.isdisjoint(self.metrics)
 
     @property
     def reference(self) -> str:
-        """What the scores are relative to: extractor, file and first digits of its sha256."""
+        """Extractor, reference file and first digits of its sha256."""
         path = Path(self.stats_path)
         return f"{self.features} {path.name} {sha256_of(path)[:16]}"

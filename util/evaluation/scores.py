@@ -86,10 +86,10 @@ class Scorer:
                 bar.update(len(indices))
 
     def result(self) -> dict[str, object]:
-        """Those of util.evaluation.request.SCORES that were asked for, and the reference.
+        """The requested ones of util.evaluation.request.SCORES, and the reference.
 
-        Fewer images than IS_SPLITS would leave empty splits: IS is then taken over all images at once
-        (is_splits 1, is_std 0). UserError unless all images are in.
+        With fewer images than IS_SPLITS, IS is computed over all images at once (is_splits 1, is_std 0).
+        UserError unless all images were added.
         """
         request, sums = self.request, self.sums
         if sums.count() != sums.num_images:
@@ -179,7 +179,7 @@ def _load_stats_for(request: ScoreRequest) -> FidStatistics:
 def check_ready(request: ScoreRequest, num_images: int | None = None) -> None:
     """Raise UserError if scoring `num_images` cannot work; call it before anything is generated.
 
-    All that scoring will read is read here once: damage is found before hours of sampling.
+    It reads every file that scoring needs, so damage is found before hours of sampling.
     """
     reference = _load_stats_for(request)
     extractor = Extractor(request.features, request.features_path, "cpu", "sfid" in request.metrics)

@@ -10,7 +10,7 @@ palette these are. The grammar:
 Every even picture shows one shape, every odd picture two smaller ones. Half of the captions name
 the ground.
 
-    python -m util.tiny.captions --num_images 100 > prompts.txt     # held-out captions, a line each
+    python -m util.tiny.captions --num_images 100 > prompts.txt     # held-out captions, one per line
 """
 
 import argparse
@@ -159,7 +159,7 @@ def pictures(start: int, count: int) -> torch.Tensor:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m util.tiny.captions", description="Print captions, a line each."
+        prog="python -m util.tiny.captions", description="Print captions, one per line."
     )
     parser.add_argument("--num_images", type=int, required=True)
     parser.add_argument("--start", type=int, default=HELD_OUT_START, help="index of the first one")

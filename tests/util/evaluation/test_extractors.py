@@ -158,7 +158,7 @@ def test_the_shapes_extractor_without_its_file_or_for_other_sizes_is_refused(
     stats = tmp_path / "stats.npz"
     save_stats(stats, FidStatistics(np.zeros(64, np.float32), np.eye(64)))
     absent = str(tmp_path / "absent.safetensors")
-    with pytest.raises(UserError, match="shapes classifier .*is missing"):
+    with pytest.raises(UserError, match="the classifier .*is missing"):
         metrics.check_ready(request(stats, features="shapes", path=absent))
     with pytest.raises(UserError, match="64x64 images, got 8x8"):
         features_of(Pictures(pictures(2)), 2, "shapes", classifier_file)
