@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -194,7 +195,7 @@ class PngWriter:
             raise self._error
         self._pool.submit(self._save, path, image)
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         self._pool.shutdown()
         if error is None and self._error is not None:
             raise self._error

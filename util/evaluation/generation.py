@@ -148,7 +148,7 @@ class PngSink:
         for index in wanted:
             self._writer.write(self._path_of(index), array[index - first])
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         try:
             while error is None and self._under_way:
                 self._under_way.popleft()()
@@ -175,6 +175,6 @@ class FeatureSink:
         self._broken = find_broken(images)
         self._update(job.wanted, to_bytes(images)[: len(job.wanted)])
 
-    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if error is None and self._broken is not None:
             refuse_broken(self._broken)

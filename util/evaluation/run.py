@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -108,7 +109,7 @@ def evaluate(
         folder.write_sheet(run.num_images)
     if run.settings.save_npz:
         folder.write_npz(run.all_conditions())
-    calls = [call]
+    calls: list[Mapping[str, Any]] = [call]
     if not run.settings.no_save:
         calls = [each["made"] for each in folder.calls() if "made" in each]
     results = {
