@@ -24,17 +24,9 @@ from util.evaluation.config import EvaluationConfig
 from util.evaluation.run_folder import RunFolder
 from util.files import beside_code
 
-# What --score_only takes from the run that it scores, unless given.
-SCORED_AS = (
-    "model",
-    "num_images",
-    "class_num",
-    "features",
-    "features_path",
-    "fid_stats",
-    "prompts",
-)
 PATHS = ("features_path", "fid_stats")
+# Flags that --score_only takes from the run that it scores, unless given.
+SCORED_AS = ("model", "num_images", "class_num", "features", "prompts", *PATHS)
 
 
 def parse() -> tuple[cli.Selection, str | None]:
@@ -50,7 +42,6 @@ def parse() -> tuple[cli.Selection, str | None]:
 
 
 def main() -> None:
-    """Command line."""
     selection, folder = parse()
     flags, host, request = selection.flags, selection.host(), selection.request()
     settings = flags.build(EvaluationConfig)

@@ -3,8 +3,8 @@
     python main_mar.py --model mar_tiny --use_cached --cached_path data/shapes_latents
     torchrun --nproc_per_node=8 main_mar.py --model mar_base --diffloss_d 6 --diffloss_w 1024 ...
 
-With `--resume DIR` the same command continues where it stopped, in the middle of an epoch too, and
-computes, on a CPU, the very same numbers as a run that was never stopped.
+With `--resume DIR` the same command continues where it stopped, also in the middle of an epoch, and on a
+CPU computes the same numbers as an uninterrupted run.
 """
 
 import json
@@ -54,7 +54,7 @@ SHEET_COLUMNS = 10
 
 @dataclass(frozen=True)
 class Command:
-    """The flags of this command as configs. evaluation is None where nothing is evaluated."""
+    """The flags of this command as configs. evaluation is None if nothing is evaluated."""
 
     host: MARHost
     train: TrainConfig
@@ -116,7 +116,6 @@ def latents_from(
 
 
 def main() -> None:
-    """Command line."""
     command = parse()
     place = command.place
     try:
@@ -306,8 +305,8 @@ def evaluate_online(
 ) -> None:
     """Score the averaged weights without guidance and, if --cfg asks for it, with it, as MAR does.
 
-    The same seeds each time, so that the sample sheets of the epochs compare. What an earlier call
-    has finished is not repeated; of its images, as in the original, only the sheets are kept.
+    The seeds are the same each time, so the sample sheets of epochs can be compared. A finished evaluation
+    is not repeated; as in the original, only the sheets of its images are kept.
     """
     assert command.evaluation is not None
     settings = command.evaluation
@@ -328,7 +327,7 @@ def evaluate_online(
             try:
                 made = evaluate_loaded(command, host, loaded, rendezvous, str(folder))
             except Exception:
-                run_folder.delete_images()  # on a full disk they would end the training, too
+                run_folder.delete_images()  # a full disk would also end the training
                 raise
             if rendezvous.world.is_main:
                 print(json.dumps(made), flush=True)

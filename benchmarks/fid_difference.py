@@ -104,7 +104,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     set_threads(args.threads)
     runs = [report.load_run(path) for path in args.runs]

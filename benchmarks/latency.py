@@ -129,7 +129,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     device = torch.device(args.device)
     if args.threads:

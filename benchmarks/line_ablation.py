@@ -90,7 +90,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     device = pick_device(args.device)
     model, _ = load_tiny(device, pick_dtype("float32", device))

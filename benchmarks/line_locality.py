@@ -206,7 +206,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     device = pick_device(args.device)
     try:

@@ -135,7 +135,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     require_matplotlib()
     output = with_ending(args.output, ".json")

@@ -259,7 +259,6 @@ def parse() -> tuple[cli.Selection, Path]:
 
 
 def main() -> None:
-    """Command line."""
     selection, output = parse()
     require_matplotlib()
     host = selection.host()

@@ -86,7 +86,6 @@ Written by `{origin()["command"]}` from {BUNDLED}, retraining_*.json and retrain
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retraining", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the files")
     args = parser.parse_args()

@@ -101,7 +101,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     set_threads(1)
     tokenizer = LinearTokenizer.from_file(HOST.tokenizer.vae_path)

@@ -128,7 +128,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     torch.set_num_threads(args.threads)
     rows = measure(args)

@@ -105,7 +105,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,6 +1,6 @@
-"""Command lines of eval.py, main_mar.py, main_cache.py and demo.py: flags in, typed configs out.
+"""Command lines of eval.py, main_mar.py, main_cache.py and demo.py: from flags to typed configs.
 
-All four know every flag, as in the original; only some defaults differ.
+All four accept every flag, as in the original; some defaults differ.
 """
 
 import sys
@@ -73,7 +73,7 @@ class Selection:
     defaults: Preset
 
     def host(self) -> Host:
-        """The model with its settings. UserError if they make no sense."""
+        """The model with its settings. UserError if they are invalid."""
         return self.family.host(self.model, self.flags, self.defaults)
 
     def request(self) -> ScoreRequest:
@@ -84,9 +84,8 @@ class Selection:
 def select(flags: Flags, program: str) -> Selection:
     """Find the family and the preset of --model.
 
-    The training commands take the preset of models that "trains"; for the others they keep the
-    original's defaults, which do not depend on the model. UserError: unknown model, or flags of
-    another family.
+    The training commands use the preset of models with "trains": True; for the others they keep the
+    original's defaults. UserError: unknown model, or flags of another family.
     """
     model = flags.value("model", DEFAULTS[program]["model"])
     for family in FAMILIES.values():
@@ -137,5 +136,5 @@ def parse(program: str, description: str = "", words: Sequence[str] | None = Non
 
 
 def named(model: str, **given: object) -> Selection:
-    """What eval.py would select: a model by name, with flags as keyword arguments."""
+    """A model by name as eval.py selects it, with flags as keyword arguments."""
     return select(make_parser("eval").flags({"model": model, **given}), "eval")

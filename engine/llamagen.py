@@ -209,7 +209,7 @@ class LlamaGenFamily(Family):
 
 
 def build_line_ar(flags: Flags, defaults: Preset) -> LineARConfig | None:
-    """LineAR's settings, None without --line_ar. UserError for a setting that the method ignores."""
+    """LineAR's settings, None without --line_ar. UserError for a flag that the method ignores."""
     name = flags.value("line_method", "linear")
     method = METHODS.get(name)
     if flags.value("line_ar") and method is not None:

@@ -1,4 +1,4 @@
-"""An evaluation of a host: its run folder is opened, what is missing is generated, and scored."""
+"""An evaluation of a host in its run folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,12 +27,12 @@ def evaluate(
     arguments: Mapping[str, object],
     redo: bool = True,
 ) -> dict[str, Any]:
-    """Generate what is missing of a run, score it, and return its results (process 0; others {}).
+    """Generate the missing images of a run, score it, and return its results (process 0; others {}).
 
     Args:
         request: what to score; None generates only.
         arguments: flags of the command, recorded in the manifest.
-        redo: False leaves a run that is complete and scored as it is.
+        redo: False does not score a complete run again.
 
     With settings.dry_run one batch is generated and nothing is written.
     """

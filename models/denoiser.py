@@ -30,10 +30,10 @@ class Denoiser(Protocol):
 
 
 class ModulationTable:
-    """adaLN outputs of a denoising run, computed ahead of its steps.
+    """adaLN outputs of a denoising run, computed ahead of its steps; exact.
 
-    They depend on z and on the step, not on x_t, so one product serves many steps; step by step, a
-    few rows would read all these weights (60% of the head) at every step. Exact.
+    They depend on z and on the step, not on x_t, so one matrix product covers many steps. Step by step, a
+    small batch would read all these weights (60% of the head) every time.
     """
 
     def __init__(self, net: SimpleMLPAdaLN, times: Tensor, columns: Sequence[Column]) -> None:

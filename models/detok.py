@@ -1,9 +1,9 @@
 """DeTok, l-DeTok's tokenizer: two plain vision transformers between pixels and latents.
 
 Yang et al., "Latent Denoising Makes Good Visual Tokenizers" (arXiv 2507.15856). One token per patch
-of 16x16 pixels, a Gaussian per latent value. Every raw latent channel has a mean and a deviation of
-its own, so the tokenizer applies the channel statistics of its training images itself: all latents
-outside it are normalized. Parameter names are those of the published weights.
+of 16x16 pixels, a Gaussian per latent value. Raw latent channels differ in mean and deviation, so the
+tokenizer applies the channel statistics of its training images: all latents outside it are normalized.
+Parameter names are those of the published weights.
 """
 
 import math
@@ -53,8 +53,8 @@ def rope_table(grid_size: int, head_dim: int) -> Tensor:
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Queries or keys (B, H, L, d) times the factors of `rope_table`.
 
-    The pairs are neighbours (2j, 2j + 1) while the frequencies lie in blocks, so both channels of a
-    pair have different angles, which is not a rotation, but what the weights were trained with.
+    Pairs are neighbours (2j, 2j + 1) while the frequencies are in blocks, so the channels of a pair have
+    different angles. That is not a rotation, but the weights were trained with it.
     """
     cosines, sines = rope.chunk(2, dim=1)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -175,7 +175,7 @@ class DeTok(nn.Module):
     `set_statistics` first: without it a model trained on normalized latents gets nonsense.
 
     img_size: pixels on a side of all images. patch_size: the stride. token_channels: of a latent.
-    Raises ValueError if the image is no whole number of patches, or a head's width none of 4 channels.
+    Raises ValueError if img_size is not a multiple of patch_size, or a head's width not a multiple of 4.
     """
 
     latent_scale = 1.0  # of normalized latents

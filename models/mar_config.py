@@ -20,8 +20,8 @@ class MARConfig:
     defaults change nothing:
     masked_keep: share of the masked tokens that a training step decodes (CrossMAE, Fu et al. 2024).
     pos_init: "sincos" starts the position tables as 2-D sines (MAE, He et al. 2022).
-    aux_weight: weight of a squared error that asks z for the token itself, read out through the
-        transposed z_proj, so that context is learned before the head uses it.
+    aux_weight: weight of a squared error between the token and z, read out through the transposed
+        z_proj, so that context is learned before the head uses it.
     """
 
     img_size: int = setting(256, "height and width of the images, pixels", least=1)

@@ -14,7 +14,7 @@ ORDERS = ("random", "halton", "gtr")
 class OrderConfig:
     """Decoding order; the default is MAR's. All follow from the image's own random order.
 
-    kind: random; halton, tokens far from those before (Besnier et al. 2025), a low-discrepancy sequence
+    kind: random; halton, tokens far from earlier ones (Besnier et al. 2025), a low-discrepancy sequence
         shifted to the image's first token; gtr, generation-then-reconstruction (Yan et al., arXiv
         2510.17171), first a coarse grid in many steps, then the tokens between in few.
     stages: K grids of gtr. Stage K holds the tokens with (row + column) mod 2 = 1, stage K-1 those with

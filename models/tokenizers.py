@@ -1,4 +1,4 @@
-"""Tokenizers by name: images to latents and back, whichever autoencoder a model was trained on."""
+"""Tokenizers by name: the autoencoders between images and latents."""
 
 import math
 from pathlib import Path

@@ -173,9 +173,7 @@ class UpLevel(nn.Module):
 class Encoder(nn.Module):
     """Image to moments, (B, 3, H, W) => (B, 2*z, H/f, W/f), f = 2^(levels-1).
 
-    variational=False: latents of z channels.
-
-    The blocks of the last level (16x16 positions for a 256-pixel image) carry attention if asked.
+    attention: in the blocks of the last level. variational=False: latents of z channels.
     """
 
     def __init__(

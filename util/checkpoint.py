@@ -215,8 +215,8 @@ def _metadata(path: Path) -> dict[str, Any]:
     """Epoch, step and shareable flags of a checkpoint."""
     if path.suffix == ".safetensors":
         sidecar = path.with_suffix(".json")
-        found = read_json(sidecar, dict, "restore or remove it") if sidecar.is_file() else {}
-        return {name: found[name] for name in ("epoch", "step", "args") if name in found}
+        stated = read_json(sidecar, dict, "restore or remove it") if sidecar.is_file() else {}
+        return {name: stated[name] for name in ("epoch", "step", "args") if name in stated}
     content = read_pickle(path)
     if not isinstance(content, Mapping):
         return {}

@@ -166,7 +166,6 @@ def beside_the_paper(table: Mapping[str, Mapping[str, Counts]]) -> str:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         "python -m util.flops", description="Operations of MAR and LazyMAR for one image."
     )

@@ -241,7 +241,6 @@ def sheet(runs: list[dict[str, Any]]) -> np.ndarray:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         "python -m util.report",
         description="Compare finished runs of eval.py; the first is the base.",

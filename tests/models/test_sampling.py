@@ -220,4 +220,4 @@ def test_block_equals_timms_with_the_same_weights(dim, heads):
     ours.load_state_dict(theirs.state_dict(), strict=True)
     x = torch.randn(2, 9, dim)
     assert relative_error(ours(x), theirs(x)) < 1e-6
-    assert relative_error(ours(x, rows=slice(2, 5)), theirs(x)[:, 2:5]) < 1e-6
+    assert relative_error(ours(x, query_slice=slice(2, 5)), theirs(x)[:, 2:5]) < 1e-6

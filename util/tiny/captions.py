@@ -157,7 +157,6 @@ def pictures(start: int, count: int) -> torch.Tensor:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m util.tiny.captions", description="Print captions, one per line."
     )

@@ -143,7 +143,6 @@ def train(output_dir: Path, steps: int, count: int) -> tuple[GPT, float]:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m util.tiny.gpt", description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="for codes and checkpoint")
     parser.add_argument("--steps", type=int, default=STEPS)

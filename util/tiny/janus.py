@@ -236,7 +236,6 @@ def draw_prompts(folder: Path, prompts: list[str], seed: int) -> Tensor:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m util.tiny.janus", description="Train janus_tiny and write it."
     )

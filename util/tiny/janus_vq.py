@@ -89,7 +89,6 @@ def save_reconstructions(model: VQModel, path: Path, rows: int = 4, columns: int
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m util.tiny.janus_vq", description="Train the tokenizer of janus_tiny."
     )

@@ -194,7 +194,6 @@ def accuracy(classifier: PromptClassifier, count: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m util.tiny.prompt_classifier",
         description="Train the prompt classifier of janus_tiny and make its FID statistics.",

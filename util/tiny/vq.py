@@ -148,7 +148,6 @@ def train(
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m util.tiny.vq", description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="for the checkpoint")
     parser.add_argument("--steps", type=int, default=STEPS)
