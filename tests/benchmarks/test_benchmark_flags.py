@@ -38,7 +38,7 @@ def command(monkeypatch):
     return set_command
 
 
-def test_a_folder_that_cannot_be_made_is_told_at_the_start(tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="result cannot be written"):
         prepare_output(tmp_path / "file" / "result")
@@ -132,7 +132,7 @@ def quality(command, monkeypatch, tmp_path):
     return run
 
 
-def test_the_same_command_goes_on_with_the_rows_of_its_file(quality, monkeypatch, tmp_path):
+def test_the_same_command_continues_with_the_rows_of_its_file(quality, monkeypatch, tmp_path):
     every = ["full cache", "h2o 1/2", "h2o 1/4"]
     assert quality() == every
     path = tmp_path / "quality.json"

@@ -96,7 +96,7 @@ def test_features_of_another_run_in_the_same_folder_are_made_again(command, runs
     assert command(*runs)["rows"][0]["difference"] > 0
 
 
-def test_runs_that_are_no_pairs_are_refused_in_a_sentence(command, runs, tmp_path):
+def test_runs_that_are_not_paired_are_refused_in_a_sentence(command, runs, tmp_path):
     third = make_run(tmp_path / "c", 5, seed=2)
     with pytest.raises(UserError, match=r"c has seed 2, .*a has 1: runs to compare share"):
         command(runs[0], third)

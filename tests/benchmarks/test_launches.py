@@ -7,7 +7,7 @@ from models.fast_mar import FastMARConfig
 from models.lazy_mar import LazyMARConfig
 
 
-def test_views_and_allocations_are_no_launches():
+def test_views_and_allocations_are_not_launches():
     x = torch.empty(4, 6, device="meta")
     with counting() as launches:
         x.view(6, 4).t()[1:].unflatten(0, (1, -1))

@@ -99,7 +99,7 @@ def test_latents_of_another_tokenizer_are_neither_mixed_in_nor_trained_on(root):
         train(root, "--use_cached", "--output_dir", root / "out")
 
 
-def test_the_scale_that_makes_the_deviation_one_is_told(root, capsys):
+def test_the_scale_that_makes_the_deviation_one_is_printed(root, capsys):
     cache(root)
     scale = float(capsys.readouterr().out.split("--latent_scale ")[1].split()[0])
     data = CachedFolder(root / "cached")

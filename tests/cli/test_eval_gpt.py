@@ -72,7 +72,7 @@ def test_the_images_are_those_of_their_labels_and_seeds_in_any_batch(sample):
         assert abs(difference).max() <= 1
 
 
-def test_a_run_resumes_and_a_compressed_one_has_a_folder_of_its_own(sample):
+def test_a_run_resumes_and_a_compressed_one_has_its_own_folder(sample):
     full = sample()
     assert full["generated"] == 3
     assert full["method"] == "full cache"
@@ -150,7 +150,7 @@ def test_a_missing_file_is_named_before_gigabytes_are_made_for_it(refused, name,
     assert f"python -m util.download {name}`" in sentence
 
 
-def test_a_missing_tokenizer_is_named_with_the_command_that_brings_it(refused, files):
+def test_a_missing_tokenizer_is_named_with_the_command_that_fetches_it(refused, files):
     flags = ("--vae_path", "none.pt", "--no_score")
     sentence = refused("--model", "gpt_tiny", *flags, resume=files / "bare.pt")
     assert "--vae_path: the tokenizer none.pt is missing" in sentence

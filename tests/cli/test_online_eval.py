@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,9 +11,8 @@ import pytest
 
 import main_mar
 from models import mar
-from tests.support import ROOT
 from tests.support.assertions import assert_same
-from tests.support.processes import free_port
+from tests.support.processes import train_in_two_processes
 from tests.support.train_small import WIDTHS
 from util.checkpoint import read_pickle
 from util.errors import run_main
@@ -148,18 +146,8 @@ def test_without_saving_or_scoring_there_is_what_remains(train):
 
 
 def test_two_processes_evaluate_together(pictures, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [
-        f"--master_port={free_port()}",
-        "tests/support/train_small.py",
-        *FLAGS,
-        "--data_path",
-        str(pictures),
-    ]
-    command += ["--output_dir", str(tmp_path), "--epochs", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
+    flags = ["--data_path", pictures, "--output_dir", tmp_path, "--epochs", 2]
+    train_in_two_processes(*FLAGS, *flags)
     results = results_of(tmp_path)
     assert list(results) == NAMES[:2]
     assert [r["processes"] for r in results.values()] == [2, 2]

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,9 +11,8 @@ from torch import nn
 
 import main_mar
 from models import mar
-from tests.support import ROOT
 from tests.support.assertions import assert_same
-from tests.support.processes import free_port
+from tests.support.processes import train_in_two_processes
 from tests.support.train_small import WIDTHS
 from util import dist
 from util.checkpoint import read_pickle
@@ -92,7 +89,7 @@ def test_a_stop_inside_an_epoch_leaves_a_checkpoint_of_the_epochs_before_it(trai
     }
 
 
-def test_a_checkpoint_of_the_original_goes_on_with_the_next_epoch(train, tmp_path):
+def test_a_checkpoint_of_the_original_continues_with_the_next_epoch(train, tmp_path):
     content, _ = train("--max_steps", "10")
     del content["progress"]
     torch.save(content, tmp_path / "out" / "checkpoint-last.pth")
@@ -142,7 +139,7 @@ def test_without_a_checkpoint_resume_is_an_error_and_not_a_fresh_start(train, tm
         train("--resume", tmp_path / "nowhere")
 
 
-def test_another_batch_size_cannot_go_on_inside_an_epoch(train, tmp_path):
+def test_another_batch_size_cannot_continue_inside_an_epoch(train, tmp_path):
     train("--max_steps", "7")
     with pytest.raises(UserError, match="8 images per step, this run has 4"):
         train("--resume", tmp_path / "out", "--batch_size", "4")
@@ -217,7 +214,7 @@ def test_gradients_are_clipped_but_reported_as_they_were(line):
     assert result.grad_norm.item() == pytest.approx(100 * 2**0.5)
 
 
-def test_sigterm_saves_and_the_run_goes_on_exactly(train, tmp_path, monkeypatch):
+def test_sigterm_saves_and_the_run_continues_exactly(train, tmp_path, monkeypatch):
     whole, _ = train(out="whole")
     write = RunLog.write
 
@@ -261,19 +258,9 @@ def test_accumulated_batches_follow_the_whole_batch(train, accum_iter):
 
 def test_two_processes_with_half_the_batch_follow_one_with_the_whole(train, latents, tmp_path):
     whole = train(*NO_DROPOUT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [
-        f"--master_port={free_port()}",
-        "tests/support/train_small.py",
-        *GEOMETRY,
-        *NO_DROPOUT,
-    ]
-    command += ["--model", "mar_tiny", "--use_cached", "--cached_path", str(latents)]
-    command += ["--output_dir", str(tmp_path / "2")]
-    command += ["--batch_size", "2", "--accum_iter", "2", *SCHEDULE]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    flags = ["--model", "mar_tiny", "--use_cached", "--cached_path", latents]
+    flags += ["--output_dir", tmp_path / "2", "--batch_size", 2, "--accum_iter", 2]
+    train_in_two_processes(*GEOMETRY, *NO_DROPOUT, *SCHEDULE, *flags)
     content = read_pickle(tmp_path / "2" / "checkpoint-last.pth")
     assert not any(name.startswith("module.") for name in content["model"])
     log = [json.loads(line) for line in (tmp_path / "2" / "log.jsonl").read_text().splitlines()]

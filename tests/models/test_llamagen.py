@@ -131,7 +131,7 @@ def test_an_image_that_cannot_be_computed_has_no_codes_and_spoils_no_other(greed
     assert (codes[0] >= 0).all()
 
 
-def test_without_guidance_the_unconditional_branch_has_no_say():
+def test_without_guidance_the_unconditional_branch_has_no_effect():
     model, labels = small_gpt((4, 4)), torch.tensor([1, 2])
     plain = model.sample_tokens(labels, cfg=1.0, seeds=[0, 1])
     changed = small_gpt((4, 4))
@@ -143,7 +143,7 @@ def test_without_guidance_the_unconditional_branch_has_no_say():
     )
 
 
-def test_guidance_ends_behind_its_interval():
+def test_guidance_ends_after_its_interval():
     model, labels = small_gpt((4, 4)), torch.tensor([1, 2, 3])
     run = lambda **kwargs: model.sample_tokens(labels, greedy=True, **kwargs)  # noqa: E731
     always, never, half = run(cfg=4.0), run(), run(cfg=4.0, cfg_interval=6)

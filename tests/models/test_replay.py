@@ -98,7 +98,7 @@ def test_the_steps_of_a_gpt_are_one_program_per_bucket_and_one_per_full_line(mon
         assert len(lines) == line_programs  # of 1, 2, 3 lines, and of the full buffer
 
 
-def test_other_settings_are_recorded_anew(monkeypatch):
+def test_other_settings_are_recorded_again(monkeypatch):
     monkeypatch.setattr(gpt_sampler, "CudaGraphs", CpuGraphs)
     model = small_gpt(GRID)
     sampler = GPTSampler(model)

@@ -79,7 +79,7 @@ def test_the_json_says_what_the_weights_are_and_names_no_folder(run, tmp_path):
         assert file.metadata() == {"weights": "model_ema"}
 
 
-def test_averaged_or_not_is_said_by_the_file_or_by_the_user_and_by_nobody_else(run, tmp_path):
+def test_the_file_or_the_user_says_whether_weights_are_averaged(run, tmp_path):
     bare = tmp_path / "bare.safetensors"
     save_safetensors(bare, load_state_dict_file(run))
     for source, words in ((run, "say --ema or --no_ema"), (bare, "does not say whether")):
@@ -101,19 +101,6 @@ def test_plain_weights_are_not_evaluated_in_the_place_of_averages(run, tmp_path)
     for name in ("plain.safetensors", "plain.pth"):
         with pytest.raises(UserError, match="averaged"):
             load_into(nn.Linear(3, 2), tmp_path / name)
-
-
-def test_what_is_shared_cannot_be_resumed_and_says_so(run, tmp_path):
-    model = nn.Linear(3, 2)
-    convert(run, tmp_path / "shared" / checkpoint.LAST, True)
-    with pytest.raises(UserError, match="no 'optimizer', so it is not a training checkpoint"):
-        checkpoint.restore_checkpoint(
-            tmp_path / "shared",
-            model=model,
-            ema=EMA(model, 0.9),
-            optimizer=torch.optim.AdamW(model.parameters()),
-            scaler=torch.amp.GradScaler("cpu", enabled=False),
-        )
 
 
 def test_the_command_writes_both_files_and_overwrites_nothing_unasked(

@@ -39,7 +39,7 @@ def test_a_file_of_the_hub_lands_at_its_path(hub, name):
     assert hub.calls[-1] == ("jjiaweiyang/l-DeTok", path.name, "main", False)
 
 
-def test_the_tokenizer_brings_the_statistics_that_it_needs(hub):
+def test_the_tokenizer_fetches_the_statistics_that_it_needs(hub):
     download.download("detok_tokenizer", overwrite=True)
     assert [call[1] for call in hub.calls] == [
         "stats.pkl",

@@ -62,7 +62,7 @@ def environment(monkeypatch):
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": ""}, World(1, 2, 0)),
     ],
 )
-def test_the_launcher_nearest_to_the_process_says_its_place(environment, variables, world):
+def test_the_launcher_nearest_to_the_process_gives_its_rank(environment, variables, world):
     environment(variables)
     assert world_from_env() == world
 

@@ -78,14 +78,7 @@ def test_files_are_listed_by_class_and_path_and_what_is_hidden_is_no_class(pictu
     assert files.sizes.tolist() == [os.path.getsize(path) for path, _ in files.samples]
 
 
-def test_empty_files_and_links_to_nothing_are_named_without_opening_any(pictures):
-    (pictures / "cat" / "3.png").write_bytes(b"")
-    (pictures / "dog" / "9.png").symlink_to(pictures / "gone.png")
-    with pytest.raises(UserError, match=r"cat/3\.png, .*dog/9\.png of 0 bytes"):
-        ImageFolder(pictures, 8)
-
-
-def test_skipped_files_and_untrained_classes_are_told_once(pictures, capsys):
+def test_skipped_files_and_untrained_classes_are_reported_once(pictures, capsys):
     (pictures / "cat" / "readme.txt").write_text("x")
     flags = {"use_cached": False, "cached_path": None, "class_num": 1000}
     opened(pictures, World(rank=1, size=2), **flags)
@@ -126,23 +119,6 @@ def test_the_processes_share_the_files_to_be_checked(pictures):
         check_files(data, World(rank=1, size=2), every=True)
 
 
-@pytest.mark.parametrize(
-    "content", [b"GIF89a", b"\x89PNG\r\n\x1a\n\x00\x00", b"\xff\xd8\xff\xe0 JFIF"]
-)
-def test_whatever_pillow_says_of_a_damaged_file_is_one_sentence(pictures, content):
-    (pictures / "cat" / "0.png").write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"cat/0\.png cannot be read as an image .*remove or replace"
-    ):
-        ImageFolder(pictures, 8)[(0, False)]
-
-
-def test_sixteen_bits_are_refused_rather_than_clipped_to_white(pictures):
-    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(pictures / "cat" / "0.png")
-    with pytest.raises(UserError, match=r"cat/0\.png has more than 8 bits"):
-        ImageFolder(pictures, 8)[(0, False)]
-
-
 # ---- latents -----------------------------------------------------------------------------------------
 
 
@@ -165,12 +141,6 @@ def test_one_latent_of_another_shape_is_found_by_its_length_before_training(late
         opened(latents, cache_in_memory=in_memory)
 
 
-def test_a_truncated_latent_is_found_by_its_length_before_training(latents):
-    damage(latents / "n01440764" / NAMES[5])
-    with pytest.raises(UserError, match="is not a cached latent"):
-        opened(latents, cache_in_memory=False)
-
-
 def test_compressed_latents_of_various_lengths_are_no_error(latents):
     for i, path in enumerate(sorted(latents.rglob("*.npz"))):
         moments = np.random.default_rng(i).normal(size=SHAPE).round(i).astype(np.float32)
@@ -190,7 +160,7 @@ def test_nan_is_found_where_it_is_read(latents):
 
 
 @pytest.mark.parametrize("kind", ["bare array", "text", "one mirroring"])
-def test_what_is_no_cached_latent_is_named(latents, kind):
+def test_what_is_not_a_cached_latent_is_named(latents, kind):
     path = latents / "n01440764" / NAMES[0]
     if kind == "bare array":
         with path.open("wb") as file:
@@ -217,7 +187,7 @@ def test_a_resumed_run_needs_the_classes_it_began_with(tmp_path):
         check_same_classes(tmp_path, ("cat", "dog", "eel"))
 
 
-def test_latents_far_from_a_deviation_of_one_are_told_with_the_scale_that_mends_it(capsys):
+def test_latents_far_from_a_deviation_of_one_are_reported_with_the_right_scale(capsys):
     latents = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     check_spread(latents, 0.2325, World())
     assert capsys.readouterr().err == ""

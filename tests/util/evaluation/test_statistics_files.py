@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support import ROOT
+from tests.support.assertions import refusal
 from util import metrics
 from util.errors import UserError
 from util.evaluation.request import ScoreRequest
@@ -25,13 +26,6 @@ WHOLE = {
 
 def request(path, *wanted):
     return ScoreRequest("shapes", CLASSIFIER, path, wanted)
-
-
-def refusal(call) -> str:
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed], ids=["stored", "compressed"])

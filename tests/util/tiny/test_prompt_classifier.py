@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from util.errors import UserError
 from util.shapes import HELD_OUT_START
@@ -106,15 +105,6 @@ def test_scenes_agree_in_all_attributes_exactly_when_they_are_equal():
             assert all(compare(asked, found).values()) == (asked == found)
 
 
-def test_features_do_not_depend_on_the_batch_and_bytes_and_floats_give_the_same(classifier, images):
-    together = classifier(images[:8])
-    alone = torch.cat([classifier(images[n : n + 1])[0] for n in range(8)])
-    floats = classifier(images[:8].float() / 127.5 - 1)
-    assert together[0].shape == (8, 64)
-    assert torch.allclose(together[0], alone, atol=1e-4)
-    assert torch.allclose(together[1], floats[1], atol=1e-3)
-
-
 def test_the_bundled_statistics_are_those_of_the_bundled_classifier(classifier, images):
     with np.load(FOLDER / STATISTICS, allow_pickle=False) as stats:
         mu, sigma = stats["mu"], stats["sigma"]
@@ -143,8 +133,6 @@ def test_wrong_use_is_refused_in_one_sentence(classifier, images, tmp_path):
         prompt_agreement(classifier, images[:2], CAPTIONS[:1])
     with pytest.raises(ValueError, match="outside the grammar"):
         prompt_agreement(classifier, images[:1], ["a cat"])
-    with pytest.raises(ValueError, match="64, 64"):
-        classifier(torch.zeros(1, 3, 32, 32))
     with pytest.raises(UserError, match=r"util\.tiny\.prompt_classifier"):
         PromptClassifier.from_file(tmp_path / CLASSIFIER)
     (tmp_path / CLASSIFIER).write_bytes((FOLDER / CLASSIFIER).read_bytes()[:3000])
