@@ -24,7 +24,7 @@ from engine.run import evaluate
 from models import mar
 from models.tokenizers import Tokenizer
 from models.vae import DiagonalGaussianDistribution
-from util import checkpoint, dist, metrics
+from util import dist, metrics
 from util.data.checks import (
     DataShape,
     check_same_classes,
@@ -48,6 +48,7 @@ from util.training.monitor import TrainingMonitor, sheet_of
 from util.training.optimizer import LRSchedule, OptimizerConfig, make_optimizer, scaled_lr
 from util.training.resume import resume, starting_point
 from util.training.signals import Stopped, StopRequest
+from util.weights import digest_of, find_checkpoint
 
 SHEET_COLUMNS = 10
 
@@ -215,7 +216,7 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
     first_epoch, first_step = config.start_epoch, 0
     state.step = first_epoch * plan.steps
     if resumed:
-        check_same_classes(checkpoint.find_checkpoint(resumed).parent, data.files.classes)
+        check_same_classes(find_checkpoint(resumed).parent, data.files.classes)
         first_epoch, first_step = resume(state, plan, resumed, world)
         if first_epoch >= config.epochs:
             note(
@@ -310,7 +311,7 @@ def evaluate_online(
     """
     assert command.evaluation is not None
     settings = command.evaluation
-    loaded = Loaded(model.eval(), tokenizer, f"epoch {epoch} {checkpoint.digest_of(model)}")
+    loaded = Loaded(model.eval(), tokenizer, f"epoch {epoch} {digest_of(model)}")
     folder = Path(settings.output_dir) / f"epoch{epoch:04d}"
     sheet = sheet_of(settings.output_dir, epoch)
     runs: dict[float, tuple[MARHost, RunFolder]] = {}

@@ -98,19 +98,33 @@ def default_dtype(device: torch.device) -> str:
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
-def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Parser of `python -m benchmarks.NAME`; its help shows the description line by line."""
-    return argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+class Parser(argparse.ArgumentParser):
+    """Flags of `python -m benchmarks.NAME`; --help shows the description line by line."""
 
+    def __init__(self, name: str, description: str | None) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        program = f"python -m benchmarks.{name}"
+        super().__init__(prog=program, description=description, formatter_class=layout)
+        self._least: dict[str, int] = {}
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """The flags --device and --dtype."""
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="bf16 on cuda, else float32")
+    def number(self, name: str, default: int | None, help: str = "", least: int = 1) -> None:
+        """A flag for a whole number from `least`."""
+        self.add_argument(f"--{name}", type=int, default=default, help=help or None)
+        self._least[name] = least
+
+    def device(self) -> None:
+        """The flags --device and --dtype."""
+        self.add_argument("--device", help="cuda where there is one, else cpu")
+        self.add_argument("--dtype", choices=tuple(DTYPES), help="bf16 on cuda, else float32")
+
+    def read(self, output: Path | None = None) -> argparse.Namespace:
+        """Parse sys.argv, with the flag --output; `output` is its default. UserError for bad values."""
+        add_output(self, output)
+        args = self.parse_args()
+        for name, least in self._least.items():
+            at_least(args, least, name)
+        prepare_output(args.output)
+        return args
 
 
 def at_least(args: argparse.Namespace, least: int, *names: str) -> None:

@@ -16,14 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import (
-    add_output,
-    at_least,
-    make_parser,
-    origin,
-    prepare_output,
-    write_result,
-)
+from benchmarks.common import Parser, origin, write_result
 from benchmarks.measures import paired_fid
 from engine import cli
 from util import metrics, report
@@ -84,22 +77,18 @@ def check_paired(run: Run, first: Run) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = make_parser("fid_difference", __doc__)
+    parser = Parser("fid_difference", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folders of eval.py, the base first")
-    add("--resamples", type=int, default=1000, help="bootstrap samples (%(default)s)")
+    parser.number("resamples", 1000, "bootstrap samples (%(default)s)", least=20)
     add("--features", metavar="NAME", help="feature extractor (the model's)")
     add("--features_path", metavar="FILE", help="its weights")
     add("--fid_stats", metavar="FILE", help="npz with mu and sigma of the reference (the model's)")
     add("--device", default="cpu", help="of the extractor (%(default)s)")
-    add("--threads", type=int, default=1)
-    add_output(parser)
-    args = parser.parse_args()
-    at_least(args, 1, "threads")
-    at_least(args, 20, "resamples")
+    parser.number("threads", 1)
+    args = parser.read()
     if len(args.runs) < 2:
         raise UserError("a single run cannot be compared: give two folders or more")
-    prepare_output(args.output)
     return args
 
 

@@ -19,16 +19,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
-    add_device,
-    add_output,
-    at_least,
+    Parser,
     batch_sizes,
     default_dtype,
     listed,
-    make_parser,
     matrix_rate,
     origin,
-    prepare_output,
     read_rate,
     take_turns,
     write_result,
@@ -99,20 +95,19 @@ def measure(
 
 
 def parse() -> argparse.Namespace:
-    parser = make_parser("latency", __doc__)
+    parser = Parser("latency", __doc__)
     parser.add_argument("--models", default="mar_base", help=f"of {','.join(MODELS)}")
     parser.add_argument("--batches", default="1", help="images per batch")
     parser.add_argument("--modes", default="plain,lazy", help=f"of {','.join(MODES)}")
-    parser.add_argument("--num_iter", type=int, default=64)
+    parser.number("num_iter", 64)
     parser.add_argument("--cfg", type=float, default=3.25)
-    parser.add_argument("--warmup", type=int, help="runs that do not count (CUDA: 3, CPU: 0)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice if not given)")
+    parser.number("warmup", None, "runs that do not count (CUDA: 3, CPU: 0)", least=0)
+    parser.number("repeats", 3)
+    parser.number("threads", None, "CPU threads (PyTorch's choice if not given)")
     parser.add_argument("--no_compile", action="store_true", help="as eval.py's")
     parser.add_argument("--memory", action="store_true", help="peak memory of CPU runs as well")
-    add_device(parser)
-    add_output(parser)
-    args = parser.parse_args()
+    parser.device()
+    args = parser.read()
     device = pick_device(args.device)
     args.dtype = args.dtype or default_dtype(device)
     if args.warmup is None:
@@ -120,9 +115,6 @@ def parse() -> argparse.Namespace:
     args.models = listed(args.models, "models", MODELS)
     args.modes = listed(args.modes, "modes", MODES)
     args.batches = batch_sizes(args.batches)
-    at_least(args, 1, "num_iter", "repeats", "threads")
-    at_least(args, 0, "warmup")
-    prepare_output(args.output)
     args.compile = not args.no_compile and can_compile(device, show=True)
     args.device = str(device)
     return args

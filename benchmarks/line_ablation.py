@@ -17,23 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import (
-    OUTPUT,
-    add_output,
-    at_least,
-    make_parser,
-    origin,
-    prepare_output,
-    write_result,
-)
+from benchmarks.common import OUTPUT, Parser, origin, write_result
 from benchmarks.line_common import BUDGETS, HOST, Run, load_tiny
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS, POOLINGS
 from models.llamagen import GPT
-from util.checkpoint import describe
 from util.device import pick_device, pick_dtype
 from util.errors import run_main
 from util.report import markdown_table
+from util.weights import describe
 
 ANCHORS = (0, 1, 4, 8, 12, 24)
 RECENT = (1, 2, 3)
@@ -77,15 +69,11 @@ def table(rows: list[dict], key: tuple[str, ...]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = make_parser("line_ablation", __doc__)
-    parser.add_argument("--num_images", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
+    parser = Parser("line_ablation", __doc__)
+    parser.number("num_images", 20)
+    parser.number("seed", 1, "as in eval.py", least=0)
     parser.add_argument("--device")
-    add_output(parser, OUTPUT / "line_ablation")
-    args = parser.parse_args()
-    at_least(args, 1, "num_images")
-    at_least(args, 0, "seed")
-    prepare_output(args.output)
+    args = parser.read(OUTPUT / "line_ablation")
     return args
 
 

@@ -12,11 +12,11 @@ from models.gpt_images import GPTGenerator, GPTSampling
 from models.llamagen import GPT, gpt_tiny
 from models.vq import VQModel, vq_tiny
 from util import metrics
-from util.checkpoint import load_into
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
 from util.evaluation.image_source import Pictures
 from util.images import to_uint8
+from util.weights import load_into
 
 SELECTION = cli.named("gpt_tiny")
 HOST = cast(LlamaGenHost, SELECTION.host())

@@ -20,14 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.common import (
-    add_output,
-    at_least,
-    make_parser,
-    origin,
-    prepare_output,
-    write_result,
-)
+from benchmarks.common import Parser, origin, write_result
 from benchmarks.line_common import HOST, Run, load_tiny
 from models.line_cache import KVCache, KVLayer, LineARConfig, LinePlan
 from util.device import pick_device, pick_dtype
@@ -176,19 +169,16 @@ def janus_locality(
 
 def parse() -> argparse.Namespace:
     """The flags; `config` holds the budget, `texts` the prompts."""
-    parser = make_parser("line_locality", __doc__)
+    parser = Parser("line_locality", __doc__)
     parser.add_argument("--model", default="gpt_tiny", help="gpt_tiny, or the folder of a Janus")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="of a Janus, a line each")
-    parser.add_argument("--num_images", type=int, default=6)
+    parser.number("num_images", 6)
     parser.add_argument("--budget", default="1/4", help="as in eval.py's --line_budget")
     parser.add_argument("--anchors", type=int, default=1)
     parser.add_argument("--recent", type=int, default=1, help="recent lines")
-    parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
+    parser.number("seed", 1, "as in eval.py", least=0)
     parser.add_argument("--device")
-    add_output(parser)
-    args = parser.parse_args()
-    at_least(args, 1, "num_images")
-    at_least(args, 0, "seed")
+    args = parser.read()
     try:
         args.config = LineARConfig(float(Fraction(args.budget)), args.anchors, args.recent)
     except (ValueError, ZeroDivisionError) as error:
@@ -201,7 +191,6 @@ def parse() -> argparse.Namespace:
         if not lines:
             raise UserError(f"{args.prompts} holds no prompt: write one on each line")
         args.texts = [lines[i % len(lines)] for i in range(args.num_images)]
-    prepare_output(args.output)
     return args
 
 

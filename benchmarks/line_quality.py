@@ -17,18 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.common import (
-    OUTPUT,
-    add_device,
-    add_output,
-    at_least,
-    make_parser,
-    origin,
-    prepare_output,
-    stored_rows,
-    with_ending,
-    write_result,
-)
+from benchmarks.common import OUTPUT, Parser, origin, stored_rows, with_ending, write_result
 from benchmarks.line_common import BUDGETS, HOST, RECENT, Run, load_tiny
 from benchmarks.plots import require_matplotlib, save_budget_plot
 from models.gpt_images import GPTGenerator, GPTSampling
@@ -36,12 +25,12 @@ from models.line_cache import LineARConfig
 from models.line_methods import METHODS
 from models.llamagen import GPT
 from models.vq import VQModel
-from util.checkpoint import describe
 from util.device import pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.files import write_json
 from util.images import save_png, side_by_side_sheet, to_uint8
 from util.report import markdown_table
+from util.weights import describe
 
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
@@ -111,26 +100,22 @@ def picture(
 
 
 def parse() -> argparse.Namespace:
-    parser = make_parser("line_quality", __doc__)
-    parser.add_argument("--num_images", type=int, default=1000)
+    parser = Parser("line_quality", __doc__)
+    parser.number("num_images", 1000)
     parser.add_argument("--methods", default=EVERY[0], help="rows of the table")
     parser.add_argument("--budgets", default=EVERY[1], help="its columns")
-    parser.add_argument("--batch", type=int, default=250, help="images per batch")
-    parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
+    parser.number("batch", 250, "images per batch")
+    parser.number("seed", 1, "as in eval.py", least=0)
     parser.add_argument("--cfg", type=float, default=HOST.sampling.cfg)
     parser.add_argument("--top_p", type=float, default=HOST.sampling.top_p)
     parser.add_argument("--recent", type=int, default=RECENT, help="LineAR's lines")
-    add_device(parser)
-    add_output(parser, OUTPUT / "line_quality")
-    args = parser.parse_args()
-    at_least(args, 1, "num_images", "batch")
-    at_least(args, 0, "seed")
+    parser.device()
+    args = parser.read(OUTPUT / "line_quality")
     try:
         args.sampling = GPTSampling(args.cfg, top_p=args.top_p)
         args.plans = plans(args.methods, args.budgets, args.recent)
     except ValueError as error:
         raise UserError(str(error)) from error
-    prepare_output(args.output)
     return args
 
 

@@ -16,15 +16,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from benchmarks.common import (
-    OUTPUT,
-    add_output,
-    at_least,
-    make_parser,
-    origin,
-    prepare_output,
-    write_result,
-)
+from benchmarks.common import OUTPUT, Parser, origin, write_result
 from engine import cli
 from engine.mar import MARHost
 from models.linear_tokenizer import LinearTokenizer
@@ -91,12 +83,9 @@ def versions(
 
 
 def parse() -> argparse.Namespace:
-    parser = make_parser("tiny_references", __doc__)
-    parser.add_argument("--num_images", type=int, default=5000, help="held-out pictures")
-    add_output(parser, OUTPUT / "tiny_references")
-    args = parser.parse_args()
-    at_least(args, 100, "num_images")
-    prepare_output(args.output)
+    parser = Parser("tiny_references", __doc__)
+    parser.number("num_images", 5000, "held-out pictures", least=100)
+    args = parser.read(OUTPUT / "tiny_references")
     return args
 
 

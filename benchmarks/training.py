@@ -15,18 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.common import (
-    add_device,
-    add_output,
-    at_least,
-    default_dtype,
-    listed,
-    make_parser,
-    origin,
-    prepare_output,
-    take_turns,
-    write_result,
-)
+from benchmarks.common import Parser, default_dtype, listed, origin, take_turns, write_result
 from benchmarks.eager_training import EagerTraining
 from benchmarks.mar_work import MODELS, build
 from benchmarks.memory import peak_of
@@ -107,23 +96,19 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def parse() -> argparse.Namespace:
-    parser = make_parser("training", __doc__)
+    parser = Parser("training", __doc__)
     parser.add_argument("--model", default="mar_base", choices=MODELS)
-    parser.add_argument("--batch", type=int, default=4, help="images per step")
+    parser.number("batch", 4, "images per step")
     parser.add_argument("--rows", default="eager,ours,checkpointing", help=f"of {','.join(ROWS)}")
-    parser.add_argument("--warmup", type=int, default=1, help="steps that do not count")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.number("warmup", 1, "steps that do not count", least=0)
+    parser.number("repeats", 5)
+    parser.number("threads", 1, "CPU threads")
     parser.add_argument("--memory", action="store_true", help="peak memory as well")
-    add_device(parser)
-    add_output(parser)
-    args = parser.parse_args()
+    parser.device()
+    args = parser.read()
     device = pick_device(args.device)
     args.dtype = args.dtype or default_dtype(device)
     args.rows, args.device = listed(args.rows, "rows", ROWS), str(device)
-    at_least(args, 1, "batch", "repeats", "threads")
-    at_least(args, 0, "warmup")
-    prepare_output(args.output)
     return args
 
 

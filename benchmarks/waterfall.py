@@ -15,16 +15,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks import eager_mar
-from benchmarks.common import (
-    add_device,
-    add_output,
-    at_least,
-    make_parser,
-    origin,
-    prepare_output,
-    take_turns,
-    write_result,
-)
+from benchmarks.common import Parser, origin, take_turns, write_result
 from benchmarks.mar_work import MODELS, build
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig
@@ -87,20 +78,16 @@ def rows_of(
 
 
 def parse() -> argparse.Namespace:
-    parser = make_parser("waterfall", __doc__)
+    parser = Parser("waterfall", __doc__)
     parser.add_argument("--model", default="mar_base", choices=MODELS)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--num_iter", type=int, default=64)
+    parser.number("batch", 1)
+    parser.number("num_iter", 64)
     parser.add_argument("--cfg", type=float, default=3.25)
-    parser.add_argument("--warmup", type=int, help="runs that do not count (CUDA: 3, CPU: 0)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice if not given)")
-    add_device(parser)
-    add_output(parser)
-    args = parser.parse_args()
-    at_least(args, 1, "batch", "num_iter", "repeats", "threads")
-    at_least(args, 0, "warmup")
-    prepare_output(args.output)
+    parser.number("warmup", None, "runs that do not count (CUDA: 3, CPU: 0)", least=0)
+    parser.number("repeats", 3)
+    parser.number("threads", None, "CPU threads (PyTorch's choice if not given)")
+    parser.device()
+    args = parser.read()
     return args
 
 

@@ -20,11 +20,11 @@ from models import llamagen, vq
 from models.gpt_images import GPTGenerator, GPTSampling
 from models.line_config import LineARConfig
 from models.line_methods import METHODS
-from util import checkpoint
 from util.config import FlagParser, Flags, setting
 from util.device import can_compile
 from util.errors import UserError
 from util.files import sha256_of
+from util.weights import describe, find_checkpoint, load_into
 
 ROPE_TABLE = "freqs_cis"  # some published files hold it; ours is computed
 TOKENIZERS = {"vq16": vq.vq16, "vq_tiny": vq.vq_tiny}
@@ -103,14 +103,14 @@ class LlamaGenHost(Host):
         return self.images.class_num
 
     def load(self, device: torch.device) -> Loaded:
-        checkpoint.find_checkpoint(self.resume)
+        find_checkpoint(self.resume)
         lines, line = self.images.grid
         with torch.device("meta"):  # drawing billions of weights takes minutes
             build = getattr(llamagen, self.model)
             model = build(block_size=lines * line, num_classes=self.images.class_num)
         model = model.to_empty(device="cpu")
-        checkpoint.load_into(model, self.resume, use_ema=False, surplus=(ROPE_TABLE,))
-        weights = checkpoint.describe(self.resume, use_ema=False)
+        load_into(model, self.resume, use_ema=False, surplus=(ROPE_TABLE,))
+        weights = describe(self.resume, use_ema=False)
         return Loaded(model.to(device).eval(), self.open_tokenizer(device), weights)
 
     def open_tokenizer(self, device: torch.device) -> nn.Module:
@@ -119,7 +119,7 @@ class LlamaGenHost(Host):
         remedy = "fetch LlamaGen's with `python -m util.download vq16`"
         require_file(images.vae_path, "--vae_path: the tokenizer", remedy)
         tokenizer = TOKENIZERS[images.tokenizer]().eval().requires_grad_(False)
-        checkpoint.load_into(tokenizer, images.vae_path, use_ema=False)
+        load_into(tokenizer, images.vae_path, use_ema=False)
         if tokenizer.stride != images.vae_stride:
             raise UserError(
                 f"the tokenizer {images.vae_path} has stride {tokenizer.stride}, but --vae_stride is "

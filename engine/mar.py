@@ -30,10 +30,10 @@ from models.order import OrderConfig
 from models.plan import DecodingPlan
 from models.sampler import Sampler
 from models.tokenizers import Tokenizer
-from util import checkpoint
 from util.config import FlagParser, Flags
 from util.device import DTYPES, autocast, can_compile, to_device
 from util.errors import UserError
+from util.weights import describe, find_checkpoint, load_into
 
 _TINY = bundled("mar_tiny")
 
@@ -107,10 +107,10 @@ class MARHost(Host):
         return self.tokenizer.open(geometry.vae_embed_dim, geometry.vae_stride, device)
 
     def load(self, device: torch.device) -> Loaded:
-        checkpoint.find_checkpoint(self.resume)
+        find_checkpoint(self.resume)
         model = self.build()
-        checkpoint.load_into(model, self.resume, use_ema=not self.no_ema)
-        weights = checkpoint.describe(self.resume, use_ema=not self.no_ema)
+        load_into(model, self.resume, use_ema=not self.no_ema)
+        weights = describe(self.resume, use_ema=not self.no_ema)
         return Loaded(model.to(device).eval(), self.open_tokenizer(device), weights)
 
     def generator(

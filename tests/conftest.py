@@ -11,8 +11,8 @@ import torch
 import eval as eval_script
 from tests.support import ROOT
 from tests.support.runs import flags_for, random_mar
-from util.checkpoint import save_safetensors
 from util.errors import run_main
+from util.weights import save_safetensors
 
 
 @pytest.fixture(scope="session")

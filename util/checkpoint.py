@@ -22,33 +22,14 @@ from util.errors import UserError, run_main
 from util.files import read_json, sha256_of, write_json
 from util.training.ema import EMA
 from util.weights import (
-    LAST,
     check_weights,
-    describe,
-    digest_of,
     find_checkpoint,
-    load_into,
     load_state_dict_file,
     read_pickle,
     save_safetensors,
     weights_in,
     write_whole,
 )
-
-__all__ = [
-    "LAST",
-    "check_weights",
-    "convert",
-    "describe",
-    "digest_of",
-    "find_checkpoint",
-    "load_into",
-    "load_state_dict_file",
-    "read_pickle",
-    "restore_checkpoint",
-    "save_checkpoint",
-    "save_safetensors",
-]
 
 # Text flags that are shared; other text could be a path on the author's machine.
 SHARED_WORDS = ("model", "tokenizer", "num_sampling_steps", "lr_schedule", "pos_init")

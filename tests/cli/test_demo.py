@@ -20,9 +20,9 @@ from engine import cli
 from models import mar
 from models.linear_tokenizer import LinearTokenizer
 from tests.support import ROOT
-from util.checkpoint import load_into
 from util.errors import UserError
 from util.images import to_uint8
+from util.weights import load_into
 
 HOST = cli.named("mar_tiny", lazy_mar=True).host()
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -15,10 +15,10 @@ from models.line_cache import LineARConfig
 from models.vq import vq_tiny
 from tests.support import ROOT
 from tests.support.llamagen_data import recipe_gpt
-from util.checkpoint import load_into, save_safetensors
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
 from util.images import read_image, to_uint8
+from util.weights import load_into, save_safetensors
 
 TINY = {"dim": 128, "n_layer": 6, "n_head": 4, "num_classes": 10, "vocab_size": 512}
 

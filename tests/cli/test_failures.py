@@ -17,12 +17,12 @@ from tests.support import ROOT
 from tests.support.assertions import assert_same
 from tests.support.train_small import WIDTHS
 from util import dist
-from util.checkpoint import read_pickle
 from util.data import datasets
 from util.errors import UserError
 from util.evaluation.run_folder import RunFolder
 from util.training import step as training
 from util.training.signals import StopRequest
+from util.weights import read_pickle
 
 GEOMETRY = ["--model", "mar_tiny", "--img_size", "16", "--vae_embed_dim", "4", "--class_num", "2"]
 GEOMETRY += ["--buffer_size", "2", "--diffloss_d", "1", "--diffloss_w", "16", "--latent_scale", "1"]

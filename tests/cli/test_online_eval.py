@@ -14,11 +14,11 @@ from models import mar
 from tests.support.assertions import assert_same
 from tests.support.processes import train_in_two_processes
 from tests.support.train_small import WIDTHS
-from util.checkpoint import read_pickle
 from util.errors import run_main
 from util.evaluation import generation
 from util.images import read_image
 from util.shapes import export
+from util.weights import read_pickle
 
 FLAGS = ["--model", "mar_tiny", "--device", "cpu", "--diffloss_d", "1", "--diffloss_w", "16"]
 FLAGS += ["--num_sampling_steps", "ddim5", "--num_iter", "2", "--num_images", "12"]

@@ -15,12 +15,12 @@ from tests.support.assertions import assert_same
 from tests.support.processes import train_in_two_processes
 from tests.support.train_small import WIDTHS
 from util import dist
-from util.checkpoint import read_pickle
 from util.errors import UserError
 from util.training import step as training
 from util.training.ema import EMA
 from util.training.log import RunLog
 from util.training.optimizer import LRSchedule, make_optimizer
+from util.weights import read_pickle
 
 GEOMETRY = ["--img_size", "16", "--vae_stride", "4", "--vae_embed_dim", "4", "--class_num", "2"]
 GEOMETRY += ["--buffer_size", "2", "--diffloss_d", "1", "--diffloss_w", "16"]

@@ -14,7 +14,7 @@ from models.plan import DecodingPlan
 from tests.support import ROOT
 from tests.support.golden_data import relative_error
 from tests.support.sampling import CLOSE, CONFIGS, noise_of, sample, small_mar
-from util.checkpoint import load_into
+from util.weights import load_into
 
 OWN = create_diffusion("100")
 DISA = HeadConfig(steps=(50, 5), t_start=950)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from util import checkpoint
-from util.checkpoint import load_into, load_state_dict_file, save_checkpoint, save_safetensors
+from util.checkpoint import save_checkpoint
 from util.errors import UserError
 from util.training.ema import EMA
+from util.weights import load_into, load_state_dict_file, read_pickle, save_safetensors
 
 OFFICIAL = {"model", "model_ema", "optimizer", "epoch", "scaler", "args"}
 
@@ -61,7 +61,7 @@ def test_a_checkpoint_has_the_official_keys_and_an_epoch_that_counts_from_zero(s
 
 
 def test_the_original_trainer_can_resume_from_it(saved, model):
-    content = checkpoint.read_pickle(saved / "checkpoint-last.pth")
+    content = read_pickle(saved / "checkpoint-last.pth")
     nn.Linear(3, 2).load_state_dict(content["model"])
     torch.optim.AdamW(model.parameters()).load_state_dict(content["optimizer"])
     torch.amp.GradScaler("cpu").load_state_dict(content["scaler"])

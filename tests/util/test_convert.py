@@ -10,10 +10,18 @@ from safetensors import safe_open
 from torch import nn
 
 from util import checkpoint
-from util.checkpoint import convert, load_into, load_state_dict_file, read_pickle, save_safetensors
+from util.checkpoint import convert
 from util.errors import UserError, run_main
 from util.files import sha256_of
 from util.training.ema import EMA
+from util.weights import (
+    LAST,
+    load_into,
+    load_state_dict_file,
+    main,
+    read_pickle,
+    save_safetensors,
+)
 
 ARGS = {"model": "mar_tiny", "diffloss_w": 16, "num_sampling_steps": "100", "lr": None}
 PRIVATE = {"data_path": "/home/someone/data", "output_dir": "out", "keep": [1]}
@@ -28,7 +36,7 @@ def run(tmp_path):
     for average in ema.averages:
         average += torch.randn_like(average)
     checkpoint.save_checkpoint(
-        tmp_path / "run" / checkpoint.LAST,
+        tmp_path / "run" / LAST,
         model=model,
         ema=ema,
         optimizer=torch.optim.AdamW(model.parameters()),
@@ -47,7 +55,7 @@ def same(a, b):
 @pytest.mark.parametrize("use_ema", [True, False])
 def test_there_and_back_is_the_same_bits_in_a_dict_that_the_original_loads(run, tmp_path, use_ema):
     key = "model_ema" if use_ema else "model"
-    expected = read_pickle(run / checkpoint.LAST)[key]
+    expected = read_pickle(run / LAST)[key]
     shared = tmp_path / "shared" / "a.safetensors"
     convert(run, shared, use_ema)
     assert same(load_state_dict_file(shared, use_ema), expected)
@@ -107,9 +115,9 @@ def test_the_command_writes_both_files_and_overwrites_nothing_unasked(
     run, tmp_path, monkeypatch, capsys
 ):
     def call(*words):
-        command = ["checkpoint.py", "convert", str(run), *map(str, words)]
+        command = ["py", "convert", str(run), *map(str, words)]
         monkeypatch.setattr(sys, "argv", command)
-        run_main(checkpoint.main)
+        run_main(main)
 
     target = tmp_path / "a.safetensors"
     call(target, "--ema")

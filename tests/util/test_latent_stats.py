@@ -14,7 +14,7 @@ from models.detok import DeTok
 from models.tokenizers import load_detok, load_tokenizer
 from tests.support.golden_data import GOLDEN
 from tests.support.golden_detok import recorded, tokenizer, weights
-from util import checkpoint
+from util.checkpoint import main
 from util.data.latent_stats import convert_statistics, read_statistics
 from util.errors import UserError, run_main
 
@@ -130,7 +130,7 @@ def test_another_kind_of_file_is_one_sentence(tmp_path, content):
 def test_the_command_converts_and_overwrites_nothing_unasked(tmp_path, monkeypatch, capsys):
     def call(*words: object) -> None:
         monkeypatch.setattr(sys, "argv", ["checkpoint", "convert", str(EXAMPLE), *map(str, words)])
-        run_main(checkpoint.main)
+        run_main(main)
 
     target = tmp_path / "stats.safetensors"
     call(target)

@@ -6,10 +6,10 @@ from urllib.error import URLError
 
 import torch
 
-from util.checkpoint import read_pickle
 from util.download import read_manifest
 from util.errors import UserError
 from util.files import beside_code
+from util.weights import read_pickle
 
 SHAPES = "pretrained_models/mar_tiny/classifier.safetensors"
 PROMPTS = "pretrained_models/janus_tiny/prompt_classifier.safetensors"

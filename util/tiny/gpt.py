@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from models.llamagen import GPT, gpt_tiny
 from models.vq import VQModel, vq_tiny
-from util.checkpoint import load_into, save_safetensors
 from util.errors import UserError, run_main
 from util.files import sha256_of
 from util.shapes import label_of
@@ -27,6 +26,7 @@ from util.tiny.training import load_checkpoint, save_checkpoint, save_weights
 from util.tiny.vq import BUNDLE as TOKENIZER
 from util.tiny.vq import Pictures, learning_rate, pictures
 from util.training.step import attention_for_training
+from util.weights import load_into, save_safetensors
 
 BUNDLE = Path("pretrained_models/gpt_tiny/model.safetensors")
 PICTURES = 20_000

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.vq import VQModel
-from util.checkpoint import load_into
 from util.data.datasets import to_unit_range
 from util.errors import UserError, run_main
 from util.images import save_png, to_bytes
@@ -24,6 +23,7 @@ from util.shapes import HELD_OUT_START
 from util.tiny import captions
 from util.tiny.training import save_weights
 from util.tiny.vq import test, train
+from util.weights import load_into
 
 TOKENIZER, RECONSTRUCTIONS = "tokenizer.safetensors", "reconstructions.png"  # in the output folder
 STEPS = 2000

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from util.checkpoint import read_pickle, save_safetensors
 from util.evaluation.statistics import FidStatistics
 from util.files import atomic_path
 from util.tiny.classifier import TinyClassifier
+from util.weights import read_pickle, save_safetensors
 
 BATCH = 100  # images of a classifier's step
 

@@ -20,6 +20,7 @@ from util.training import step as training
 from util.training.config import TrainConfig
 from util.training.log import RunLog
 from util.training.signals import StopRequest
+from util.weights import LAST
 
 
 def memory_gb(device: torch.device) -> float:
@@ -114,7 +115,7 @@ class TrainingMonitor:
             return
         with self.paused():
             checkpoint.save_checkpoint(
-                Path(self.config.output_dir) / checkpoint.LAST,
+                Path(self.config.output_dir) / LAST,
                 model=self.state.model,
                 ema=self.state.ema,
                 optimizer=self.state.optimizer,

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from util.checkpoint import save_safetensors
 from util.errors import UserError
 from util.files import sha256_of
 from util.shapes import HELD_OUT_START
@@ -13,6 +12,7 @@ from util.tiny import gpt as tiny_gpt
 from util.tiny.captions import WORDS, caption_of
 from util.tiny.janus_vq import janus_vq
 from util.tiny.prompt_classifier import CLASSIFIER, FOLDER, PromptClassifier, prompt_agreement
+from util.weights import save_safetensors
 
 pytest.importorskip("transformers", reason="janus_tiny needs transformers")
 from util.tiny import janus

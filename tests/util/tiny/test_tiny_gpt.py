@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.support import ROOT
-from util.checkpoint import save_safetensors
 from util.errors import UserError
 from util.files import sha256_of
 from util.tiny import gpt as tiny_gpt
+from util.weights import save_safetensors
 
 PICTURES = 8
 
