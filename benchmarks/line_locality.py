@@ -96,9 +96,7 @@ class WatchedLayer(KVLayer):
     def _end_line(self) -> None:
         plan = self.shares.plan
         queries = torch.cat(self.queries, dim=2).unflatten(1, (self.k.shape[1], -1))
-        keys = self.k[
-            :, :, None, : self.live
-        ]  # (rows, H, 1, live, d), shared by a group of queries
+        keys = self.k[:, :, None, : self.live]  # (rows, H, 1, live, d), for groups of queries
         logits = queries.float() @ keys.float().transpose(-1, -2) * keys.shape[-1] ** -0.5
         future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(future.triu(self.live - plan.line + 1), -torch.inf)

@@ -42,9 +42,7 @@ def report(folder: Path) -> str:
         for name, title in RUNS.items():
             scores[title] = json.loads((folder / f"retraining_{name}.json").read_text())
     except OSError as error:
-        raise UserError(
-            f"{error.filename} is needed for the comparison: {error.strerror}"
-        ) from error
+        raise UserError(f"{error.filename} is needed to compare: {error.strerror}") from error
     first = scores["the bundled file"]
     for title, score in scores.items():
         for key in SAME:

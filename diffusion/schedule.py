@@ -36,9 +36,7 @@ def space_timesteps(num_steps: int, respacing: str) -> list[int]:
         for whole in range(1, num_steps + 1):
             if digits == str(len(range(0, num_steps, whole))):
                 return list(range(0, num_steps, whole))
-        raise ValueError(
-            f"no whole stride over {num_steps} steps gives {digits} of them ({respacing!r})"
-        )
+        raise ValueError(f"no whole stride over {num_steps} steps gives {digits} ({respacing!r})")
     counts = [int(part) for part in digits.split(",")]
     size, extra = divmod(num_steps, len(counts))
     kept: list[int] = []

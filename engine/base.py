@@ -66,9 +66,7 @@ class Host(ABC):
                 raise UserError(f"--model {self.model} draws from text: give --prompts FILE")
             return Prompts.from_file(prompts)
         if prompts is not None:
-            raise UserError(
-                f"--prompts is for text-to-image models; {self.model} takes class labels"
-            )
+            raise UserError(f"--prompts is for text-to-image models; {self.model} takes classes")
         return ClassLabels(self.class_num)
 
     @abstractmethod

@@ -67,9 +67,7 @@ class GPTImageConfig:
     """Geometry of the images, and their tokenizer. UserError if a line is not a whole number of codes."""
 
     img_size: int = setting(384, "height and width that the model draws, pixels", least=1)
-    image_size_eval: int | None = setting(
-        256, "height and width of the saved images, pixels", least=1
-    )
+    image_size_eval: int | None = setting(256, "size of the saved images, pixels", least=1)
     vae_stride: int = setting(16, "pixels per code and side", least=1)
     class_num: int = setting(1000, "number of classes", least=1)
     tokenizer: str = setting("vq16", "kind of the tokenizer", choices=tuple(TOKENIZERS))

@@ -104,9 +104,7 @@ class HeadConfig:
         choices = {"annealing": tuple(ANNEALINGS), "spacing": SPACINGS, "solver": SOLVERS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; use one of {', '.join(known)}"
-                )
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(known)}")
         if self.steps is not None:
             ends = self.steps if isinstance(self.steps, tuple) else (self.steps, self.steps)
             if len(ends) != 2 or not 2 <= ends[1] <= ends[0] <= DIFFUSION_STEPS:

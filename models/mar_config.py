@@ -36,9 +36,7 @@ class MARConfig:
     mlp_ratio: float = 4.0
     vae_embed_dim: int = setting(16, "channels of the tokenizer's latents", least=1)
     mask_ratio_min: float = setting(0.7, "smallest share of masked tokens in training")
-    label_drop_prob: float = setting(
-        0.1, "labels dropped in training, for guidance", least=0, most=1
-    )
+    label_drop_prob: float = setting(0.1, "labels dropped in training (guidance)", least=0, most=1)
     class_num: int = setting(1000, "number of classes", least=1)
     attn_dropout: float = setting(0.1, "dropout of the attention", least=0, most=1)
     proj_dropout: float = setting(0.1, "dropout of the projections", least=0, most=1)

@@ -154,9 +154,7 @@ def _restore_optimizer(
     try:
         optimizer.load_state_dict(dict(state))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise _broken(
-            path, "optimizer", f"is incomplete or of another model ({error!r})"
-        ) from error
+        raise _broken(path, "optimizer", f"is incomplete or another model's ({error!r})") from error
     for group, wanted in zip(optimizer.param_groups, options, strict=True):
         if missing := sorted(wanted - set(group)):
             raise _broken(path, "optimizer", f"lacks '{missing[0]}'")

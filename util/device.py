@@ -22,9 +22,7 @@ class DeviceConfig:
     """Where to compute, and in which precision."""
 
     device: str | None = setting(None, "cpu, cuda, cuda:1 or mps; default cuda if there is one")
-    dtype: str | None = setting(
-        None, "default bf16 on cuda, float32 elsewhere", choices=tuple(DTYPES)
-    )
+    dtype: str | None = setting(None, "default: bf16 on cuda, else float32", choices=tuple(DTYPES))
     threads: int | None = setting(None, "CPU threads per process; default 1", least=1)
 
 
@@ -38,9 +36,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(
-            f"--device {name} is not a device name; use cpu, cuda, cuda:1 or mps"
-        ) from error
+        raise UserError(f"--device {name} is unknown; use cpu, cuda, cuda:1 or mps") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name} cannot be used; use cpu, cuda, cuda:1 or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -150,9 +146,7 @@ def can_compile(device: torch.device, show: bool) -> bool:
         torch.compile(torch.add)(*torch.ones(2, 8, device=device))
     except Exception as error:  # whatever a missing compiler, driver or Triton raises
         reason = str(error).strip().splitlines()[0]
-        print(
-            f"torch.compile does not work here ({reason}); continuing without it", file=sys.stderr
-        )
+        print(f"torch.compile does not work here ({reason}); running without it", file=sys.stderr)
         return False
     if show:
         print("compiling during the first batch (--no_compile skips this) ...", file=sys.stderr)

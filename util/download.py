@@ -53,9 +53,7 @@ class Item:
 
     @property
     def by_hand(self) -> str:
-        return (
-            f"or get it by hand from {self.url} (see {self.source}) and place it at {self.target}"
-        )
+        return f"or get {self.url} by hand (see {self.source}) and place it at {self.target}"
 
 
 class _Interrupted(Exception):

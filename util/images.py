@@ -97,9 +97,7 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
             rgb = None if mode.startswith(("I", "F")) else image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{path} cannot be read as an image ({reason}): remove or replace it"
-        ) from error
+        raise UserError(f"{path} cannot be read as an image ({reason}): replace it") from error
     if rgb is None:  # Pillow would clip 16 bits to white
         raise UserError(f"{path} has more than 8 bits per channel (mode {mode}): convert it to RGB")
     return rgb

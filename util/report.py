@@ -83,9 +83,7 @@ def load_run(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is not a finished run of eval.py: {error}") from error
     manifest, results = parts
     if not isinstance(manifest.get("config"), dict):
-        raise UserError(
-            f"{path} is not a finished run of eval.py: manifest.json has no configuration"
-        )
+        raise UserError(f"{path} is not a finished run of eval.py: manifest.json has no config")
     run = {"path": path, **manifest["config"], **results}
     for name in NEEDED:
         if name not in run:
@@ -246,13 +244,9 @@ def main() -> None:
         description="Compare finished runs of eval.py; the first is the base.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="run folders")
-    parser.add_argument(
-        "--sheet", type=Path, metavar="FILE.png", help="write the images side by side"
-    )
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="write images side by side")
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the table")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE.json", help="write all of the runs' numbers"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE.json", help="write all numbers")
     args = parser.parse_args()
     runs = compare([load_run(path) for path in args.runs])
     text = table(runs)

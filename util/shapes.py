@@ -198,9 +198,7 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0, help="index of the first picture")
     args = parser.parse_args()
     export(args.output_dir, args.num_images, args.start)
-    print(
-        f"{args.num_images} pictures of {len(CLASSES)} classes are in {args.output_dir / 'train'}"
-    )
+    print(f"{args.num_images} pictures of {len(CLASSES)} classes: {args.output_dir / 'train'}")
 
 
 if __name__ == "__main__":

@@ -139,9 +139,7 @@ def load_state_dict_file(
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
         if use_ema and metadata.get("weights") == "model":
-            raise WeightsError(
-                f"{path} holds the weights of the last step, not the averaged ones (EMA)"
-            )
+            raise WeightsError(f"{path} holds weights of the last step, not averaged ones (EMA)")
         weights = _unwrap(tensors)
     else:
         weights = weights_in(read_pickle(path), path, use_ema, like)
@@ -175,9 +173,7 @@ def _by_name(weights: Mapping[Any, Any], source: str | Path) -> dict[str, Tensor
         raise WeightsError(f"{source} holds no weights by name")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise WeightsError(
-                f"{source} holds no weights by name: '{name}' is a {type(value).__name__}"
-            )
+            raise WeightsError(f"{source} holds no weights: '{name}' is a {type(value).__name__}")
     return _unwrap(weights)
 
 
@@ -236,9 +232,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in weights:
-            raise WeightsError(
-                f"{source} lacks '{name}', which the model has: it is of another model"
-            )
+            raise WeightsError(f"{source} lacks '{name}': it is of another model")
         if weights[name].shape != tensor.shape:
             theirs, ours = tuple(weights[name].shape), tuple(tensor.shape)
             raise WeightsError(
@@ -246,9 +240,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
             )
     for name in weights:
         if name not in own:
-            raise WeightsError(
-                f"{source} has '{name}', which the model lacks: it is of another model"
-            )
+            raise WeightsError(f"{source} has a surplus '{name}': it is of another model")
 
 
 def load_into(

@@ -46,7 +46,7 @@ def test_a_damaged_or_foreign_checkpoint_is_never_replaced_by_random_weights(
         (["--seed", -1], "seed"),
         (["--cfg", "nan"], "cfg is nan"),
         (["--latent_scale", 0], "--latent_scale is 0.0"),
-        (["--device", "gpu"], "--device gpu is not a device name"),
+        (["--device", "gpu"], "--device gpu is unknown"),
         (["--vae_path", "none.safetensors"], "none.safetensors"),
         (["--tokenizer", "kl16", "--vae_path", "none.ckpt"], "none.ckpt"),
         (["--vae_path", "pyproject.toml"], "pyproject.toml is damaged"),

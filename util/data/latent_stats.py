@@ -34,9 +34,7 @@ def read_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
         )
     tensors, _ = read_safetensors(path)
     if tensors.keys() != {"mean", "std"}:
-        raise WeightsError(
-            f"{path} holds {', '.join(tensors) or 'nothing'} instead of mean and std"
-        )
+        raise WeightsError(f"{path} holds {', '.join(tensors) or 'nothing'}, not mean and std")
     return _checked(tensors["mean"], tensors["std"], path)
 
 
@@ -88,9 +86,7 @@ def _checked(mean: Tensor, std: Tensor, source: object) -> tuple[Tensor, Tensor]
         shapes = f"{tuple(mean.shape)} and {tuple(std.shape)}"
         raise WeightsError(f"mean and std of {source} are {shapes}; both must be (C,)")
     if not (bool(mean.isfinite().all()) and bool(std.isfinite().all()) and bool((std > 0).all())):
-        raise WeightsError(
-            f"the statistics of {source} are not finite, or a deviation is not positive"
-        )
+        raise WeightsError(f"{source}: the statistics are not finite, or a std is not positive")
     return mean, std
 
 
@@ -128,6 +124,4 @@ def _read_pickle(path: Path) -> object:
             f"{path} holds {error}, which statistics do not need, and was not read: it is another file"
         ) from error
     except Exception as error:  # a damaged pickle raises almost anything
-        raise WeightsError(
-            f"{path} is truncated, damaged or no pickle of latent statistics"
-        ) from error
+        raise WeightsError(f"{path} is damaged or no pickle of latent statistics") from error

@@ -69,9 +69,7 @@ def check_note(cached_path: str | Path, tokenizer_files: Sequence[str], img_size
     note = Path(cached_path) / NOTE
     if not note.is_file() or not all(Path(file).is_file() for file in tokenizer_files):
         return
-    remedy = (
-        "remove it if the latents are of this tokenizer, or write them again with main_cache.py"
-    )
+    remedy = "remove it if the latents are of this tokenizer, or run main_cache.py again"
     if read_json(note, dict, remedy) != _describe(tokenizer_files, img_size):
         raise UserError(
             f"{cached_path} holds latents of another tokenizer or image size than {tokenizer_files[0]} "

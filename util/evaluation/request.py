@@ -30,9 +30,7 @@ def parse_metrics(text: str) -> tuple[str, ...]:
 class ScoreRequest:
     """features: name of the extractor; features_path: its weights; stats_path: the reference's npz."""
 
-    features: str = setting(
-        "inception-v3-compat", "feature extractor of FID and IS", metavar="NAME"
-    )
+    features: str = setting("inception-v3-compat", "extractor for FID and IS", metavar="NAME")
     features_path: str | None = setting(None, "its weights", metavar="FILE")
     stats_path: str | os.PathLike = setting(
         "fid_stats/adm_in256_stats.npz",

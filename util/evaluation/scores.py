@@ -93,9 +93,7 @@ class Scorer:
         """
         request, sums = self.request, self.sums
         if sums.count() != sums.num_images:
-            raise UserError(
-                f"{sums.count()} of {sums.num_images} images are scored; start it again"
-            )
+            raise UserError(f"{sums.count()} of {sums.num_images} images are scored; start again")
         if sums.num_images < 2:
             raise UserError(f"FID needs at least 2 images, got {sums.num_images}; generate more")
         reference = _load_stats_for(request)
@@ -165,9 +163,7 @@ def _load_stats_for(request: ScoreRequest) -> FidStatistics:
             "give the statistics made with the same extractor"
         )
     if "sfid" in request.metrics and stats.mu_s is None:
-        raise UserError(
-            f"{path} has no mu_s and sigma_s, which sfid needs: make them by make_stats"
-        )
+        raise UserError(f"{path} has no mu_s and sigma_s for sfid: make them by make_stats")
     if request.needs_features and stats.activations is None and not stats.has_images:
         raise UserError(
             f"{path} has neither features nor images (arr_0), which kid and pr need: take that of "

@@ -47,9 +47,7 @@ def resume(state: TrainState, plan: BatchPlan, path: str, world: dist.World) -> 
         )
     images = progress.get("images", plan.item_count)
     if step_in_epoch and images != plan.item_count:
-        note(
-            f"there were {images} images, now {plan.item_count}: another order from here on", world
-        )
+        note(f"there were {images} images, now {plan.item_count}: the order changes", world)
         if step_in_epoch >= plan.steps:
             epoch, step_in_epoch = epoch + 1, 0
     state.step = progress.get("step", epoch * plan.steps)
