@@ -61,9 +61,7 @@ def test_a_dot_in_the_name_of_a_result_stays(command, tmp_path):
 
 
 @pytest.mark.parametrize("script", BUNDLED)
-def test_committed_results_are_written_only_where_a_flag_names_them(
-    command, monkeypatch, tmp_path, script
-):
+def test_committed_results_are_written_only_on_request(command, monkeypatch, tmp_path, script):
     monkeypatch.chdir(tmp_path)
     command(script)
     parsed = script.parse()  # redundancy gives a selection of eval.py's flags beside it

@@ -46,9 +46,7 @@ def test_groups_isolate_the_caches_that_they_are_about():
         assert len({row.config for row in rows}) == len(rows) >= 4
 
 
-def test_a_table_and_a_document_are_written_and_rows_are_not_measured_again(
-    command, monkeypatch, tmp_path
-):
+def test_results_are_written_and_rows_are_not_measured_again(command, monkeypatch, tmp_path):
     torch.manual_seed(0)
     shape = {"encoder_depth": 1, "decoder_depth": 5, "diffloss_d": 2, "diffloss_w": 16}
     shape["num_sampling_steps"] = "ddim20"

@@ -137,9 +137,7 @@ def script(one_thread, monkeypatch, tmp_path):
     return call
 
 
-def test_the_script_writes_three_figures_beside_their_numbers(
-    script, monkeypatch, capsys, tmp_path
-):
+def test_the_script_writes_three_figures_and_their_numbers(script, monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(plots, "DPI", 50)
     script("--num_sampling_steps", "ddim10")

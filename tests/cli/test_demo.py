@@ -148,9 +148,7 @@ def browser():
             pytest.fail(f"{package} is missing: pip install '.[demo,browser]'", pytrace=False)
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM)), None)
     if path is None:
-        pytest.fail(
-            "no Chromium found: apt-get install chromium, or name one in CHROMIUM", pytrace=False
-        )
+        pytest.fail("no Chromium: apt-get install chromium, or set CHROMIUM", pytrace=False)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -183,9 +181,7 @@ def address(tmp_path):
 
 
 @pytest.mark.browser
-def test_a_visitor_draws_a_star_with_both_methods_and_learns_what_is_wrong(
-    browser, address, tmp_path
-):
+def test_a_visitor_draws_with_both_methods_and_sees_errors(browser, address, tmp_path):
     page = browser.new_page(viewport={"width": 1100, "height": 820})
     page.set_default_timeout(60_000)
     page.goto(address)

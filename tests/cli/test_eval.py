@@ -149,9 +149,7 @@ def test_averaged_weights_are_used_unless_no_ema_asks_for_the_others(run, weight
     assert all(a != b for a, b in zip(images_of(averaged), images_of(plain), strict=True))
 
 
-def test_main_mar_with_evaluate_makes_the_images_of_eval(
-    run, weights, tmp_path, monkeypatch, capsys
-):
+def test_main_mar_evaluate_makes_the_images_of_eval(run, weights, tmp_path, monkeypatch, capsys):
     expected = run("--no_score")
     argv = flags_for(weights / "official", tmp_path / "main_mar", "--no_score", "--evaluate")
     monkeypatch.setattr(sys, "argv", ["main_mar.py", *argv])

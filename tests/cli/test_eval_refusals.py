@@ -4,9 +4,7 @@ import pytest
 import torch
 
 
-def test_a_damaged_or_foreign_checkpoint_is_never_replaced_by_random_weights(
-    refused, weights, tmp_path
-):
+def test_a_damaged_checkpoint_is_never_replaced_by_random_weights(refused, weights, tmp_path):
     whole = (weights / "official" / "checkpoint-last.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")

@@ -85,9 +85,7 @@ def test_an_evaluation_changes_nothing_in_the_training_around_it(train):
         assert_same(a[key], b[key])
 
 
-def test_sigterm_in_an_evaluation_ends_it_and_resume_completes_it_exactly(
-    train, tmp_path, monkeypatch
-):
+def test_after_sigterm_in_an_evaluation_resume_completes_it_exactly(train, tmp_path, monkeypatch):
     whole, _ = train(out="whole")
     take, taken = generation.PngSink.take, []
 

@@ -50,9 +50,7 @@ def test_images_that_are_never_saved_score_the_same(run, scored_run, tmp_path):
     assert list(tmp_path.rglob("*.png")) == []
 
 
-def test_a_folder_is_scored_again_and_only_its_results_are_renewed(
-    scored_run, score_only, tmp_path
-):
+def test_scoring_a_folder_again_changes_only_its_results(scored_run, score_only, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(scored_run, folder)
     before = snapshot(folder)
@@ -64,9 +62,7 @@ def test_a_folder_is_scored_again_and_only_its_results_are_renewed(
     assert {name for name in after if after[name] != before.get(name)} <= {"results.json"}
 
 
-def test_scores_against_another_reference_do_not_stay_beside_the_new_ones(
-    scored_run, score_only, tmp_path
-):
+def test_scores_against_another_reference_replace_the_old_ones(scored_run, score_only, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(scored_run, folder)
     assert score_only(folder, "--metrics", "fid")["is_mean"] > 1  # the same reference
@@ -124,9 +120,7 @@ def test_a_folder_that_is_not_there_cannot_be_scored(score_only, tmp_path):
     ],
     ids=lambda value: "_".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_requests_that_cannot_be_met_are_refused_before_anything_is_generated(
-    refused, flags, words
-):
+def test_impossible_scores_are_refused_before_anything_is_generated(refused, flags, words):
     assert words in refused(*flags)
 
 

@@ -39,9 +39,7 @@ def test_two_processes_make_and_score_the_images_of_one(alone, weights, tmp_path
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="looks for the processes by ps")
-def test_a_machine_that_dies_hangs_nobody_and_two_machines_complete_the_run(
-    alone, weights, tmp_path
-):
+def test_after_a_machine_dies_nobody_hangs_and_two_machines_finish(alone, weights, tmp_path):
     argv = flags_for(weights / "official", tmp_path, *FLAGS, "--patience", 5)
     port = free_port()
     machines = [agent(2, 1, port, argv, hosts) for hosts in (True, False)]

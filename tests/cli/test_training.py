@@ -65,9 +65,7 @@ RUN_KEYS = ("model", "model_ema", "optimizer", "epoch", "progress")
 
 
 @pytest.mark.parametrize("stop", [5, 7], ids=["between epochs", "inside an epoch"])
-def test_a_run_stopped_anywhere_and_resumed_equals_the_unbroken_one_bit_for_bit(
-    train, tmp_path, stop
-):
+def test_a_stopped_and_resumed_run_equals_the_unbroken_one_exactly(train, tmp_path, stop):
     whole, log = train(out="whole")
     train("--max_steps", stop, out="parts")
     resumed, log_of_parts = train("--resume", tmp_path / "parts", out="parts")

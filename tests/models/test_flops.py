@@ -254,9 +254,7 @@ def test_shares_of_the_caches_add_up_to_all_that_is_saved():
         shares = flops.shares(modes)
         saved = modes["MAR"].published.total - modes["LazyMAR"].published.total
         assert sum(share.share for share in shares.values()) == pytest.approx(1), name
-        assert shares["head"].alone == pytest.approx(
-            shares["head"].last
-        )  # independent of the others
+        assert shares["head"].alone == pytest.approx(shares["head"].last)  # independent
         assert shares["token"].alone + shares["condition"].alone > saved - shares["head"].alone
 
 

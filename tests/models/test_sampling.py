@@ -37,9 +37,7 @@ def test_lazymar_that_always_refreshes_equals_mar(geometry, cfg):
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_a_cache_changes_images_a_little_in_every_geometry_and_the_same_in_any_batch(
-    geometry, name
-):
+def test_a_cache_changes_images_a_little_and_the_same_in_any_batch(geometry, name):
     model, plain = plain_of(geometry)
     lazy = sample(model, lazy_mar=KINDS[name])
     change = relative_error(lazy, plain)

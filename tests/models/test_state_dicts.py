@@ -41,9 +41,7 @@ def test_keys_and_shapes_are_those_of_the_published_checkpoint(name):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_file_of_a_training_run_has_exactly_the_official_names_in_the_official_order(
-    name, tmp_path
-):
+def test_a_training_checkpoint_has_the_official_names_in_that_order(name, tmp_path):
     model, published = build(name, **head_of(name)), load_shapes(name)
     optimizer = make_optimizer(model, 1e-4, 0.02)
     for parameter in model.parameters():

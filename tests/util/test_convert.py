@@ -111,9 +111,7 @@ def test_plain_weights_are_not_evaluated_in_the_place_of_averages(run, tmp_path)
             load_into(nn.Linear(3, 2), tmp_path / name)
 
 
-def test_the_command_writes_both_files_and_overwrites_nothing_unasked(
-    run, tmp_path, monkeypatch, capsys
-):
+def test_the_command_writes_both_files_and_keeps_existing_ones(run, tmp_path, monkeypatch, capsys):
     def call(*words):
         command = ["py", "convert", str(run), *map(str, words)]
         monkeypatch.setattr(sys, "argv", command)

@@ -28,9 +28,7 @@ def inception_stats(path):
     return path
 
 
-def test_missing_inception_weights_offline_are_an_error_that_says_where_they_go(
-    tmp_path, monkeypatch
-):
+def test_missing_inception_weights_offline_are_reported_with_their_path(tmp_path, monkeypatch):
     def offline(*_):
         raise URLError("no network")
 
@@ -131,9 +129,7 @@ def classifier_file(tmp_path):
     return str(tmp_path / "classifier.safetensors")
 
 
-def test_the_shapes_extractor_gives_the_classifiers_features_and_accuracy(
-    tmp_path, classifier_file
-):
+def test_the_shapes_extractor_gives_features_and_accuracy(tmp_path, classifier_file):
     images = Pictures(np.stack([render(i) for i in range(20)]))
     stats = tmp_path / "stats.npz"
     made = metrics.make_stats(images, "shapes", classifier_file, stats, "cpu")
@@ -152,9 +148,7 @@ def test_the_shapes_extractor_gives_the_classifiers_features_and_accuracy(
     assert abs(result["fid"]) < 1e-4
 
 
-def test_the_shapes_extractor_without_its_file_or_for_other_sizes_is_refused(
-    tmp_path, classifier_file
-):
+def test_the_shapes_extractor_needs_its_file_and_image_size(tmp_path, classifier_file):
     stats = tmp_path / "stats.npz"
     save_stats(stats, FidStatistics(np.zeros(64, np.float32), np.eye(64)))
     absent = str(tmp_path / "absent.safetensors")

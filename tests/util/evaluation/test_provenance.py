@@ -77,12 +77,8 @@ def test_no_repository_and_no_git_are_reasons(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["mar_tiny", "gpt_tiny", "janus_tiny"])
-@pytest.mark.parametrize(
-    "rival", [False, True], ids=["elsewhere", "beside an empty folder of that name"]
-)
-def test_the_files_of_a_bundled_model_are_found_from_any_folder(
-    tmp_path, monkeypatch, model, rival
-):
+@pytest.mark.parametrize("rival", [False, True], ids=["elsewhere", "beside an empty folder"])
+def test_files_of_a_bundled_model_are_found_from_any_folder(tmp_path, monkeypatch, model, rival):
     monkeypatch.chdir(tmp_path)
     if rival:
         (tmp_path / "pretrained_models" / model).mkdir(parents=True)
