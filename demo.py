@@ -21,7 +21,6 @@ from engine.mar import MARHost, SamplingConfig
 from models.mar import MAR
 from models.sampler import Sampler
 from models.tokenizers import Tokenizer
-from util.device import pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.images import to_uint8
@@ -156,9 +155,8 @@ def main() -> None:
     place = cli.place(selection.flags)
     loaded = host.load(place.device)
     scale = host.tokenizer.scale(loaded.tokenizer)
-    dtype = pick_dtype(place.config.dtype, place.device)
     assert isinstance(loaded.model, MAR)
-    side = SideBySide(loaded.model, loaded.tokenizer, scale, host.sampling, dtype)
+    side = SideBySide(loaded.model, loaded.tokenizer, scale, host.sampling, place.execution.dtype)
     names = CLASSES if host.model == "mar_tiny" and host.class_num == len(CLASSES) else None
     try:
         page(side, names, seed).launch(server_name="127.0.0.1", server_port=port)

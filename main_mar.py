@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import cli
-from engine.base import ComputeConfig, Loaded
+from engine.base import Loaded
 from engine.mar import MARHost
 from engine.run import evaluate
 from models import mar
@@ -36,7 +36,6 @@ from util.data.checks import (
 )
 from util.data.config import DataConfig
 from util.data.datasets import BatchPlan, batches, to_unit_range
-from util.device import pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
@@ -63,14 +62,8 @@ class Command:
     data: DataConfig
     evaluation: EvaluationConfig | None
     request: ScoreRequest | None
-    compute: ComputeConfig
     place: cli.Place
     arguments: dict[str, object]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the run."""
-        return pick_dtype(self.place.config.dtype, self.place.device)
 
 
 def parse(words: Sequence[str] | None = None) -> Command:
@@ -93,7 +86,6 @@ def parse(words: Sequence[str] | None = None) -> Command:
         data=flags.build(DataConfig),
         evaluation=evaluation,
         request=selection.request() if evaluation and not evaluation.no_score else None,
-        compute=flags.build(ComputeConfig),
         place=cli.place(flags),
         arguments=flags.resolved,
     )
@@ -120,9 +112,7 @@ def main() -> None:
     command = parse()
     place = command.place
     try:
-        with dist.Rendezvous(
-            place.world, place.launch.dist_url, place.launch.patience
-        ) as rendezvous:
+        with place.rendezvous() as rendezvous:
             if not command.train.evaluate:
                 dist.start(rendezvous, place.device)
             try:
@@ -174,17 +164,16 @@ def evaluate_loaded(
         loaded,
         settings,
         command.request,
-        command.compute,
+        command.place.execution,
         rendezvous,
-        command.place.device,
-        command.dtype,
         command.arguments,
     )
 
 
 def train(command: Command, rendezvous: dist.Rendezvous) -> None:
     """The training loop."""
-    world, device, dtype = rendezvous.world, command.place.device, command.dtype
+    world, execution = rendezvous.world, command.place.execution
+    device, dtype = execution.device, execution.dtype
     host, config, data_config = command.host, command.train, command.data
     resumed = starting_point(host.resume, config, world)
     torch.manual_seed(config.seed)

@@ -39,7 +39,7 @@ from models.noise import ImageNoise
 from models.plan import DecodingPlan, DecodingStep
 from models.predictor import PlainPredictor
 from models.sampling_copy import sampling_copy
-from util.device import device_name, pick_dtype
+from util.device import device_name
 from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
@@ -270,7 +270,7 @@ def main() -> None:
     if sampling.cfg == 1.0:
         raise UserError("--cfg is 1: without guidance there is no residual; give another scale")
     place = cli.place(selection.flags)
-    device, dtype = place.device, pick_dtype(place.config.dtype, place.device)
+    device, dtype = place.device, place.execution.dtype
     loaded = host.load(device)
     model, tokenizer = loaded.model, loaded.tokenizer
     assert isinstance(model, MAR)

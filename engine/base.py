@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from util.config import FlagParser, Flags, setting
+from util.device import can_compile
 from util.errors import UserError
 from util.evaluation.conditions import ClassLabels, Conditions, Prompts
 from util.evaluation.generation import ImageGenerator
@@ -35,6 +36,20 @@ class ComputeConfig:
 
     vae_bsz: int | None = setting(None, "images decoded at once; default a batch", least=1)
     no_compile: bool = setting(False, "on CUDA: no torch.compile and no CUDA graphs")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and in which precision images are computed, and how. show: notes go to stderr."""
+
+    device: torch.device
+    dtype: torch.dtype
+    config: ComputeConfig = ComputeConfig()
+    show: bool = False
+
+    def fast(self) -> bool:
+        """Whether to compile and to record CUDA graphs."""
+        return not self.config.no_compile and can_compile(self.device, self.show)
 
 
 @dataclass(frozen=True)
@@ -74,15 +89,8 @@ class Host(ABC):
         """Model and tokenizer, ready to sample. UserError for files that are missing or do not fit."""
 
     @abstractmethod
-    def generator(
-        self,
-        loaded: Loaded,
-        compute: ComputeConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        show: bool,
-    ) -> ImageGenerator:
-        """The loaded model as a generator; `show`: this process may print."""
+    def generator(self, loaded: Loaded, execution: Execution) -> ImageGenerator:
+        """The loaded model as a generator."""
 
     @abstractmethod
     def config(self, loaded: Loaded, dtype: torch.dtype) -> dict[str, object]:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from engine import FAMILIES
-from engine.base import ComputeConfig, Family, Host, Preset, WeightsConfig
+from engine.base import ComputeConfig, Execution, Family, Host, Preset, WeightsConfig
 from util import dist
 from util.config import FlagParser, Flags
 from util.data.config import DataConfig
-from util.device import DeviceConfig, pick_device, set_threads, slow_bf16
+from util.device import DeviceConfig, pick_device, pick_dtype, set_threads, slow_bf16
 from util.errors import UserError
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
@@ -115,19 +115,28 @@ class Place:
 
     world: dist.World
     launch: dist.LaunchConfig
-    device: torch.device
-    config: DeviceConfig
+    execution: Execution
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process."""
+        return self.execution.device
+
+    def rendezvous(self) -> dist.Rendezvous:
+        """Where the processes of the run meet."""
+        return dist.Rendezvous(self.world, self.launch.dist_url, self.launch.patience)
 
 
 def place(flags: Flags) -> Place:
-    """Device, threads and rank of this process."""
+    """Device, precision, threads and rank of this process."""
     config, launch = flags.build(DeviceConfig), flags.build(dist.LaunchConfig)
     set_threads(config.threads)
     world = dist.world_from_env(launch.dist_on_itp, launch.world_size)
     device = pick_device(config.device, world.local_rank)
     if world.is_main and (text := slow_bf16(device, config.dtype)):
         print(f"note: {text}", file=sys.stderr)
-    return Place(world, launch, device, config)
+    compute, dtype = flags.build(ComputeConfig), pick_dtype(config.dtype, device)
+    return Place(world, launch, Execution(device, dtype, compute, world.is_main))
 
 
 def parse(program: str, description: str = "", words: Sequence[str] | None = None) -> Selection:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from engine.base import (
-    ComputeConfig,
+    Execution,
     Family,
     Host,
     Loaded,
@@ -21,7 +21,6 @@ from models.gpt_images import GPTGenerator, GPTSampling
 from models.line_config import LineARConfig
 from models.line_methods import METHODS
 from util.config import FlagParser, Flags, setting
-from util.device import can_compile
 from util.errors import UserError
 from util.files import sha256_of
 from util.weights import describe, find_checkpoint, load_into
@@ -125,21 +124,14 @@ class LlamaGenHost(Host):
             )
         return tokenizer.to(device)
 
-    def generator(
-        self,
-        loaded: Loaded,
-        compute: ComputeConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        show: bool,
-    ) -> GPTGenerator:
+    def generator(self, loaded: Loaded, execution: Execution) -> GPTGenerator:
         assert isinstance(loaded.model, llamagen.GPT)
         assert isinstance(loaded.tokenizer, vq.VQModel)
         images = self.images
         size = images.image_size_eval or images.img_size
-        model = loaded.model.to(dtype)
-        fast = not compute.no_compile and can_compile(device, show)
-        return GPTGenerator(model, loaded.tokenizer, self.sampling, size, compute.vae_bsz, fast)
+        model, vae_bsz = loaded.model.to(execution.dtype), execution.config.vae_bsz
+        fast = execution.fast()
+        return GPTGenerator(model, loaded.tokenizer, self.sampling, size, vae_bsz, fast)
 
     def config(self, loaded: Loaded, dtype: torch.dtype) -> dict[str, object]:
         images = self.images

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, bundled
+from engine.base import Execution, Family, Host, Loaded, Preset, WeightsConfig, bundled
 from engine.mar_settings import (
     DETOK,
     TOKENIZERS,
@@ -31,7 +31,7 @@ from models.plan import DecodingPlan
 from models.sampler import Sampler
 from models.tokenizers import Tokenizer
 from util.config import FlagParser, Flags
-from util.device import DTYPES, autocast, can_compile, to_device
+from util.device import DTYPES, autocast, to_device
 from util.errors import UserError
 from util.weights import describe, find_checkpoint, load_into
 
@@ -113,26 +113,18 @@ class MARHost(Host):
         weights = describe(self.resume, use_ema=not self.no_ema)
         return Loaded(model.to(device).eval(), self.open_tokenizer(device), weights)
 
-    def generator(
-        self,
-        loaded: Loaded,
-        compute: ComputeConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        show: bool,
-    ) -> "MarGenerator":
+    def generator(self, loaded: Loaded, execution: Execution) -> "MarGenerator":
         assert isinstance(loaded.model, mar.MAR)
-        fast = not compute.no_compile and can_compile(device, show)
         return MarGenerator(
             loaded.model,
             loaded.tokenizer,
             self.tokenizer.scale(loaded.tokenizer),
             self.sampling,
-            device,
-            dtype,
-            compute.vae_bsz,
-            self._vae_dtype(dtype),
-            fast,
+            execution.device,
+            execution.dtype,
+            execution.config.vae_bsz,
+            self._vae_dtype(execution.dtype),
+            execution.fast(),
         )
 
     def _vae_dtype(self, dtype: torch.dtype) -> torch.dtype:

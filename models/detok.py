@@ -114,9 +114,8 @@ class RotaryTransformer(nn.Module):
         """Register the blocks, behind the layer before them: averages may be stored in this order."""
         width, heads = self.size["width"], self.size["heads"]
         self.ln_pre = nn.RMSNorm(width, eps=NORM_EPS)
-        self.transformer = nn.ModuleList(
-            RotaryBlock(width, heads) for _ in range(self.size["layers"])
-        )
+        layers = range(self.size["layers"])
+        self.transformer = nn.ModuleList(RotaryBlock(width, heads) for _ in layers)
         self.ln_post = nn.RMSNorm(width, eps=NORM_EPS)
 
     def run_blocks(self, x: Tensor) -> Tensor:

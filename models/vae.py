@@ -5,6 +5,7 @@ position; `decode` is the way back. Architecture: Rombach et al., "High-Resoluti
 with Latent Diffusion Models" (CVPR 2022), section 3.1; parameter names are those of its weights.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -39,9 +40,8 @@ class DiagonalGaussianDistribution:
         """One draw, (B, C, h, w), by `noise` of that shape, or by a generator on any device."""
         if noise is None:
             device = self.mean.device if generator is None else generator.device
-            noise = torch.randn(
-                self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype
-            )
+            mean = self.mean
+            noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype)
         return self.mean + self.std * noise.to(self.mean.device)
 
     def mode(self) -> Tensor:
@@ -139,9 +139,7 @@ class DownLevel(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_res_blocks
-        self.block = nn.ModuleList(
-            ResnetBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(
             AttnBlock(out_channels) if attention else nn.Identity() for _ in self.block
         )
@@ -159,9 +157,7 @@ class UpLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, full: bool) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(
-            ResnetBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
         self.upsample = nn.Identity() if full else Upsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -240,19 +240,13 @@ class FlagParser:
         if kind is bool:
             group.add_argument(f"--{name}", nargs="?", type=_boolean, const=True, help=text)
             if default is not False:
-                group.add_argument(
-                    f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS
-                )
+                off = {"dest": name, "action": "store_false", "help": argparse.SUPPRESS}
+                group.add_argument(f"--no_{name}", **off)
             return
-        parse = metadata.get("parse")
-        group.add_argument(
-            f"--{name}",
-            type=_parsed_by(parse) if parse else kind,
-            choices=metadata.get("choices"),
-            metavar=metadata.get("metavar")
-            or (None if metadata.get("choices") else _METAVAR[kind]),
-            help=text,
-        )
+        parse, choices = metadata.get("parse"), metadata.get("choices")
+        metavar = metadata.get("metavar") or (None if choices else _METAVAR[kind])
+        reader = _parsed_by(parse) if parse else kind
+        group.add_argument(f"--{name}", type=reader, choices=choices, metavar=metavar, help=text)
 
     def add_flag(self, name: str, help: str, **options: Any) -> None:
         """A flag of this command alone; options as in argparse."""

@@ -95,10 +95,8 @@ def count(geometry: MARGeometry, mode: Mode) -> Counts:
         guidance_start=config.head.guidance_start,
         order=config.order,
     )
-    published, executed = (
-        image_work(geometry, plan, config.lazy, e, config.head) for e in (False, True)
-    )
-    return Counts(published, executed)
+    works = [image_work(geometry, plan, config.lazy, e, config.head) for e in (False, True)]
+    return Counts(*works)
 
 
 def tabulate(num_iter: int) -> dict[str, dict[str, Counts]]:

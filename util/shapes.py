@@ -150,10 +150,8 @@ def coverage(
     pixel = IMAGE_SIZE / size
     axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(pixel)
     x, y = axis[None, :] - np.float32(middle[0]), axis[:, None] - np.float32(middle[1])
-    x, y = (
-        x * math.cos(angle) + y * math.sin(angle),
-        y * math.cos(angle) - x * math.sin(angle),
-    )  # (size, size): the shape's own axes
+    cos, sin = math.cos(angle), math.sin(angle)
+    x, y = x * cos + y * sin, y * cos - x * sin  # (size, size): the shape's own axes
     return np.clip(0.5 - SHAPES[shape](x, y, radius) / (EDGE * pixel), 0, 1)[..., None]
 
 

@@ -60,7 +60,7 @@ class ToyHost(Host):
     def load(self, device):
         return Loaded(nn.Identity(), nn.Identity(), "no weights")
 
-    def generator(self, loaded, compute, device, dtype, show):
+    def generator(self, loaded, execution):
         return Painter(self.paint)
 
     def config(self, loaded, dtype):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from util import checkpoint
-from util.checkpoint import convert
+from util.checkpoint import convert, main
 from util.errors import UserError, run_main
 from util.files import sha256_of
 from util.training.ema import EMA
@@ -18,7 +18,6 @@ from util.weights import (
     LAST,
     load_into,
     load_state_dict_file,
-    main,
     read_pickle,
     save_safetensors,
 )

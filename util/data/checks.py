@@ -113,12 +113,10 @@ def check_files(
         chosen = sorted({*firsts.tolist(), *more})
     mine = chosen[world.rank :: world.size]
     errors = []
-    show = world.is_main and every
+    hide = None if world.is_main and every else True
     with (
         ThreadPoolExecutor(max(1, threads)) as pool,
-        tqdm(
-            total=len(mine), desc="checking data", unit="file", disable=None if show else True
-        ) as bar,
+        tqdm(total=len(mine), desc="checking data", unit="file", disable=hide) as bar,
     ):
         for start in range(0, len(mine), 1024):
             part = mine[start : start + 1024]
