@@ -171,7 +171,6 @@ def evaluate_loaded(
 
 
 def train(command: Command, rendezvous: dist.Rendezvous) -> None:
-    """The training loop."""
     world, execution = rendezvous.world, command.place.execution
     device, dtype = execution.device, execution.dtype
     host, config, data_config = command.host, command.train, command.data

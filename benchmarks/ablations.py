@@ -109,7 +109,6 @@ class Ablation:
         return frontier_series(self.base, self.steps_at)
 
     def host_of(self, row: Row) -> MARHost:
-        """The host that samples this row."""
         return self.request.host.with_sampling(num_iter=row.num_iter, lazy_mar=row.config)
 
     def folder(self, row: Row) -> Path:
@@ -235,7 +234,7 @@ class Ablation:
         }
 
     def about(self, group: str) -> dict[str, object]:
-        """What the numbers of a group travel with."""
+        """What is recorded with the numbers of a group."""
         request = self.request
         runs = [report.load_run(self.folder(row)) for row in self.groups[group]]
         same = ("seeds", "reference", "eval_bsz", "threads", "processes", "device_name")
@@ -251,7 +250,6 @@ class Ablation:
 
 
 def table(rows: list[Result]) -> str:
-    """Markdown."""
     body = []
     for row in rows:
         inception = f"{row['is_mean']:.2f} ± {row['is_std']:.2f}"
@@ -318,7 +316,6 @@ def parse(words: Sequence[str] | None = None) -> Request:
 
 
 def main() -> None:
-    """Command line."""
     request = parse()
     place = request.place
     if "frontier" in request.groups:

@@ -119,7 +119,6 @@ class Place:
 
     @property
     def device(self) -> torch.device:
-        """Device of this process."""
         return self.execution.device
 
     def rendezvous(self) -> dist.Rendezvous:

@@ -141,7 +141,7 @@ class SamplingConfig:
     """How images are sampled; arguments of MAR.sample_tokens. ValueError if they are invalid."""
 
     num_iter: int = setting(64, "autoregressive steps per image", least=1)
-    cfg: float = setting(1.0, "guidance scale, 1.0 is none")
+    cfg: float = setting(1.0, "guidance scale, 1.0 for none")
     cfg_schedule: str = setting("linear", "guidance over steps", choices=("linear", "constant"))
     temperature: float = setting(1.0, "scale of the head's noise", least=0)
     lazy_mar: LazyMARConfig | None = None

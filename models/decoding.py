@@ -139,7 +139,6 @@ class Decoding:
             self.tokens[:, step.start : step.stop] = self.sampled[:n].unflatten(0, (self.bsz, -1))
 
     def _predict(self, step: DecodingStep) -> None:
-        """z of a step after the first."""
         self._write_z(self.predictor(step, self.tokens))
 
     def _write_z(self, z: Tensor) -> None:
@@ -147,7 +146,7 @@ class Decoding:
         self.z[: z.shape[0] * z.shape[1]] = z.flatten(0, 1)
 
     def _noise(self, n: int, steps: int) -> Tensor:
-        """Where the noise (n, N+1, c) of a step's denoising run lies."""
+        """Buffer for the noise (n, N+1, c) of a step's denoising run: a view."""
         channels = self.tokens.shape[2]
         return self.noise[: n * (steps + 1) * channels].view(n, steps + 1, channels)
 

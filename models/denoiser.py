@@ -18,7 +18,7 @@ from models.sampling_copy import sampling_linear
 ROWS_AHEAD, ROWS_AHEAD_CPU = 512, 64
 
 Column = tuple[int, str]  # a block and one of its adaLN outputs; the final layer is block -1
-ADALN_OUTPUTS = ("shift", "scale", "gate")  # as they lie in the weights of a block
+ADALN_OUTPUTS = ("shift", "scale", "gate")  # order in the weights of a block
 FINAL_COLUMNS: list[Column] = [(-1, "shift"), (-1, "scale")]
 
 

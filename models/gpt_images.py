@@ -24,11 +24,11 @@ class GPTSampling:
     Raises ValueError if they make no sense.
     """
 
-    cfg: float = setting(1.0, "guidance scale, 1.0 is none")
+    cfg: float = setting(1.0, "guidance scale, 1.0 for none")
     temperature: float = setting(1.0, "temperature of the codes", least=0)
-    top_k: int = setting(0, "draw from the most likely codes, 0 is all", least=0)
+    top_k: int = setting(0, "draw from the most likely codes, 0 for all", least=0)
     top_p: float = setting(1.0, "draw from this share of probability")
-    cfg_interval: int = setting(-1, "last guided step, -1 is all")
+    cfg_interval: int = setting(-1, "last guided step, -1 for all")
     line_ar: LineARConfig | None = None
 
     def __post_init__(self) -> None:

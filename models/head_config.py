@@ -151,7 +151,6 @@ class DenoisingRun:
 
     @property
     def num_steps(self) -> int:
-        """N."""
         return self.solver.num_timesteps
 
 

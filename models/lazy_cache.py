@@ -52,7 +52,6 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
         return sum(tensor.nbytes for tensor in (self.k, self.v) if tensor is not None)
 
 
@@ -83,5 +82,4 @@ class ProbeCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
         return 0 if self.v is None else self.v.nbytes

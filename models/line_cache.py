@@ -251,7 +251,6 @@ class KVCache:
         """Called once per position, before the layers: the mask of their attention, or None."""
 
     def advance(self) -> None:
-        """All layers have seen this position."""
         for layer in self.layers:
             layer.advance()
 

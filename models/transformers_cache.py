@@ -148,7 +148,6 @@ class LineARCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values."""
         return sum(layer.kv.nbytes for layer in self.layers if isinstance(layer, LineARLayer))
 
     @property

@@ -1,7 +1,7 @@
 """KL-16, MAR's tokenizer: a convolutional variational autoencoder between pixels and latents.
 
 `encode` turns an image in [-1, 1] into one Gaussian per latent value, 16x16 pixels to one latent
-position; `decode` is the way back. Architecture: Rombach et al., "High-Resolution Image Synthesis
+position; `decode` inverts it. Architecture: Rombach et al., "High-Resolution Image Synthesis
 with Latent Diffusion Models" (CVPR 2022), section 3.1; parameter names are those of its weights.
 """
 

@@ -78,7 +78,6 @@ class Share:
 
 
 def geometry_of(name: str) -> MARGeometry:
-    """Geometry of a named model."""
     host = cli.named(name).host()
     assert isinstance(host, MARHost)
     with torch.device("meta"):

@@ -18,15 +18,8 @@ from util.errors import UserError, run_main
 from util.files import atomic_path, read_json, write_json
 from util.images import png_name, read_image, save_png, side_by_side_sheet
 
-PAIRED = (
-    "weights",
-    "num_images",
-    "class_num",
-    "prompts",
-    "seed",
-    "seed_mode",
-    "model",
-)  # image i: the same task
+# Image i is the same task in runs that agree in these.
+PAIRED = ("weights", "num_images", "class_num", "prompts", "seed", "seed_mode", "model")
 # Settings that a row names if the runs differ in them.
 REPORTED_KEYS = ("num_iter", "cfg", "cfg_schedule", "temperature", "top_k", "top_p")
 SHEET_COLUMNS = 10
@@ -41,18 +34,8 @@ ON_REQUEST = (
 )
 # Entries that every run must have, and entries that must be numbers if present.
 NEEDED = (
-    *(
-        "model",
-        "method",
-        "num_images",
-        "num_iter",
-        "cfg",
-        "dtype",
-        "device",
-        "processes",
-        "threads",
-    ),
-    *("eval_bsz", "torch", "commit", "command", "images_dir"),
+    *("model", "method", "num_images", "num_iter", "cfg", "eval_bsz", "images_dir"),
+    *("dtype", "device", "processes", "threads", "torch", "commit", "command"),
 )
 NUMBERS = (
     *("fid", "is_mean", "is_std", "accuracy", "sec_per_image", "num_images", "cfg"),
@@ -136,7 +119,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def make_lpips() -> Callable[[np.ndarray, np.ndarray], float] | None:
     """LPIPS (Zhang et al. 2018, AlexNet) of uint8 images, None if it is not available."""
     try:
-        import lpips  # an optional package, which needs seconds and weights of its own
+        import lpips  # optional; takes seconds and needs weights
         import torch
 
         network = lpips.LPIPS(net="alex", verbose=False).eval()
@@ -167,7 +150,6 @@ def cells(run: Json) -> list[str]:
 
 
 def row(run: Json) -> str:
-    """One line of a Markdown table."""
     return f"| {' | '.join(cells(run))} |"
 
 

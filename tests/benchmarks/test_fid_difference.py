@@ -74,7 +74,7 @@ def test_fids_are_those_of_eval_and_noise_is_worse(command, runs):
     assert row["low"] < row["high"]
 
 
-def test_features_are_kept_so_that_the_images_may_go(command, runs, tmp_path):
+def test_features_are_kept_so_that_images_can_be_deleted(command, runs, tmp_path):
     rows = command(*runs, "--output", tmp_path / "out")["rows"]
     assert "| noise 20 | " in (tmp_path / "out.md").read_text()
     for run in runs:

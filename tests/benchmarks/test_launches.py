@@ -19,7 +19,7 @@ def test_views_and_allocations_are_not_launches():
     assert launches.count == 3
 
 
-def test_a_call_that_comes_again_counts_again_without_being_made():
+def test_a_repeated_call_is_counted_without_running_it():
     x, made = torch.empty(4, device="meta"), []
     with counting() as launches:
         calls = Calls(launches)

@@ -121,17 +121,8 @@ def test_numbers_are_measured_for_every_step_layer_and_age():
 @pytest.fixture
 def script(one_thread, monkeypatch, tmp_path):
     def call(*flags: object) -> None:
-        words = [
-            "--num_images",
-            1,
-            "--num_iter",
-            12,
-            "--device",
-            "cpu",
-            "--output",
-            tmp_path / "red",
-        ]
-        monkeypatch.setattr(sys, "argv", ["redundancy.py", *map(str, [*words, *flags])])
+        words = f"redundancy.py --num_images 1 --num_iter 12 --device cpu --output {tmp_path}/red"
+        monkeypatch.setattr(sys, "argv", [*words.split(), *map(str, flags)])
         redundancy.main()
 
     return call

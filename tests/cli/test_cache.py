@@ -132,9 +132,7 @@ def small_model(monkeypatch):
         monkeypatch.setitem(mar.SIZES, name, WIDTHS)
 
 
-def test_a_picture_that_breaks_off_is_named_when_it_comes_and_the_last_checkpoint_stays(
-    root, small_model, capsys
-):
+def test_a_truncated_picture_is_named_and_the_last_checkpoint_stays(root, small_model, capsys):
     dogs = root / "data" / "train" / "dog"
     for i in range(10, 47):
         shutil.copy(dogs / "0.png", dogs / f"{i}.png")

@@ -62,7 +62,7 @@ def results_of(out: Path) -> dict[str, dict]:
 NAMES = [f"epoch000{epoch}/mar_tiny-mar-iter2-cfg{cfg}-12" for epoch in (2, 3) for cfg in (1, 2)]
 
 
-def test_each_evaluation_scores_with_and_without_guidance_and_leaves_a_sheet_but_no_images(train):
+def test_an_evaluation_scores_with_and_without_guidance_and_keeps_a_sheet(train):
     out, _ = train()
     results = results_of(out)
     assert list(results) == NAMES  # every second epoch, and the last
@@ -134,7 +134,7 @@ def test_a_finished_run_says_so_and_evaluates_nothing_again(train, tmp_path):
     assert {p.name for p in after if after[p] != before[p]} <= {"classes.json", "out"}
 
 
-def test_without_saving_or_scoring_there_is_what_remains(train):
+def test_without_saving_or_scoring_the_rest_is_reported(train):
     out, _ = train("--epochs", "2", "--no_save", out="a")
     assert list(results_of(out)) == NAMES[:2]
     assert not list(out.rglob("*.png"))

@@ -47,7 +47,7 @@ def generator_of(lazy_mar, dtype):
 @pytest.mark.parametrize(
     "lazy_mar", [None, LazyMARConfig(warmup=1, interval=3)], ids=["mar", "lazy"]
 )
-def test_the_pixels_of_a_row_do_not_depend_on_what_is_in_the_other_rows(lazy_mar, dtype):
+def test_pixels_do_not_depend_on_the_other_images_of_a_batch(lazy_mar, dtype):
     generator = generator_of(lazy_mar, dtype)
     batches = (([3, 1, 4], [30, 10, 40]), ([5, 1, 9], [50, 10, 90]))
     first, second = (generator.generate(generator.prepare(*batch)) for batch in batches)
@@ -167,7 +167,7 @@ def test_other_files_in_the_folder_are_left_alone(run):
     assert names == {"00000.png", "00001.png", "notes.txt", ".DS_Store"}  # a torn file is swept
 
 
-def test_images_that_nothing_says_how_they_were_made_are_refused(run, refused, tmp_path):
+def test_images_without_a_manifest_are_refused(run, refused, tmp_path):
     result = run("--no_score")
     (folder_of(result) / "manifest.json").unlink()
     message = refused("--no_score", out=tmp_path / "out")
@@ -188,9 +188,7 @@ def fail_on(monkeypatch, number, name):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS], ids=["full disk", "read-only"])
-def test_a_disk_that_takes_no_more_costs_one_sentence_and_no_image(
-    run, tmp_path, monkeypatch, capsys, number
-):
+def test_a_full_disk_costs_one_sentence_and_no_image(run, tmp_path, monkeypatch, capsys, number):
     whole = images_of(run("--no_score", "--num_images", 4, out=tmp_path / "whole"))
     with monkeypatch.context() as patch:
         fail_on(patch, number, "00002.png")
@@ -207,7 +205,7 @@ def test_a_disk_that_takes_no_more_costs_one_sentence_and_no_image(
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "results.json", "sheet.png", "samples.npz"])
-def test_a_disk_that_takes_no_document_costs_one_sentence(run, tmp_path, monkeypatch, capsys, name):
+def test_a_disk_too_full_for_results_costs_one_sentence(run, tmp_path, monkeypatch, capsys, name):
     flags = ["--no_score", "--save_npz"]
     with monkeypatch.context() as patch:
         fail_on(patch, errno.ENOSPC, name)

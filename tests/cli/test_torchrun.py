@@ -82,14 +82,8 @@ def test_slurm_starts_one_torchrun_per_machine_which_all_meet_at_the_first(tmp_p
         "SLURM_GPUS_ON_NODE": "4",
         "PATH": f"{folder}:{os.environ['PATH']}",
     }
-    command = [
-        "bash",
-        str(ROOT / "scripts" / "eval_slurm.sh"),
-        "--num_images",
-        "10",
-        "--resume",
-        "a b",
-    ]
+    script = str(ROOT / "scripts" / "eval_slurm.sh")
+    command = ["bash", script, "--num_images", "10", "--resume", "a b"]
     done = subprocess.run(command, env=slurm, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     words = done.stdout.splitlines()

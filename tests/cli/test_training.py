@@ -78,13 +78,8 @@ def test_a_stopped_and_resumed_run_equals_the_unbroken_one_exactly(train, tmp_pa
 def test_a_stop_inside_an_epoch_leaves_a_checkpoint_of_the_epochs_before_it(train):
     content, _ = train("--max_steps", "7")
     assert content["epoch"] == 0  # one epoch of five steps is complete
-    assert content["progress"] == {
-        "step_in_epoch": 2,
-        "step": 7,
-        "images_per_step": 8,
-        "images": 40,
-        "skipped": 0,
-    }
+    progress = {"step_in_epoch": 2, "step": 7, "images_per_step": 8, "images": 40, "skipped": 0}
+    assert content["progress"] == progress
 
 
 def test_a_checkpoint_of_the_original_continues_with_the_next_epoch(train, tmp_path):
@@ -125,7 +120,7 @@ def test_the_loss_falls_and_the_averages_lag_behind(train):
     assert not torch.equal(content["model"]["z_proj.bias"], content["model_ema"]["z_proj.bias"])
 
 
-def test_the_log_follows_the_warm_up(train):
+def test_the_log_shows_the_warm_up(train):
     _, log = train("--max_steps", "6")
     peak = 0.3 * 8 / 256
     assert [r["lr"] for r in log] == pytest.approx([0, *(peak * i / 5 for i in range(1, 5)), peak])

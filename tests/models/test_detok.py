@@ -85,7 +85,7 @@ def test_moments_that_are_stored_give_the_same_draws(tok):
     assert torch.equal(again.sample(noise=noise), posterior.sample(noise=noise))
 
 
-def test_keys_shapes_and_their_order_are_those_of_the_published_tokenizer():
+def test_names_shapes_and_their_order_are_those_of_the_published_tokenizer():
     with torch.device("meta"):
         model = DeTok()
     ours = [(key, tuple(tensor.shape)) for key, tensor in model.state_dict().items()]

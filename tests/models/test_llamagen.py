@@ -55,7 +55,7 @@ def test_greedy_codes_are_the_recorded_ones(cfg):
     torch.testing.assert_close(last, recorded, rtol=1e-4, atol=1e-4)
 
 
-def test_the_class_token_has_no_angle_but_a_rotation_of_zero():
+def test_the_rotation_of_the_class_token_is_zero():
     rope = rope_table((3, 5), 8, torch.device("cpu"))
     assert rope.shape == (16, 4, 2)
     assert (rope[0] == 0).all()

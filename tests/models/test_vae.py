@@ -36,7 +36,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def test_keys_shapes_and_their_order_are_those_of_the_published_file(kl16):
+def test_names_shapes_and_their_order_are_those_of_the_published_file(kl16):
     ours = [(key, tuple(tensor.shape)) for key, tensor in kl16.state_dict().items()]
     assert ours == list(load_shapes("vae_kl16").items())
     assert len(ours) == 312

@@ -18,14 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 COPIES = ("copy_", "_to_copy")
-WAITS = (
-    "_local_scalar_dense",
-    "is_nonzero",
-    "equal",
-    "nonzero",
-    "masked_select",
-    "unique_consecutive",
-)
+WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
+WAITS += ("unique_consecutive",)
 
 
 class FakeCuda(TorchDispatchMode):

@@ -119,7 +119,7 @@ def test_a_truncated_file_is_refused(saved, share):
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"hello", b"\x00" * 50])
-def test_a_safetensors_file_that_is_none_is_refused(tmp_path, content):
+def test_a_file_with_a_false_suffix_is_refused(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.safetensors is"):
         load_state_dict_file(tmp_path / "x.safetensors")

@@ -349,10 +349,8 @@ def test_the_command_prints_where_each_file_is(monkeypatch, capsys):
     monkeypatch.setattr(download, "fetch", lambda item, overwrite: item.target)
     monkeypatch.setattr(sys, "argv", ["download", "vae", "fid_stats"])
     download.main()
-    assert capsys.readouterr().out.split() == [
-        "pretrained_models/vae/kl16.ckpt",
-        "fid_stats/adm_in256_stats.npz",
-    ]
+    paths = ["pretrained_models/vae/kl16.ckpt", "fid_stats/adm_in256_stats.npz"]
+    assert capsys.readouterr().out.split() == paths
 
 
 def test_an_unknown_name_ends_the_command_with_one_sentence(monkeypatch, capsys):

@@ -41,10 +41,8 @@ def test_a_file_of_the_hub_lands_at_its_path(hub, name):
 
 def test_the_tokenizer_fetches_the_statistics_that_it_needs(hub):
     download.download("detok_tokenizer", overwrite=True)
-    assert [call[1] for call in hub.calls] == [
-        "stats.pkl",
-        "detok-BB-gamm3.0-m0.7-decoder_tuned.pth",
-    ]
+    files = ["stats.pkl", "detok-BB-gamm3.0-m0.7-decoder_tuned.pth"]
+    assert [call[1] for call in hub.calls] == files
     assert all(call[3] for call in hub.calls)
 
 

@@ -96,9 +96,7 @@ def test_a_reference_batch_of_adm_serves_for_all_metrics(tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "missing"), [("kid", "images"), ("pr", "images"), ("sfid", "mu_s")]
 )
-def test_statistics_that_are_too_little_for_a_metric_are_refused_before_anything_is_generated(
-    tmp_path, wanted, missing
-):
+def test_statistics_without_what_a_metric_needs_are_refused_first(tmp_path, wanted, missing):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(8), sigma=np.eye(8))
     with pytest.raises(UserError, match=missing) as error:
         metrics.check_ready(request(tmp_path / "stats.npz", "fid", wanted))

@@ -39,13 +39,8 @@ def content(tmp_path) -> dict:
     """What a run wrote after some steps; restore() reads it back from a file."""
     run = Run()
     run.step()
-    checkpoint.save_checkpoint(
-        tmp_path / LAST,
-        **run.parts(),
-        epochs_done=3,
-        args=argparse.Namespace(),
-        progress=PROGRESS,
-    )
+    more = {"epochs_done": 3, "args": argparse.Namespace(), "progress": PROGRESS}
+    checkpoint.save_checkpoint(tmp_path / LAST, **run.parts(), **more)
     return copy.deepcopy(read_pickle(tmp_path / LAST))
 
 

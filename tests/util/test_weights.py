@@ -95,14 +95,8 @@ def test_the_usual_containers_are_opened(model, tmp_path, case):
     assert same(loads(model, content, tmp_path, use_ema), expected)
 
 
-SCALARS = [
-    np.int64(3),
-    np.float32(0.5),
-    np.float64(0.1),
-    np.bool_(True),
-    np.str_("adam"),
-    np.uint8(7),
-]
+SCALARS = [np.int64(3), np.float32(0.5), np.float64(0.1), np.bool_(True)]
+SCALARS += [np.str_("adam"), np.uint8(7)]
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,6 @@ class Run:
 
     @property
     def num_images(self) -> int:
-        """Images of the run."""
         return self.task.grid.num_images
 
     def all_conditions(self) -> Sequence[Condition]:

@@ -134,13 +134,12 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)
 
     def delete_images(self) -> None:
-        """Delete the numbered images."""
         for file in self.images.glob("*.png"):
             if file.stem.isdigit():
                 file.unlink(missing_ok=True)
 
     def image(self, index: int) -> Path:
-        """Where image `index` lies."""
+        """Path of image `index`."""
         return self.images / png_name(index)
 
     def results(self) -> dict[str, Any]:
@@ -219,12 +218,8 @@ def provenance() -> dict[str, object]:
     """
     commit, reason = _commit()
     unknown = {} if commit else {"commit_unknown": reason}
-    return {
-        "command": shlex.join(sys.argv),
-        "commit": commit,
-        **unknown,
-        "torch": torch.__version__,
-    }
+    origin = {"command": shlex.join(sys.argv), "commit": commit, **unknown}
+    return {**origin, "torch": torch.__version__}
 
 
 def _commit() -> tuple[str | None, str]:

@@ -8,6 +8,7 @@ al. 2019). Two numbers are comparable only if extractor and reference are the sa
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -235,23 +236,15 @@ def make_stats(
     spatial_features = feature_spec(features).spatial_module is not None
     wanted = {"fid": True, "sfid": spatial_features, "kid": keep_features}
     metrics = tuple(name for name, is_wanted in wanted.items() if is_wanted)
-    scorer = Scorer(
-        ScoreRequest(features, features_path, output, metrics), count, device, None, batch_size
-    )
+    request = ScoreRequest(features, features_path, output, metrics)
+    scorer = Scorer(request, count, device, None, batch_size)
     scorer.add(source, range(count))
-    gaussian, spatial, kept = scorer.sums.gaussian(), None, None
-    if "sfid" in metrics:
+    gaussian = scorer.sums.gaussian()
+    stats = FidStatistics(gaussian.mu, gaussian.sigma, count, features)
+    if spatial_features:
         spatial = scorer.sums.gaussian("spatial")
+        stats = replace(stats, mu_s=spatial.mu, sigma_s=spatial.sigma)
     if keep_features:
-        kept = scorer.sums.sums["kept"].cpu().numpy()
-    stats = FidStatistics(
-        gaussian.mu,
-        gaussian.sigma,
-        count,
-        features,
-        None if spatial is None else spatial.mu,
-        None if spatial is None else spatial.sigma,
-        kept,
-    )
+        stats = replace(stats, activations=scorer.sums.sums["kept"].cpu().numpy())
     save_stats(output, stats)
     return stats

@@ -109,7 +109,6 @@ class FeatureSums:
             self._add(name, value.to(self.device))
 
     def count(self) -> int:
-        """Images so far."""
         return int(self.sums["features_count"]) if self.sums else 0
 
     def gaussian(self, name: str = "features") -> Gaussian:

@@ -44,7 +44,6 @@ CPU = torch.device("cpu")
 
 
 def read_tokenizer(path: Path) -> VQModel:
-    """The tokenizer of gpt_tiny."""
     tokenizer = vq_tiny().eval()
     load_into(tokenizer, path)
     return tokenizer

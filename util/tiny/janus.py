@@ -41,15 +41,9 @@ GRID = 16  # codes per line, and lines
 WIDTH = 128
 LAYERS = 6
 HEADS = 4
-PAD, BOS, EOS, BOI, EOI, IMAGE, UNKNOWN = SPECIAL_TOKENS = (
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<begin_of_image>",
-    "<end_of_image>",
-    "<image_placeholder>",
-    "<unk>",
-)
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
+BOI, EOI, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
+SPECIAL_TOKENS = (PAD, BOS, EOS, BOI, EOI, IMAGE, UNKNOWN)
 VOCABULARY = {word: k for k, word in enumerate((*SPECIAL_TOKENS, *WORDS))}
 CHAT_TEMPLATE = (  # the words of the user alone: no turn markers, which this model never saw
     "{% for message in messages %}"
@@ -89,11 +83,8 @@ def make_processor() -> JanusProcessor:
 
 def make_model() -> JanusForConditionalGeneration:
     """The untrained model, float32, with random weights."""
-    special: dict[str, Any] = {
-        "pad_token_id": VOCABULARY[PAD],
-        "bos_token_id": VOCABULARY[BOS],
-        "eos_token_id": VOCABULARY[EOS],
-    }
+    names = {"pad": PAD, "bos": BOS, "eos": EOS}
+    special: dict[str, Any] = {f"{k}_token_id": VOCABULARY[word] for k, word in names.items()}
     config = JanusConfig(
         text_config=LlamaConfig(
             vocab_size=len(VOCABULARY),
@@ -156,16 +147,11 @@ def start(tokenizer_path: Path) -> JanusForConditionalGeneration:
     )
     codes = inner.vqmodel.quantize.embedding.weight
     inner.generation_embeddings.weight.copy_(codes * janus_vq.CODE_CHANNELS**0.5)
-    for part in (inner.generation_aligner, inner.generation_head):
-        for module in part.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-    for part in (
-        inner.language_model,
-        inner.generation_embeddings,
-        inner.generation_aligner,
-        inner.generation_head,
-    ):
+    small = [inner.generation_aligner, inner.generation_head]
+    for module in nn.ModuleList(small).modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+    for part in (inner.language_model, inner.generation_embeddings, *small):
         part.requires_grad_(True)
     return model
 

@@ -42,7 +42,6 @@ class RunLog:
         self._noted = False
 
     def close(self) -> None:
-        """Close the files."""
         self._try(self._file.close)
         if self._board:
             self._try(self._board.close)

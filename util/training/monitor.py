@@ -76,7 +76,6 @@ class TrainingMonitor:
             )
 
     def begin(self, epoch: int, first_step: int) -> None:
-        """Start of an epoch."""
         self.epoch, self.epoch_began = epoch, self.state.step - first_step
         if self.bar is not None:
             self.bar.close()
@@ -190,5 +189,5 @@ class TrainingMonitor:
 
 
 def sheet_of(output_dir: str | Path, epoch: int) -> Path:
-    """Where the sample sheet of an epoch lies."""
+    """Path of the sample sheet of an epoch."""
     return Path(output_dir) / "samples" / f"epoch{epoch:04d}.png"

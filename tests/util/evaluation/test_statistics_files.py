@@ -15,13 +15,8 @@ from util.evaluation.statistics import check_images, load_images, load_stats
 CLASSIFIER = str(ROOT / "pretrained_models/mar_tiny/classifier.safetensors")
 IMAGES = np.arange(5 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(5, 64, 64, 3)
 GAUSSIAN = {"mu": np.zeros(64), "sigma": np.eye(64)}
-WHOLE = {
-    **GAUSSIAN,
-    "mu_s": np.ones(3),
-    "sigma_s": np.eye(3),
-    "num_images": 9,
-    "features": "shapes",
-}
+WHOLE = {**GAUSSIAN, "mu_s": np.ones(3), "sigma_s": np.eye(3)}
+WHOLE |= {"num_images": 9, "features": "shapes"}
 
 
 def request(path, *wanted):

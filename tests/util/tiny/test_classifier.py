@@ -29,11 +29,11 @@ def pictures():
 LABELS = torch.arange(500) % 10
 
 
-def test_unseen_pictures_are_named_rightly(classifier, pictures):
+def test_held_out_pictures_are_classified(classifier, pictures):
     assert (classifier(pictures)[1].argmax(1) == LABELS).float().mean() > 0.995
 
 
-def test_unseen_pictures_are_named_rightly_after_the_tokenizer(classifier, pictures):
+def test_held_out_pictures_are_classified_through_the_tokenizer(classifier, pictures):
     restored = restore(load_tokenizer(FOLDER / "tokenizer.safetensors"), pictures)
     assert (classifier(restored)[1].argmax(1) == LABELS).float().mean() > 0.995
 
