@@ -73,8 +73,7 @@ def parse() -> argparse.Namespace:
     parser.number("num_images", 20)
     parser.number("seed", 1, "as in eval.py", least=0)
     parser.add_argument("--device")
-    args = parser.read(OUTPUT / "line_ablation")
-    return args
+    return parser.read(OUTPUT / "line_ablation")
 
 
 def main() -> None:

@@ -85,8 +85,7 @@ def versions(
 def parse() -> argparse.Namespace:
     parser = Parser("tiny_references", __doc__)
     parser.number("num_images", 5000, "held-out pictures", least=100)
-    args = parser.read(OUTPUT / "tiny_references")
-    return args
+    return parser.read(OUTPUT / "tiny_references")
 
 
 def main() -> None:

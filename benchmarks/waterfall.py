@@ -87,8 +87,7 @@ def parse() -> argparse.Namespace:
     parser.number("repeats", 3)
     parser.number("threads", None, "CPU threads (PyTorch's choice if not given)")
     parser.device()
-    args = parser.read()
-    return args
+    return parser.read()
 
 
 def main() -> None:

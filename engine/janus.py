@@ -59,7 +59,9 @@ class JanusHost(Host):
 
     def conditions(self, prompts: str | None) -> Conditions:
         if prompts is None:
-            raise UserError(f"--model {self.model} needs --prompts FILE, a prompt per line")
+            raise UserError(
+                f"--model {self.model} draws prompts: give --prompts FILE, one per line"
+            )
         return Prompts.from_file(prompts)
 
     def load(self, device: torch.device) -> Loaded:

@@ -19,8 +19,8 @@ from models.token_sampling import TokenSampler, check_settings
 from models.transformers_cache import line_ar_attention
 from models.transformers_models import Decoder, load_parts, new_cache
 
-# Prefixes of the keys in deepseek-ai's files, and those of transformers. Weights that images do not need
-# (the vision tower and its aligner) are left out.
+# Beginnings of the keys in deepseek-ai's files, and those of transformers. What draws no pictures (the
+# vision tower and its aligner) is left out.
 ORIGINAL_KEYS = {
     "language_model.model.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
@@ -174,16 +174,10 @@ def from_original(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{key} is not a key of deepseek-ai's Janus files")
         rest = key.removeprefix(start)
         if start == "gen_vision_model.":
-            rest = rename_tokenizer_key(rest)
+            for old, new in TOKENIZER_KEYS.items():
+                rest = rest.replace(old, new)
         renamed[ORIGINAL_KEYS[start] + rest] = tensor
     return renamed
-
-
-def rename_tokenizer_key(key: str) -> str:
-    """The name in transformers' JanusVQVAE of a key of LlamaGen's tokenizer."""
-    for old, new in TOKENIZER_KEYS.items():
-        key = key.replace(old, new)
-    return key
 
 
 def load_original(model: JanusForConditionalGeneration, weights: Mapping[str, Tensor]) -> None:

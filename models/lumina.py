@@ -37,7 +37,9 @@ class ImageVocabulary:
         names, ids = model.config.vocabulary_map or {}, model.model.vocabulary_mapping.img2bpe
         wanted = ("<racm3:break>", "<reserved08799>", "<reserved08800>")
         if missing := [name for name in wanted if name not in names]:
-            raise ValueError(f"the vocabulary has no {missing[0]}: it is not a Lumina-mGPT model")
+            raise ValueError(
+                f"the vocabulary has no {missing[0]}: this is not a model of Lumina-mGPT"
+            )
         begin, newline, size = (names[name] for name in wanted)
         return cls(begin, newline, size, tuple(ids[code] for code in range(len(ids))))
 

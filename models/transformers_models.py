@@ -1,4 +1,4 @@
-"""Shared by the sampling loops over models of transformers: steps through a cache, and weights."""
+"""What the sampling loops over models of transformers share: steps through a cache, and weights."""
 
 from collections.abc import Mapping
 
@@ -23,8 +23,8 @@ class Decoder:
     ) -> None:
         """attention_mask: (rows, P), zero for padding.
 
-        Without padding the model gets no mask. Padding takes up positions, as in the library's Janus:
-        only the distance of positions matters.
+        Without padding the model gets no mask, so that no step has to look at one. Padding
+        takes up positions, as in the library's Janus: what counts is their distance.
         """
         self.model, self.cache = model, cache
         self.argument = cache_argument(model)
@@ -45,7 +45,7 @@ class Decoder:
 def load_parts(
     model: PreTrainedModel, weights: Mapping[str, Tensor], absent: tuple[str, ...]
 ) -> None:
-    """Load weights into a model, except for the parts `absent` (prefixes of names).
+    """Give a model its weights, all but those of the parts `absent`, beginnings of their names.
 
     ValueError if a tensor is missing, unknown or of another shape.
     """

@@ -167,7 +167,7 @@ def fetch(
 
 
 def _fetch_from_hub(item: Item, overwrite: bool) -> Path:
-    """Download https://huggingface.co/REPOSITORY/resolve/REVISION/NAME with huggingface_hub."""
+    """Let huggingface_hub bring a file of https://huggingface.co/REPOSITORY/resolve/REVISION/NAME."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:

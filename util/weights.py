@@ -173,7 +173,9 @@ def _by_name(weights: Mapping[Any, Any], source: str | Path) -> dict[str, Tensor
         raise WeightsError(f"{source} holds no weights by name")
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise WeightsError(f"{source} holds no weights: '{name}' is a {type(value).__name__}")
+            raise WeightsError(
+                f"{source} holds no weights by name: '{name}' is a {type(value).__name__}"
+            )
     return _unwrap(weights)
 
 
@@ -182,9 +184,7 @@ def _unwrap(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = [name.replace(COMPILED, "") for name in weights]
     while names and any(all(name.startswith(prefix) for name in names) for prefix in PREFIXES):
         names = [name.partition(".")[2] for name in names]
-    if len(set(names)) < len(
-        names
-    ):  # two weights of one name: keep the names, check_weights reports it
+    if len(set(names)) < len(names):  # two weights of one name: check_weights reports it
         names = list(weights)
     return dict(zip(names, weights.values(), strict=True))
 

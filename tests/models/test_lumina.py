@@ -121,7 +121,7 @@ def test_the_vocabulary_is_found_by_name():
         vocabulary.head((8, 5))
     model = tiny_chameleon()
     del model.config.vocabulary_map["<reserved08799>"]
-    with pytest.raises(ValueError, match="no <reserved08799>: it is not a Lumina-mGPT model"):
+    with pytest.raises(ValueError, match="no <reserved08799>: this is not a model of Lumina-mGPT"):
         draw(model)
 
 

@@ -52,9 +52,13 @@ def janus_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     JanusVQVAE normalizes codes when it decodes but not when it encodes; unit codes make both agree.
     """
-    from models.janus import rename_tokenizer_key  # needs transformers
+    from models.janus import TOKENIZER_KEYS  # needs transformers
 
-    renamed = {rename_tokenizer_key(name): tensor for name, tensor in weights.items()}
+    renamed = {}
+    for name, tensor in weights.items():
+        for old, new in TOKENIZER_KEYS.items():
+            name = name.replace(old, new)
+        renamed[name] = tensor
     del renamed["quantize.codebook_used"]
     codes = "quantize.embedding.weight"
     renamed[codes] = F.normalize(renamed[codes].float(), dim=-1).to(renamed[codes].dtype)
