@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import fid_difference
 from engine.mar import PRESETS
@@ -48,20 +47,9 @@ def runs(tmp_path) -> list[Path]:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(one_thread, document_of):
     """Calls the command; returns the document of its last line."""
-    monkeypatch.chdir(Path(fid_difference.__file__).parent.parent)
-    threads = torch.get_num_threads()
-
-    def call(*words: object) -> dict:
-        argv = ["fid_difference.py", *map(str, words), "--resamples", "20"]
-        monkeypatch.setattr(sys, "argv", argv)
-        capsys.readouterr()
-        fid_difference.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    yield call
-    torch.set_num_threads(threads)
+    return partial(document_of, fid_difference, "--resamples", 20)
 
 
 def test_fids_are_those_of_eval_and_noise_is_worse(command, runs):

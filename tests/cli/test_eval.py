@@ -114,12 +114,10 @@ def test_where_classes_cannot_share_the_images_equally_they_differ_by_one():
 
 
 def test_the_same_command_again_generates_nothing_and_gives_the_same_score(
-    scored, result, monkeypatch, capsys
+    scored, result, document_of
 ):
     before = written_at(result)
-    monkeypatch.setattr(sys, "argv", ["eval.py", *scored[0]])
-    eval_script.main()
-    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    again = document_of(eval_script, *scored[0])
     assert written_at(again) == before
     assert again["generated"] == result["generated"] == NUM_IMAGES
     for name in ("fid", "is_mean", "is_std"):
@@ -149,13 +147,10 @@ def test_averaged_weights_are_used_unless_no_ema_asks_for_the_others(run, weight
     assert all(a != b for a, b in zip(images_of(averaged), images_of(plain), strict=True))
 
 
-def test_main_mar_evaluate_makes_the_images_of_eval(run, weights, tmp_path, monkeypatch, capsys):
+def test_main_mar_evaluate_makes_the_images_of_eval(run, weights, tmp_path, document_of):
     expected = run("--no_score")
     argv = flags_for(weights / "official", tmp_path / "main_mar", "--no_score", "--evaluate")
-    monkeypatch.setattr(sys, "argv", ["main_mar.py", *argv])
-    main_mar.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert images_of(result) == images_of(expected)
+    assert images_of(document_of(main_mar, *argv)) == images_of(expected)
 
 
 # ---- the run's folder --------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
@@ -29,16 +29,9 @@ def scored_run(weights, tmp_path_factory):
 
 
 @pytest.fixture
-def score_only(one_thread, monkeypatch, capsys):
-    """eval.py --score_only in this process, told nothing but the folder and these flags."""
-
-    def call(folder: Path, *flags: object) -> dict:
-        argv = ["eval.py", "--device", "cpu", "--score_only", str(folder), *map(str, flags)]
-        monkeypatch.setattr(sys, "argv", argv)
-        eval_script.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return call
+def score_only(one_thread, document_of):
+    """Calls eval.py --score_only in this process, with a folder and other flags."""
+    return partial(document_of, eval_script, "--device", "cpu", "--score_only")
 
 
 def test_images_that_are_never_saved_score_the_same(run, scored_run, tmp_path):
