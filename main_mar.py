@@ -186,9 +186,8 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
     latent_shape = (geometry.vae_embed_dim, side, side)
     shape = DataShape(geometry.img_size, latent_shape, geometry.class_num, host.tokenizer.files)
     data = open_data(data_config, shape, world)
-    plan = BatchPlan(
-        len(data), config.batch_size, config.seed, world.rank, world.size, config.accum_iter
-    )
+    ranks = world.rank, world.size
+    plan = BatchPlan(len(data), config.batch_size, config.seed, *ranks, config.accum_iter)
     optimizer = command.optimizer
     peak = scaled_lr(optimizer.lr, optimizer.blr, plan.images_per_step)
     schedule = LRSchedule(

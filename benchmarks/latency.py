@@ -37,9 +37,7 @@ from util.errors import run_main
 from util.report import markdown_table
 
 
-def sampling(
-    sampler: Sampler, mode: str, batch: int, args: argparse.Namespace
-) -> Callable[[], Tensor]:
+def sampling(sampler: Sampler, mode: str, batch: int, args: argparse.Namespace) -> Callable:
     """A call that samples images 0 .. batch-1, each of its own class, other classes at each call."""
     first = itertools.count(step=batch)
     noise = sampler.model.image_noise(range(batch)).to(sampler.device)

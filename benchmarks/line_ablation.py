@@ -12,7 +12,6 @@ are benchmarks/results/line_ablation.{json,md}.
 import argparse
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,9 +42,7 @@ def kl_per_line(
 def sweep(grid: tuple[int, int]) -> Iterator[tuple[str, LineARConfig]]:
     """Every setting whose budget fits, with the budget's name."""
     for budget, share in BUDGETS.items():
-        settings: list[dict[str, Any]] = [
-            {"anchors": a, "recent": r} for a in ANCHORS for r in RECENT
-        ]
+        settings: list[dict] = [{"anchors": a, "recent": r} for a in ANCHORS for r in RECENT]
         settings += [{"recent": r, "pooling": p} for r in RECENT for p in POOLINGS if p != "mean"]
         settings += [{"method": name} for name in METHODS if name != "linear"]
         for setting in settings:

@@ -208,9 +208,8 @@ class MARFamily(Family):
         if preset := flags.build(PresetConfig, defaults).preset:
             flagged |= preset_flags(FAST_PRESETS[preset]())
         try:
-            geometry = replace(
-                flags.build(MARConfig, flagged), **mar.SIZES[model.removeprefix("detok_")]
-            )
+            size = mar.SIZES[model.removeprefix("detok_")]
+            geometry = replace(flags.build(MARConfig, flagged), **size)
         except UserError as error:
             raise UserError(f"--model {model}: {error}") from error
         lazy_mar = flags.build_optional(LazyMARConfig, "lazy_mar", "LazyMAR", flagged)

@@ -129,12 +129,10 @@ class RotaryTransformer(nn.Module):
 class Encoder(RotaryTransformer):
     """Image to raw moments, (B, 3, H, W) => (B, 2C, H/p, W/p)."""
 
-    def __init__(
-        self, grid_size: int, patch_size: int, channels: int, size: TransformerSize
-    ) -> None:
+    def __init__(self, grid_size: int, patch: int, channels: int, size: TransformerSize) -> None:
         super().__init__(grid_size, size)
         width = size["width"]
-        self.patch_embed = nn.Sequential(nn.Conv2d(COLOURS, width, patch_size, patch_size))
+        self.patch_embed = nn.Sequential(nn.Conv2d(COLOURS, width, patch, patch))
         self.add_blocks()
         self.latent_head = nn.Linear(width, 2 * channels)
 
@@ -147,16 +145,14 @@ class Encoder(RotaryTransformer):
 class Decoder(RotaryTransformer):
     """Raw latents to image, (B, C, h, w) => (B, 3, h*p, w*p)."""
 
-    def __init__(
-        self, grid_size: int, patch_size: int, channels: int, size: TransformerSize
-    ) -> None:
+    def __init__(self, grid_size: int, patch: int, channels: int, size: TransformerSize) -> None:
         super().__init__(grid_size, size)
-        self.patch_size = patch_size
+        self.patch_size = patch
         width = size["width"]
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))  # of the training only
         self.decoder_embed = nn.Linear(channels, width)
         self.add_blocks()
-        self.ffn = nn.Sequential(nn.Identity(), nn.Conv2d(width, patch_size**2 * COLOURS, 1))
+        self.ffn = nn.Sequential(nn.Identity(), nn.Conv2d(width, patch**2 * COLOURS, 1))
         self.conv_out = nn.Conv2d(COLOURS, COLOURS, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:

@@ -52,9 +52,8 @@ class OrderConfig:
             return None
         places = (row + column for row in range(grid) for column in range(grid))
         # The number of trailing zero bits: 0 is the last stage.
-        zeros = (
-            min(self.stages - 1, ((p & -p) or 1 << self.stages).bit_length() - 1) for p in places
-        )
+        last = self.stages - 1
+        zeros = (min(last, ((p & -p) or 1 << self.stages).bit_length() - 1) for p in places)
         return [self.stages - 1 - z for z in zeros]
 
     def masked_after(self, length: int, num_iter: int) -> list[int]:

@@ -136,9 +136,8 @@ class MaskedTransformer(nn.Module):
         """
         x = self.decoder_embed(encoded)
         size = self.buffer_size if buffer else 0
-        mask_tokens = self.mask_token.to(x.dtype).expand(
-            len(x), size + order.shape[1] - x.shape[1], -1
-        )
+        missing = size + order.shape[1] - x.shape[1]
+        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), missing, -1)
         table = self.decoder_pos_embed_learned[0]
         first = table[:size].expand(len(x), -1, -1)
         positions = F.embedding(order, table[self.buffer_size :])

@@ -113,9 +113,8 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist; check its path")
-    return sorted(
-        (f for f in folder.iterdir() if is_image_name(f.name) and not f.is_dir()), key=str
-    )
+    images = (f for f in folder.iterdir() if is_image_name(f.name) and not f.is_dir())
+    return sorted(images, key=str)
 
 
 def is_image_name(name: str) -> bool:

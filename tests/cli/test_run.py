@@ -91,7 +91,7 @@ def test_the_tokenizer_may_decode_in_smaller_batches_and_another_dtype(run, refu
     assert 0 < np.abs(pixels_of(coarse) - pixels_of(plain)).mean() < 4
     assert coarse["config"]["dtype"] == "float32"
     message = refused(*flags, "--vae_dtype", "bf16", out=tmp_path / "out")
-    assert "vae_dtype 'float32', this one has 'bfloat16'" in message
+    assert "vae_dtype 'float32', not 'bfloat16'" in message
 
 
 def test_seeds_that_follow_the_process_are_another_configuration(run, refused, tmp_path):

@@ -239,12 +239,10 @@ def assert_follows(run, other):
             assert torch.allclose(weight, other_content["model_ema"][name], atol=2e-5), name
 
 
-@pytest.mark.parametrize("accum_iter", [2, 4])
-def test_accumulated_batches_follow_the_whole_batch(train, accum_iter):
+@pytest.mark.parametrize("count", [2, 4])
+def test_accumulated_batches_follow_the_whole_batch(train, count):
     whole = train(*NO_DROPOUT, out="whole")
-    parts = train(
-        *NO_DROPOUT, "--batch_size", 8 // accum_iter, "--accum_iter", accum_iter, out="parts"
-    )
+    parts = train(*NO_DROPOUT, "--batch_size", 8 // count, "--accum_iter", count, out="parts")
     assert_follows(whole, parts)
     assert parts[0]["progress"]["images_per_step"] == 8
 

@@ -46,9 +46,8 @@ def pixels(decoded: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_the_rotary_factors_are_the_recorded_ones(tok, part):
-    assert (
-        relative_error(getattr(tok, part).rope_tensor, recorded()[f"tok_out/rope_{part}"]) < EXACT
-    )
+    rope = getattr(tok, part).rope_tensor
+    assert relative_error(rope, recorded()[f"tok_out/rope_{part}"]) < EXACT
 
 
 def test_encoding_equals_the_recorded_moments_and_latents(tok):

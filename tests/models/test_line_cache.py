@@ -31,9 +31,8 @@ def run_cache(config, rows=2, grid=(6, 4), layers=2, seed=0, heads=2, width=8):
 def test_a_budget_of_all_lines_gives_the_codes_of_the_full_cache(budget):
     model, labels = small_gpt((8, 8)), torch.tensor([0, 3])
     full = model.sample_tokens(labels, cfg=2.0, seeds=[1, 2])
-    compressed = model.sample_tokens(
-        labels, cfg=2.0, seeds=[1, 2], line_ar=LineARConfig(budget=budget)
-    )
+    config = LineARConfig(budget=budget)
+    compressed = model.sample_tokens(labels, cfg=2.0, seeds=[1, 2], line_ar=config)
     assert torch.equal(compressed, full)
     cache = make_cache(LineARConfig(budget=budget), (8, 8), 1)
     assert not isinstance(cache.layers[0], LineLayer)
@@ -158,9 +157,8 @@ def test_bytes_of_gpt_xl_at_batch_256_are_those_of_the_manual(budget, gb, beside
     with torch.device("meta"):
         model = gpt_xl(block_size=24 * 24).to(torch.bfloat16)
     cache = make_cache(LineARConfig(budget), model.grid, len(model.layers))
-    model.decode(
-        torch.empty(512, 1, 1280, dtype=torch.bfloat16, device="meta"), model.rope()[:1], cache
-    )
+    x = torch.empty(512, 1, 1280, dtype=torch.bfloat16, device="meta")
+    model.decode(x, model.rope()[:1], cache)
     assert cache.nbytes == 512 * cache.slots * 2 * 1280 * 2 * 36
     assert cache.nbytes / 1e9 == pytest.approx(gb, abs=0.01)
     assert cache.workspace_nbytes / cache.nbytes == pytest.approx(besides, abs=1e-3)

@@ -118,9 +118,7 @@ def test_a_truncated_pickle_is_one_sentence(tmp_path, length):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", [b"<html>Sign in", b"PK\x03\x04 zip", b"\x93NUMPY", b"\x00" * 50]
-)
+@pytest.mark.parametrize("content", [b"<html>Sign in", b"PK\x03\x04 zip", b"\x93NUMPY", bytes(50)])
 def test_another_kind_of_file_is_one_sentence(tmp_path, content):
     (tmp_path / "s.pkl").write_bytes(content)
     with pytest.raises(UserError, match="damaged or no pickle"):

@@ -75,9 +75,7 @@ class RunFolder:
         config, found = json.loads(json.dumps(config)), manifest["config"]  # as both are read back
         for key in {**found, **config}:
             if found.get(key) != config.get(key):
-                return (
-                    f"holds a run with {key} {found.get(key)!r}, this one has {config.get(key)!r}"
-                )
+                return f"holds a run with {key} {found.get(key)!r}, not {config.get(key)!r}"
         return None
 
     def check(self, config: Json, num_images: int, overwrite: bool = False) -> bool:

@@ -113,9 +113,7 @@ class Scorer:
             result |= self._compare_features(sums.sums["kept"], reference)
         return result
 
-    def _compare_features(
-        self, ours: torch.Tensor, reference: FidStatistics
-    ) -> dict[str, float | int]:
+    def _compare_features(self, ours: torch.Tensor, reference: FidStatistics) -> dict[str, float]:
         """KID and precision / recall of features (N, d), by torch-fidelity."""
         if reference.activations is not None:
             theirs = torch.from_numpy(reference.activations)

@@ -128,9 +128,7 @@ class FeatureSums:
 
     def verdicts(self) -> dict[str, float]:
         """Name -> share of the images that are right, among those to which it applies."""
-        found = {
-            k.removeprefix(_VERDICT): v for k, v in self.sums.items() if k.startswith(_VERDICT)
-        }
+        found = {k[len(_VERDICT) :]: v for k, v in self.sums.items() if k.startswith(_VERDICT)}
         return {name: (right / count).item() for name, (right, count) in found.items()}
 
 

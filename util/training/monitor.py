@@ -80,9 +80,8 @@ class TrainingMonitor:
         if self.bar is not None:
             self.bar.close()
         if self.world.is_main and sys.stderr.isatty():
-            self.bar = tqdm(
-                total=self.plan.steps, initial=first_step, desc=f"epoch {epoch}", unit="step"
-            )
+            title = f"epoch {epoch}"
+            self.bar = tqdm(total=self.plan.steps, initial=first_step, desc=title, unit="step")
 
     @contextmanager
     def paused(self) -> Iterator[None]:

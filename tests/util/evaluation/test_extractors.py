@@ -20,6 +20,7 @@ from util.evaluation.statistics import FidStatistics, save_stats
 from util.shapes import label_of, render
 from util.tiny.classifier import ShapeClassifier
 
+INCEPTION = "inception-v3-compat"
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -37,12 +38,10 @@ def test_missing_inception_weights_offline_are_reported_with_their_path(tmp_path
     stats = inception_stats(tmp_path / "stats.npz")
     place = tmp_path / "torch" / "hub" / "checkpoints" / WEIGHTS_NAME
     with pytest.raises(UserError, match=re.escape(str(place))) as error:
-        metrics.check_ready(request(stats, features="inception-v3-compat", path=None))
+        metrics.check_ready(request(stats, features=INCEPTION, path=None))
     assert "util.download inception" in str(error.value) and is_one_sentence(error)
     with pytest.raises(UserError, match="own.pth are missing; `python -m util.download inception`"):
-        metrics.check_ready(
-            request(stats, features="inception-v3-compat", path=str(tmp_path / "own.pth"))
-        )
+        metrics.check_ready(request(stats, features=INCEPTION, path=str(tmp_path / "own.pth")))
 
 
 class Payload:
@@ -57,9 +56,7 @@ def test_inception_weights_that_would_run_code_are_refused_and_do_not_run_it(tmp
     stats = inception_stats(tmp_path / "stats.npz")
     for name in ("zip.pth", "plain.pth"):
         with pytest.raises(UserError, match=name) as error:
-            metrics.check_ready(
-                request(stats, features="inception-v3-compat", path=str(tmp_path / name))
-            )
+            metrics.check_ready(request(stats, features=INCEPTION, path=str(tmp_path / name)))
         assert is_one_sentence(error)
     assert not (tmp_path / "code_was_run").exists()
 
@@ -85,9 +82,9 @@ def test_inception_is_found_in_torch_hub_and_gives_torch_fidelitys_features(
     place.parent.mkdir(parents=True)
     os.link(inception_file, place)
     images = pictures(2, size=16)
-    ours = features_of(Pictures(images), name="inception-v3-compat")
+    ours = features_of(Pictures(images), name=INCEPTION)
     network = create_feature_extractor(
-        "inception-v3-compat",
+        INCEPTION,
         ["2048", "logits_unbiased"],
         cuda=False,
         feature_extractor_weights_path=str(inception_file),
@@ -95,7 +92,7 @@ def test_inception_is_found_in_torch_hub_and_gives_torch_fidelitys_features(
     )
     theirs = network(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
     assert [values.shape for values in ours.values()] == [(2, 2048), (2, 1008)]
-    spatial = metrics.Extractor("inception-v3-compat", None, "cpu", spatial=True)
+    spatial = metrics.Extractor(INCEPTION, None, "cpu", spatial=True)
     batch = torch.from_numpy(images).permute(0, 3, 1, 2)
     assert spatial(batch)["spatial"].shape == (2, 7 * 17 * 17)  # ADM's sFID
     assert all(torch.equal(a, b) for a, b in zip(ours.values(), theirs, strict=True))
@@ -106,9 +103,7 @@ def test_a_truncated_inception_file_is_refused_by_name(tmp_path, inception_file)
         (tmp_path / "cut.pth").write_bytes(file.read(1 << 20))
     stats = inception_stats(tmp_path / "stats.npz")
     with pytest.raises(UserError, match=r"cut\.pth") as error:
-        metrics.check_ready(
-            request(stats, features="inception-v3-compat", path=str(tmp_path / "cut.pth"))
-        )
+        metrics.check_ready(request(stats, features=INCEPTION, path=str(tmp_path / "cut.pth")))
     assert is_one_sentence(error)
 
 
@@ -116,9 +111,7 @@ def test_weights_of_another_network_are_refused_in_one_sentence(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     stats = inception_stats(tmp_path / "stats.npz")
     with pytest.raises(UserError, match=r"other\.pth") as error:
-        metrics.check_ready(
-            request(stats, features="inception-v3-compat", path=str(tmp_path / "other.pth"))
-        )
+        metrics.check_ready(request(stats, features=INCEPTION, path=str(tmp_path / "other.pth")))
     assert is_one_sentence(error)
 
 
