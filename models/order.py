@@ -51,10 +51,10 @@ class OrderConfig:
         if self.kind != "gtr":
             return None
         places = (row + column for row in range(grid) for column in range(grid))
-        # The number of trailing zero bits: 0 is the last stage.
         last = self.stages - 1
+        # The number of trailing zero bits: 0 is the last stage.
         zeros = (min(last, ((p & -p) or 1 << self.stages).bit_length() - 1) for p in places)
-        return [self.stages - 1 - z for z in zeros]
+        return [last - z for z in zeros]
 
     def masked_after(self, length: int, num_iter: int) -> list[int]:
         """Of `length` tokens, those still masked after each of num_iter steps; 0 after the last.

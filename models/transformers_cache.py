@@ -175,8 +175,9 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The library's sdpa attention; keys of a LineARCache tell their layer what was attended to."""
-    mask = attention_mask
-    output = sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    output = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    )
     layer = getattr(key, "line_layer", None)
     if layer is not None:
         layer.attended(query, attention_mask, scaling)

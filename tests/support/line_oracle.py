@@ -115,8 +115,9 @@ class Oracle:
                 for row in range(x.shape[0]):
                     for head in range(self.model.n_head):
                         self.end_line(index, row, head)
-            alive = [[[set(a) for a in heads] for heads in rows] for rows in self.alive]
-        self.history.append(alive)
+            self.history.append(
+                [[[set(a) for a in heads] for heads in rows] for rows in self.alive]
+            )
         return self.model.output(self.model.norm(x))[:, 0].float()
 
     def weights(self, index: int, row: int, head: int, at: int, seen: list[int]) -> Tensor:

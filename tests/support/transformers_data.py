@@ -90,8 +90,9 @@ def tiny_processor(template: str | None = None):
     words += ["a", "red", "disc", "green", "star", "<unk>", "User:", "Assistant:"]
     base = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     base.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    template = processors.TemplateProcessing
-    base.post_processor = template(single="<s> $A", special_tokens=[("<s>", 1)])
+    base.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=base, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         extra_special_tokens={
@@ -160,7 +161,9 @@ class MaskingOracle:
         return output.contiguous(), None
 
     def end_line(self, layer: int, key: Tensor) -> None:
-        queries = torch.stack(self.queries[layer][-self.plan.line :], 2)  # (rows, kv, line, g, d)
+        queries = torch.stack(
+            self.queries[layer][-self.plan.line :], 2
+        )  # (rows, kv, line, group, d)
         for row, seen in enumerate(self.seen[layer]):
             for head, alive in enumerate(seen):
                 slots = [i for i, kept in enumerate(alive.tolist()) if kept]

@@ -140,7 +140,11 @@ def test_the_first_wrong_name_or_shape_is_named_and_the_model_stays_as_it_was(tm
             "weight": torch.zeros(5, 3),
             "bias": torch.zeros(2),
         },
-        r"has 'extra'": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "extra": before},
+        r"a surplus 'extra'": {
+            "weight": torch.zeros(2, 3),
+            "bias": torch.zeros(2),
+            "extra": before,
+        },
     }
     for words, weights in cases.items():
         torch.save(weights, tmp_path / "x.pth")

@@ -105,7 +105,7 @@ def test_metrics_on_request_are_columns_of_those_that_have_them(tmp_path):
 
 def test_scores_against_different_references_are_marked_as_not_comparable(tmp_path):
     runs = [make_run(tmp_path / name, False, 1.0, 100, reference=f"toy {name}") for name in "ab"]
-    assert "do not compare: toy a and toy b." in table_of(*runs)
+    assert "are not comparable: toy a and toy b." in table_of(*runs)
     assert "compare" not in table_of(runs[0], runs[0])
 
 

@@ -139,7 +139,7 @@ REFUSED = {
     "twice": (
         {**PLAIN, "_orig_mod.first.bias": torch.zeros(2)},
         True,
-        r"has '_orig_mod\.first\.bias'",
+        r"a surplus '_orig_mod\.first\.bias'",
     ),
     "short list": ({"model_ema": list(AVERAGED.values())[:3]}, True, "list of 3 without names"),
     "list of numbers": ({"model_ema": [1, 2, 3, 4]}, True, "list of 4 without names"),

@@ -102,8 +102,8 @@ def test_a_file_in_the_working_directory_comes_first(tmp_path, monkeypatch):
 
 def test_the_bundled_classifier_needs_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert os.path.isfile(feature_weights.shapes_weights(None))
-    assert os.path.isfile(feature_weights.prompts_weights(None))
+    for name in (feature_weights.SHAPES, feature_weights.PROMPTS):
+        assert os.path.isfile(feature_weights.bundled_weights(name, None))
 
 
 def test_a_run_started_elsewhere_uses_them(tmp_path):

@@ -87,9 +87,9 @@ def test_the_picture_shows_the_colours_and_the_places_of_its_scene():
             centres.append((xs.mean(), ys.mean()))
         if scene.arrangement != SINGLE and scene.objects[0][0] != scene.objects[1][0]:
             (x0, y0), (x1, y1) = centres
-            gap, drift = x1 - x0, y1 - y0
-        if scene.arrangement == "vertical":
-            gap, drift = drift, gap
+            gap, drift = (
+                (y1 - y0, x1 - x0) if scene.arrangement == "vertical" else (x1 - x0, y1 - y0)
+            )
             assert gap > 20 and abs(drift) < 13
 
 
