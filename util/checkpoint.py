@@ -260,17 +260,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m util.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("convert", help="write one set of weights of SRC as DST")
-    command.add_argument(
-        "source", metavar="SRC", help="checkpoint file or directory, or statistics (*.pkl)"
-    )
-    command.add_argument("target", metavar="DST", help="*.safetensors (and *.json) or *.pth")
+    add = command.add_argument
+    add("source", metavar="SRC", help="checkpoint file or directory, or statistics (*.pkl)")
+    add("target", metavar="DST", help="*.safetensors (and *.json) or *.pth")
     which = command.add_mutually_exclusive_group()
     which.add_argument("--ema", action="store_const", const=True, help="the averaged weights")
     which.add_argument(
         "--no_ema", action="store_const", const=False, dest="ema", help="those of the last step"
     )
-    command.add_argument("--overwrite", action="store_true", help="replace DST")
-    command.add_argument("--key", help="which statistics, where a *.pkl holds several")
+    add("--overwrite", action="store_true", help="replace DST")
+    add("--key", help="which statistics, where a *.pkl holds several")
     args = parser.parse_args()
     if Path(args.source).suffix in PICKLED_STATISTICS:
         print(f"wrote {convert_statistics(args.source, args.target, args.key, args.overwrite)}")

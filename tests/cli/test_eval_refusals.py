@@ -8,11 +8,7 @@ def test_a_damaged_checkpoint_is_never_replaced_by_random_weights(refused, weigh
     whole = (weights / "official" / "checkpoint-last.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    cases = {
-        "none": "no checkpoint at",
-        "cut.pth": "truncated",
-        "other.pth": "of another model",
-    }
+    cases = {"none": "no checkpoint at", "cut.pth": "truncated", "other.pth": "of another model"}
     for name, words in cases.items():
         assert words in refused("--no_score", resume=tmp_path / name), name
 

@@ -14,13 +14,7 @@ from util.checkpoint import convert, main
 from util.errors import UserError, run_main
 from util.files import sha256_of
 from util.training.ema import EMA
-from util.weights import (
-    LAST,
-    load_into,
-    load_state_dict_file,
-    read_pickle,
-    save_safetensors,
-)
+from util.weights import LAST, load_into, load_state_dict_file, read_pickle, save_safetensors
 
 ARGS = {"model": "mar_tiny", "diffloss_w": 16, "num_sampling_steps": "100", "lr": None}
 PRIVATE = {"data_path": "/home/someone/data", "output_dir": "out", "keep": [1]}
