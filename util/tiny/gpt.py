@@ -90,11 +90,7 @@ def loss_of(model: GPT, codes: Tensor, labels: Tensor) -> Tensor:
 
 
 def fit(
-    model: nn.Module,
-    loss_of_step: Callable[[int], Tensor],
-    output_dir: Path,
-    steps: int,
-    peak_lr: float = PEAK_LR,
+    model: nn.Module, loss_of_step: Callable[[int], Tensor], output_dir: Path, steps: int
 ) -> float:
     """Train the parameters that require gradients, or continue from the checkpoint in output_dir.
 
@@ -109,7 +105,7 @@ def fit(
     bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:
         torch.manual_seed(step)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr, WARMUP)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, PEAK_LR, WARMUP)
         with attention_for_training(CPU):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = loss_of_step(step)

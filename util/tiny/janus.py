@@ -5,7 +5,7 @@
 
 It writes model and processor as save_pretrained does, in half precision. Its prompts are captions of
 util.tiny.captions. Text, VQ and image generation are used; the vision tower, which transformers asks
-for, is as small as can be and not trained. Stopped anywhere, the same command continues.
+for, is minimal and not trained. The same command resumes.
 """
 
 import argparse

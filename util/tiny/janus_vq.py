@@ -3,7 +3,7 @@
     python -m util.tiny.janus_vq --output_dir output_dir/janus_tiny/tokenizer
 
 Janus uses LlamaGen's tokenizer, so the recipe is that of util.tiny.vq and `janus_weights` renames the
-result. Stopped anywhere, the same command continues.
+result. The same command resumes.
 """
 
 import argparse
