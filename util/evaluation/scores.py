@@ -27,16 +27,9 @@ from torch_fidelity.metric_prc import (
 from tqdm import tqdm
 
 from util.errors import UserError
+from util.evaluation import image_source
 from util.evaluation.conditions import Condition
 from util.evaluation.extractors import Extractor, feature_spec
-from util.evaluation.image_source import (
-    ImageSource,
-    Pictures,
-    image_batches,
-    image_count,
-    open_reference,
-    open_source,
-)
 from util.evaluation.request import ScoreRequest
 from util.evaluation.statistics import (
     FidStatistics,
@@ -82,7 +75,7 @@ class Scorer:
     def add(self, dataset: Dataset, part: range) -> None:
         """Add the images of a dataset whose indices are in `part`."""
         with tqdm(total=len(part), desc="features", leave=False, disable=None) as bar:
-            for indices, images in image_batches(dataset, self.batch_size, part):
+            for indices, images in image_source.image_batches(dataset, self.batch_size, part):
                 self.update(indices, images)
                 bar.update(len(indices))
 
@@ -118,7 +111,7 @@ class Scorer:
         if reference.activations is not None:
             theirs = torch.from_numpy(reference.activations)
         else:
-            images = Pictures(load_images(self.request.stats_path))
+            images = image_source.Pictures(load_images(self.request.stats_path))
             theirs = _features_of(images, self.extractor, self.batch_size)
         theirs, result = theirs.to(ours), {}
         if "kid" in self.request.metrics:
@@ -147,7 +140,7 @@ def _frechet(ours: Gaussian, theirs: Gaussian) -> float:
 
 def _features_of(dataset: Dataset, extractor: Extractor, batch_size: int) -> torch.Tensor:
     """(N, d) float32 on the CPU."""
-    batches = image_batches(dataset, batch_size)
+    batches = image_source.image_batches(dataset, batch_size)
     layer = extractor.spec.feature_layer
     return torch.cat([extractor(images)[layer].cpu() for _, images in batches])
 
@@ -190,7 +183,7 @@ def check_ready(request: ScoreRequest, num_images: int | None = None) -> None:
 
 
 def score(
-    source: ImageSource,
+    source: image_source.ImageSource,
     num_images: int,
     request: ScoreRequest,
     device: str | torch.device,
@@ -202,7 +195,7 @@ def score(
     `source` is a folder of numbered PNGs, image i in the i-th place, or a Dataset. With `labels`
     (N,) and an extractor that knows them the result has `accuracy` too.
     """
-    dataset = open_source(source, num_images)
+    dataset = image_source.open_source(source, num_images)
     _load_stats_for(request)
     scorer = Scorer(request, num_images, device, labels, batch_size)
     scorer.add(dataset, range(num_images))
@@ -210,7 +203,7 @@ def score(
 
 
 def make_stats(
-    source: ImageSource,
+    source: image_source.ImageSource,
     features: str,
     features_path: str | None,
     output: str | os.PathLike,
@@ -227,8 +220,8 @@ def make_stats(
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f"the folder of {output} does not exist; create it or change --output")
     if not isinstance(source, Dataset):
-        source = open_reference(source, img_size)
-    count = image_count(source)
+        source = image_source.open_reference(source, img_size)
+    count = image_source.image_count(source)
     if count < 2:
         raise UserError(f"FID statistics need at least 2 images, got {count}; check the folder")
     spatial_features = feature_spec(features).spatial_module is not None

@@ -24,15 +24,8 @@ from util.errors import UserError, run_main
 from util.evaluation.statistics import save_stats
 from util.images import to_bytes
 from util.shapes import CLASSES, HELD_OUT_START, label_of, pictures
+from util.tiny import training
 from util.tiny.classifier import ShapeClassifier
-from util.tiny.training import (
-    BATCH,
-    fit_classifier,
-    normalise,
-    save_weights,
-    statistics_of,
-    with_noise,
-)
 
 FOLDER = Path("pretrained_models/mar_tiny")
 DEFAULT_IMAGES = {"tokenizer": 4000, "classifier": 20_000, "stats": 20_000}
@@ -48,8 +41,8 @@ def batches(start: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Pictures start .. start + length - 1 in order, as uint8 (B, 3, 64, 64), labels (B,)."""
     stop = start + length
     desc = f"pictures {start}..{stop - 1}"
-    for first in tqdm(range(start, stop, BATCH), desc=desc, leave=False, disable=None):
-        indices = range(first, min(first + BATCH, stop))
+    for first in tqdm(range(start, stop, training.BATCH), desc=desc, leave=False, disable=None):
+        indices = range(first, min(first + training.BATCH, stop))
         yield pictures(first, len(indices)), torch.tensor([label_of(i) for i in indices])
 
 
@@ -110,7 +103,7 @@ def make_tokenizer(folder: Path, num_images: int) -> dict[str, object]:
         "held_out_psnr_db": round(psnr(tokenizer), 2),
         "made_by": f"python -m util.tiny.assets tokenizer --num_images {num_images}",
     }
-    save_weights(folder / "tokenizer.safetensors", tokenizer.state_dict(), metadata)
+    training.save_weights(folder / "tokenizer.safetensors", tokenizer.state_dict(), metadata)
     return metadata
 
 
@@ -129,11 +122,11 @@ def make_classifier(folder: Path, num_images: int) -> dict[str, object]:
     def loss_of(indices: Tensor, random: torch.Generator) -> Tensor:
         batch, half = images[indices], len(indices) // 2
         batch = torch.cat([batch[:half], restore(tokenizer, batch[half:])])
-        logits = classifier(with_noise(to_unit_range(batch), PIXEL_NOISE, random))[1]
+        logits = classifier(training.with_noise(to_unit_range(batch), PIXEL_NOISE, random))[1]
         return F.cross_entropy(logits, labels[indices], label_smoothing=LABEL_SMOOTHING)
 
-    fit_classifier(classifier, num_images, CLASSIFIER_EPOCHS, CLASSIFIER_LR, loss_of)
-    normalise(classifier, images)
+    training.fit_classifier(classifier, num_images, CLASSIFIER_EPOCHS, CLASSIFIER_LR, loss_of)
+    training.normalise(classifier, images)
     with torch.inference_mode():
         metadata = {
             "kind": "ShapeClassifier",
@@ -141,7 +134,7 @@ def make_classifier(folder: Path, num_images: int) -> dict[str, object]:
             "held_out_accuracy_through_tokenizer": accuracy(classifier, tokenizer),
             "made_by": f"{ShapeClassifier.command} --num_images {num_images}",
         }
-    save_weights(folder / "classifier.safetensors", classifier.state_dict(), metadata)
+    training.save_weights(folder / "classifier.safetensors", classifier.state_dict(), metadata)
     return metadata
 
 
@@ -154,7 +147,7 @@ def make_stats(folder: Path, num_images: int) -> dict[str, object]:
         )
     classifier = ShapeClassifier.from_file(folder / "classifier.safetensors")
     held_out = (images for images, _ in batches(HELD_OUT_START, num_images))
-    save_stats(folder / "fid_stats.npz", statistics_of(classifier, held_out))
+    save_stats(folder / "fid_stats.npz", training.statistics_of(classifier, held_out))
     return {"made_by": f"python -m util.tiny.assets stats --num_images {num_images}"}
 
 
@@ -171,8 +164,8 @@ def main() -> None:
     parser.add_argument("--num_images", type=int, help="default: tokenizer 4000, others 20000")
     args = parser.parse_args()
     num_images = DEFAULT_IMAGES[args.asset] if args.num_images is None else args.num_images
-    if num_images < BATCH:
-        raise UserError(f"--num_images must be at least {BATCH}, got {num_images}")
+    if num_images < training.BATCH:
+        raise UserError(f"--num_images must be at least {training.BATCH}, got {num_images}")
     print(json.dumps(MAKERS[args.asset](args.output_dir, num_images)))
 
 

@@ -18,36 +18,18 @@ from torch import Tensor, nn
 from util.errors import UserError, run_main
 from util.evaluation.statistics import save_stats
 from util.shapes import HELD_OUT_START
-from util.tiny.captions import (
-    ARRANGEMENTS,
-    COLOURS,
-    GROUNDS,
-    SHAPES,
-    SINGLE,
-    Scene,
-    parse,
-    pictures,
-    scene_of,
-)
+from util.tiny import captions, training
 from util.tiny.classifier import FEATURES, TinyClassifier
-from util.tiny.training import (
-    BATCH,
-    fit_classifier,
-    normalise,
-    save_weights,
-    statistics_of,
-    with_noise,
-)
 
 FOLDER = Path("pretrained_models/janus_tiny")
 CLASSIFIER, STATISTICS = "prompt_classifier.safetensors", "fid_stats.npz"  # in FOLDER
 HEADS: dict[str, tuple[str, ...]] = {  # what is read from a picture, and its possible values
-    "arrangement": ARRANGEMENTS,
-    "ground": tuple(GROUNDS),
-    "colour": tuple(COLOURS),
-    "shape": SHAPES,
-    "second_colour": tuple(COLOURS),
-    "second_shape": SHAPES,
+    "arrangement": captions.ARRANGEMENTS,
+    "ground": tuple(captions.GROUNDS),
+    "colour": tuple(captions.COLOURS),
+    "shape": captions.SHAPES,
+    "second_colour": tuple(captions.COLOURS),
+    "second_shape": captions.SHAPES,
 }
 SIZES = tuple(map(len, HEADS.values()))
 ATTRIBUTES = ("shape", "colour", "ground", "relation")
@@ -79,26 +61,28 @@ class PromptClassifier(TinyClassifier):
         return self.places(maps)
 
     @torch.no_grad()
-    def scenes(self, images: Tensor) -> list[Scene]:
+    def scenes(self, images: Tensor) -> list[captions.Scene]:
         """The most probable scene of each image."""
         return scenes_of(self(images)[1])
 
 
-def scenes_of(logits: Tensor) -> list[Scene]:
+def scenes_of(logits: Tensor) -> list[captions.Scene]:
     """The most probable scene of each row of logits (B, sum(SIZES))."""
     choices = torch.stack([part.argmax(1) for part in logits.split(SIZES, dim=1)], dim=1)
     return [_scene_of(row) for row in choices.tolist()]
 
 
-def _scene_of(labels: Sequence[int]) -> Scene:
+def _scene_of(labels: Sequence[int]) -> captions.Scene:
     """The scene of the labels of HEADS."""
     words = [names[k] for names, k in zip(HEADS.values(), labels, strict=True)]
     arrangement, ground, *rest = words
     objects = ((rest[0], rest[1]), (rest[2], rest[3]))
-    return Scene(arrangement, objects[:1] if arrangement == SINGLE else objects, ground)
+    return captions.Scene(
+        arrangement, objects[:1] if arrangement == captions.SINGLE else objects, ground
+    )
 
 
-def compare(asked: Scene, found: Scene) -> dict[str, bool]:
+def compare(asked: captions.Scene, found: captions.Scene) -> dict[str, bool]:
     """Whether each of ATTRIBUTES that `asked` states is right in `found`.
 
     Two objects are compared in the order in which they match best: an image in which they have
@@ -115,7 +99,7 @@ def compare(asked: Scene, found: Scene) -> dict[str, bool]:
     result["colour"] = same_number and all(a[0] == b[0] for a, b in best)
     if asked.ground is not None:
         result["ground"] = asked.ground == found.ground
-    if asked.arrangement != SINGLE:
+    if asked.arrangement != captions.SINGLE:
         result["relation"] = asked.arrangement == found.arrangement and in_order
     return result
 
@@ -134,8 +118,8 @@ def prompt_agreement(
     """
     if len(images) != len(prompts) or not prompts:
         raise ValueError(f"need a prompt for each image, got {len(prompts)} for {len(images)}")
-    asked = [parse(prompt) for prompt in prompts]
-    found = [scene for batch in images.split(BATCH) for scene in classifier.scenes(batch)]
+    asked = [captions.parse(prompt) for prompt in prompts]
+    found = [scene for batch in images.split(training.BATCH) for scene in classifier.scenes(batch)]
     return _shares([compare(a, b) for a, b in zip(asked, found, strict=True)])
 
 
@@ -150,17 +134,17 @@ def _shares(results: Sequence[dict[str, bool]]) -> dict[str, float]:
 
 def labels_of(index: int) -> list[int]:
     """Label of each head for picture `index`."""
-    scene = scene_of(index)
+    scene = captions.scene_of(index)
     words = [scene.arrangement, scene.ground, *scene.objects[0], *scene.objects[-1]]
     labels = [names.index(word) for names, word in zip(HEADS.values(), words, strict=True)]
-    return labels if scene.arrangement != SINGLE else labels[:4] + [ABSENT, ABSENT]
+    return labels if scene.arrangement != captions.SINGLE else labels[:4] + [ABSENT, ABSENT]
 
 
 def batches(start: int, count: int) -> Iterator[tuple[Tensor, range]]:
     """Pictures start .. start + count - 1 in batches, with their indices."""
-    for first in range(start, start + count, BATCH):
-        size = min(BATCH, start + count - first)
-        yield pictures(first, size), range(first, first + size)
+    for first in range(start, start + count, training.BATCH):
+        size = min(training.BATCH, start + count - first)
+        yield captions.pictures(first, size), range(first, first + size)
 
 
 def train(count: int) -> PromptClassifier:
@@ -174,19 +158,19 @@ def train(count: int) -> PromptClassifier:
         batch = images[indices].float() / 127.5 - 1
         blur = torch.rand(len(indices), 1, 1, 1, generator=random)
         batch = torch.lerp(batch, F.avg_pool2d(batch, 3, 1, 1, count_include_pad=False), blur)
-        parts = classifier(with_noise(batch, PIXEL_NOISE, random))[1].split(SIZES, dim=1)
+        parts = classifier(training.with_noise(batch, PIXEL_NOISE, random))[1].split(SIZES, dim=1)
         losses = [F.cross_entropy(part, labels[indices, k]) for k, part in enumerate(parts)]
         return torch.stack(losses).sum()
 
-    fit_classifier(classifier, count, EPOCHS, PEAK_LR, loss_of)
-    normalise(classifier, images)
+    training.fit_classifier(classifier, count, EPOCHS, PEAK_LR, loss_of)
+    training.normalise(classifier, images)
     return classifier.eval()
 
 
 def accuracy(classifier: PromptClassifier, count: int) -> dict[str, float]:
     """Share of held-out pictures whose scene is right: in everything, and per attribute."""
     results = [
-        compare(scene_of(index), found)
+        compare(captions.scene_of(index), found)
         for batch, indices in batches(HELD_OUT_START, count)
         for index, found in zip(indices, classifier.scenes(batch), strict=True)
     ]
@@ -201,20 +185,20 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=FOLDER)
     parser.add_argument("--num_images", type=int, default=PICTURES)
     args = parser.parse_args()
-    if args.num_images < BATCH:
-        raise UserError(f"--num_images must be at least {BATCH}, got {args.num_images}")
+    if args.num_images < training.BATCH:
+        raise UserError(f"--num_images must be at least {training.BATCH}, got {args.num_images}")
     weights = train(args.num_images).half().state_dict()
     classifier = PromptClassifier()
     classifier.load_state_dict(weights)  # what is tested is what is written
     result = accuracy(classifier.eval(), TEST_PICTURES)
     held_out = (batch for batch, _ in batches(HELD_OUT_START, args.num_images))
-    save_stats(args.output_dir / STATISTICS, statistics_of(classifier, held_out))
+    save_stats(args.output_dir / STATISTICS, training.statistics_of(classifier, held_out))
     metadata = {
         "kind": "PromptClassifier",
         "held_out_accuracy": result,
         "made_by": f"{PromptClassifier.command} --num_images {args.num_images}",
     }
-    save_weights(args.output_dir / CLASSIFIER, weights, metadata)
+    training.save_weights(args.output_dir / CLASSIFIER, weights, metadata)
     print(json.dumps(result))
 
 
