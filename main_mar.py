@@ -25,15 +25,7 @@ from models import mar
 from models.tokenizers import Tokenizer
 from models.vae import DiagonalGaussianDistribution
 from util import dist, metrics
-from util.data.checks import (
-    DataShape,
-    check_same_classes,
-    check_spread,
-    note,
-    open_data,
-    record_classes,
-    some_items,
-)
+from util.data import checks
 from util.data.config import DataConfig
 from util.data.datasets import BatchPlan, batches, to_unit_range
 from util.errors import UserError, run_main
@@ -184,8 +176,10 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
     geometry = host.geometry
     side = geometry.latent_side
     latent_shape = (geometry.vae_embed_dim, side, side)
-    shape = DataShape(geometry.img_size, latent_shape, geometry.class_num, host.tokenizer.files)
-    data = open_data(data_config, shape, world)
+    shape = checks.DataShape(
+        geometry.img_size, latent_shape, geometry.class_num, host.tokenizer.files
+    )
+    data = checks.open_data(data_config, shape, world)
     ranks = world.rank, world.size
     plan = BatchPlan(len(data), config.batch_size, config.seed, *ranks, config.accum_iter)
     optimizer = command.optimizer
@@ -203,16 +197,18 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
     first_epoch, first_step = config.start_epoch, 0
     state.step = first_epoch * plan.steps
     if resumed:
-        check_same_classes(find_checkpoint(resumed).parent, data.files.classes)
+        checks.check_same_classes(find_checkpoint(resumed).parent, data.files.classes)
         first_epoch, first_step = resume(state, plan, resumed, world)
         if first_epoch >= config.epochs:
-            note(
+            checks.note(
                 f"{resumed} has {first_epoch} epochs, --epochs is {config.epochs}: nothing is left "
                 "to train",
                 world,
             )
         elif config.max_steps is not None and state.step >= config.max_steps:
-            note(f"{resumed} has {state.step} steps, --max_steps is {config.max_steps}", world)
+            checks.note(
+                f"{resumed} has {state.step} steps, --max_steps is {config.max_steps}", world
+            )
             return
     if config.compile:
         mar.compile_for_training(model)
@@ -234,11 +230,11 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
         )
     to_latents = latents_from(data_config.use_cached, tokenizer, scale)
     if world.is_main:
-        record_classes(config.output_dir, data.files.classes)
+        checks.record_classes(config.output_dir, data.files.classes)
         if not resumed:
-            items = some_items(data).to(device)
+            items = checks.some_items(data).to(device)
             noise = torch.randn(len(items), *latent_shape, device=device)
-            check_spread(to_latents(items, noise), scale, world)
+            checks.check_spread(to_latents(items, noise), scale, world)
     with (
         StopRequest() as stop_request,
         TrainingMonitor(config, command.arguments, state, plan, world, stop_request) as monitor,
