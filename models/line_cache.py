@@ -15,9 +15,19 @@ from collections.abc import Hashable
 import torch
 from torch import Tensor
 
-from models.line_config import LineARConfig as LineARConfig
+from models.line_config import LineARConfig
 from models.line_methods import METHODS, LineView
-from models.line_plan import LinePlan as LinePlan
+from models.line_plan import LinePlan
+
+__all__ = [
+    "KVCache",
+    "KVLayer",
+    "LineARConfig",
+    "LineLayer",
+    "LinePlan",
+    "make_cache",
+    "make_layer",
+]
 
 MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign
 

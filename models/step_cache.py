@@ -13,7 +13,7 @@ from torch import Tensor
 from models.graphs import Runner
 from models.line_cache import KVCache, LineARConfig, LineLayer, make_layer
 
-# Masked attention on CUDA needs masks aligned to 16 elements. At 24x24 tokens a full cache then attends to
+# Masked attention on CUDA wants masks aligned to 16 elements. At 24x24 tokens a full cache then attends to
 # 3% more slots than are live, LineAR at 1/6 to 9%.
 BUCKET = 16
 
