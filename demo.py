@@ -29,7 +29,6 @@ from models.sampler import Sampler
 from models.step_view import CHANGED, NOW, PREVIOUS, REUSED, views
 from models.tokenizers import Tokenizer
 from util.data.datasets import center_crop, to_unit_range
-from util.device import pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.images import to_uint8
@@ -108,7 +107,7 @@ class SideBySide:
         self.tokenizer, self.latent_scale, self.sampling = tokenizer, latent_scale, sampling
         self.pair(Request(label=0, seed=0, num_iter=2, cfg=2.0))
 
-    def pair(self, request: Request, **edit: Tensor) -> tuple[Picture, Picture]:
+    def pair(self, request: Request, **edit: Any) -> tuple[Picture, Picture]:
         """MAR's and LazyMAR's picture; edit: known and known_mask as in MAR.sample_tokens.
 
         Raises ValueError for a label, seed or number that does not fit.
@@ -182,7 +181,7 @@ class SideBySide:
         return replace(self.sampling, num_iter=request.num_iter, cfg=request.cfg)
 
     @torch.no_grad()
-    def _draw(self, request: Request, sampling: SamplingConfig, edit: dict[str, Tensor]) -> Picture:
+    def _draw(self, request: Request, sampling: SamplingConfig, edit: dict[str, Any]) -> Picture:
         noise = self.sampler.model.image_noise([request.seed])
         began = time.perf_counter()
         latents = self.sampler.sample_tokens(
@@ -208,7 +207,7 @@ class Page:
     def __init__(self, side: SideBySide) -> None:
         self.side = side
 
-    def sample(self, *controls: float | None) -> Iterator[tuple[Any, ...]]:
+    def sample(self, *controls: Any) -> Iterator[tuple[Any, ...]]:
         """Controls -> MAR's and LazyMAR's picture, map of tokens, text, picture to edit; as they come."""
         try:
             request = make_request(*controls)
@@ -221,7 +220,7 @@ class Page:
         pictures = enlarged(plain.image), enlarged(lazy.image)
         yield *pictures, enlarged(frame.tokens), caption(plain, lazy), pictures[1]
 
-    def edit(self, editor: dict[str, Any] | None, *controls: float | None) -> tuple[Any, ...]:
+    def edit(self, editor: dict[str, Any] | None, *controls: Any) -> tuple[Any, ...]:
         """The editor's picture and layers, controls -> MAR's and LazyMAR's picture, text."""
         try:
             if editor is None or editor["background"] is None:
@@ -236,7 +235,7 @@ class Page:
         return enlarged(plain.image), enlarged(lazy.image), caption(plain, lazy)
 
 
-def make_request(label: float | None, seed: float | None, num_iter: float, cfg: float) -> Request:
+def make_request(label: int | None, seed: int | None, num_iter: int, cfg: float) -> Request:
     """What the controls say. Raises ValueError where one is empty."""
     if label is None or seed is None:
         raise ValueError("class and seed are whole numbers from 0")
@@ -258,8 +257,9 @@ def page(side: SideBySide, names: tuple[str, ...] | None, start_seed: int) -> "g
             "# MAR and LazyMAR\nThe same model and the same seed, plain and with caches."
         )
         with gradio.Row():
+            label: gradio.components.Component
             if names:
-                choices = [(name, label) for label, name in enumerate(names)]
+                choices = [(name, i) for i, name in enumerate(names)]
                 label = gradio.Dropdown(choices, value=0, label="class")
             else:
                 label = gradio.Number(min(START_CLASS, class_num - 1), precision=0, label="class")
@@ -311,9 +311,8 @@ def main() -> None:
     place = cli.place(selection.flags)
     loaded = host.load(place.device)
     scale = host.tokenizer.scale(loaded.tokenizer)
-    dtype = pick_dtype(place.config.dtype, place.device)
     assert isinstance(loaded.model, MAR)
-    side = SideBySide(loaded.model, loaded.tokenizer, scale, host.sampling, dtype)
+    side = SideBySide(loaded.model, loaded.tokenizer, scale, host.sampling, place.execution.dtype)
     names = CLASSES if host.model == "mar_tiny" and host.class_num == len(CLASSES) else None
     try:
         page(side, names, seed).launch(server_name="127.0.0.1", server_port=port)

@@ -137,9 +137,7 @@ def selection_rows(base: LazyMARConfig) -> list[Row]:
     """Token selections, with all caches and with the token cache alone, where nothing else blurs."""
     rows = changed(base, *CHANGED["token_selection"])
     return rows + [
-        replace(
-            row, name=f"{row.name}, token cache alone", config=row.config.with_caches(["token"])
-        )
+        replace(row, name=f"{row.name}, token cache only", config=row.config.with_caches(["token"]))
         for row in rows
         if row.config is not None
     ]

@@ -32,7 +32,6 @@ from benchmarks.frontier import Result, conclusion, draw
 from benchmarks.memory import SampledBatch, peak_gb
 from benchmarks.plots import require_matplotlib
 from engine import cli
-from engine.base import ComputeConfig
 from engine.mar import MARHost
 from engine.run import evaluate
 from models.flops import MARGeometry, image_work
@@ -41,7 +40,6 @@ from models.mar import MAR
 from models.plan import DecodingPlan
 from models.sampler import Sampler
 from util import dist, metrics, report
-from util.device import can_compile, pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
@@ -64,7 +62,6 @@ class Request:
     host: MARHost
     settings: EvaluationConfig
     scoring: ScoreRequest
-    compute: ComputeConfig
     place: cli.Place
     arguments: dict[str, object]
     groups: list[str]
@@ -83,7 +80,7 @@ class Ablation:
     def __init__(self, request: Request) -> None:
         """UserError for files that are missing or do not fit."""
         self.request, self.device = request, request.place.device
-        self.dtype = pick_dtype(request.place.config.dtype, self.device)
+        self.dtype = request.place.execution.dtype
         self.loaded = request.host.load(self.device)
         self.model = cast(MAR, self.loaded.model)
         self.geometry = MARGeometry.from_model(self.model)
@@ -112,7 +109,6 @@ class Ablation:
         return frontier_series(self.base, self.steps_at)
 
     def host_of(self, row: Row) -> MARHost:
-        """The host that samples this row."""
         return self.request.host.with_sampling(num_iter=row.num_iter, lazy_mar=row.config)
 
     def folder(self, row: Row) -> Path:
@@ -131,10 +127,8 @@ class Ablation:
                 self.loaded,
                 request.settings,
                 request.scoring,
-                request.compute,
+                request.place.execution,
                 rendezvous,
-                self.device,
-                self.dtype,
                 request.arguments,
                 redo=False,
             )
@@ -167,7 +161,7 @@ class Ablation:
         """Fill self.seconds: task -> the fastest seconds per image of its turns."""
         request = self.request
         unique = list({row.task: row for row in rows}.values())
-        fast = not request.compute.no_compile and can_compile(self.device, show=True)
+        fast = request.place.execution.fast()
         size, sampling = request.timing_bsz, request.host.sampling
         labels = [i % self.model.class_num for i in range(size)]
         noise = self.model.image_noise(range(size))
@@ -240,7 +234,7 @@ class Ablation:
         }
 
     def about(self, group: str) -> dict[str, object]:
-        """What the numbers of a group travel with."""
+        """What is recorded with the numbers of a group."""
         request = self.request
         runs = [report.load_run(self.folder(row)) for row in self.groups[group]]
         same = ("seeds", "reference", "eval_bsz", "threads", "processes", "device_name")
@@ -256,7 +250,6 @@ class Ablation:
 
 
 def table(rows: list[Result]) -> str:
-    """Markdown."""
     body = []
     for row in rows:
         inception = f"{row['is_mean']:.2f} ± {row['is_std']:.2f}"
@@ -313,7 +306,6 @@ def parse(words: Sequence[str] | None = None) -> Request:
         host=host,
         settings=settings,
         scoring=selection.request(),
-        compute=flags.build(ComputeConfig),
         place=cli.place(flags),
         arguments=flags.resolved,
         groups=names,
@@ -324,13 +316,12 @@ def parse(words: Sequence[str] | None = None) -> Request:
 
 
 def main() -> None:
-    """Command line."""
     request = parse()
     place = request.place
     if "frontier" in request.groups:
         require_matplotlib()
     metrics.check_ready(request.scoring)
-    with dist.Rendezvous(place.world, place.launch.dist_url, place.launch.patience) as rendezvous:
+    with place.rendezvous() as rendezvous:
         ablation = Ablation(request)
         rows = [row for name in request.groups for row in ablation.groups[name]]
         seconds = ablation.run(rows, rendezvous)

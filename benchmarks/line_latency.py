@@ -151,7 +151,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     set_threads(args.threads)
     device = torch.device("meta") if args.sizes_only else pick_device(args.device)

@@ -1,4 +1,4 @@
-"""Families of models behind one protocol, and what the scripts do with them."""
+"""Families of models behind one interface, their flags and their evaluation."""
 
 from engine.base import Family
 from engine.janus import JanusFamily

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.base import ComputeConfig, Family, Loaded, Preset, WeightsConfig, bundled
+from engine.base import Execution, Family, Loaded, Preset, WeightsConfig, bundled
 from engine.llamagen import build_line_ar
 from engine.text_to_image import TextToImageHost, add_sampling_flags
 from models.gpt_images import GPTSampling
@@ -68,20 +68,12 @@ class JanusHost(TextToImageHost):
 
         return image_grid(model)
 
-    def generator(
-        self,
-        loaded: Loaded,
-        compute: ComputeConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        show: bool,
-    ) -> ImageGenerator:
+    def generator(self, loaded: Loaded, execution: Execution) -> ImageGenerator:
         from models.janus import JanusGenerator
 
-        model: Any = loaded.model.to(dtype)
-        return JanusGenerator(
-            model, loaded.tokenizer, self.sampling, self._size(model), compute.vae_bsz
-        )
+        model: Any = loaded.model.to(execution.dtype)
+        vae_bsz = execution.config.vae_bsz
+        return JanusGenerator(model, loaded.tokenizer, self.sampling, self._size(model), vae_bsz)
 
     def _size(self, model: Any) -> int:
         return self.image_size or _pixels(model)

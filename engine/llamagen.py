@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from engine.base import (
-    ComputeConfig,
+    Execution,
     Family,
     Host,
     Loaded,
@@ -21,12 +21,11 @@ from models import llamagen, vq
 from models.gpt_images import GPTGenerator, GPTSampling
 from models.line_config import LineARConfig
 from models.line_methods import METHODS
-from util import checkpoint
 from util.config import FlagParser, Flags, setting
-from util.device import can_compile
 from util.errors import UserError
 from util.evaluation.generation import ImageGenerator
 from util.files import hub_weights, sha256_of
+from util.weights import describe, find_checkpoint, load_into
 
 ROPE_TABLE = "freqs_cis"  # some published files hold it; ours is computed
 TOKENIZERS = {"vq16": vq.vq16, "vq_tiny": vq.vq_tiny}
@@ -80,9 +79,7 @@ class GPTImageConfig:
     """Geometry of the images, and their tokenizer. UserError if a line is not a whole number of codes."""
 
     img_size: int = setting(384, "height and width that the model draws, pixels", least=1)
-    image_size_eval: int | None = setting(
-        256, "height and width of the saved images, pixels", least=1
-    )
+    image_size_eval: int | None = setting(256, "size of the saved images, pixels", least=1)
     vae_stride: int = setting(16, "pixels per code and side", least=1)
     class_num: int = setting(1000, "number of classes", least=1)
     tokenizer: str = setting("vq16", "kind of the tokenizer", choices=tuple(TOKENIZERS))
@@ -121,14 +118,14 @@ class LlamaGenHost(Host):
         return self.model
 
     def load(self, device: torch.device) -> Loaded:
-        checkpoint.find_checkpoint(self.resume)
+        find_checkpoint(self.resume)
         lines, line = self.images.grid
         with torch.device("meta"):  # drawing billions of weights takes minutes
             build = getattr(llamagen, self.builder)
             model = build(block_size=lines * line, num_classes=self.images.class_num)
         model = model.to_empty(device="cpu")
-        checkpoint.load_into(model, self.resume, use_ema=False, surplus=(ROPE_TABLE,))
-        weights = checkpoint.describe(self.resume, use_ema=False)
+        load_into(model, self.resume, use_ema=False, surplus=(ROPE_TABLE,))
+        weights = describe(self.resume, use_ema=False)
         return Loaded(model.to(device).eval(), self.open_tokenizer(device), weights)
 
     def open_tokenizer(self, device: torch.device) -> nn.Module:
@@ -137,7 +134,7 @@ class LlamaGenHost(Host):
         remedy = "fetch LlamaGen's with `python -m util.download vq16`"
         require_file(images.vae_path, "--vae_path: the tokenizer", remedy)
         tokenizer = TOKENIZERS[images.tokenizer]().eval().requires_grad_(False)
-        checkpoint.load_into(tokenizer, images.vae_path, use_ema=False)
+        load_into(tokenizer, images.vae_path, use_ema=False)
         if tokenizer.stride != images.vae_stride:
             raise UserError(
                 f"the tokenizer {images.vae_path} has stride {tokenizer.stride}, but --vae_stride is "
@@ -145,21 +142,14 @@ class LlamaGenHost(Host):
             )
         return tokenizer.to(device)
 
-    def generator(
-        self,
-        loaded: Loaded,
-        compute: ComputeConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        show: bool,
-    ) -> ImageGenerator:
+    def generator(self, loaded: Loaded, execution: Execution) -> ImageGenerator:
         assert isinstance(loaded.model, llamagen.GPT)
         assert isinstance(loaded.tokenizer, vq.VQModel)
         images = self.images
         size = images.image_size_eval or images.img_size
-        model = loaded.model.to(dtype)
-        fast = not compute.no_compile and can_compile(device, show)
-        return GPTGenerator(model, loaded.tokenizer, self.sampling, size, compute.vae_bsz, fast)
+        model, vae_bsz = loaded.model.to(execution.dtype), execution.config.vae_bsz
+        fast = execution.fast()
+        return GPTGenerator(model, loaded.tokenizer, self.sampling, size, vae_bsz, fast)
 
     def config(self, loaded: Loaded, dtype: torch.dtype) -> dict[str, object]:
         images = self.images
@@ -239,21 +229,14 @@ class CaptionHost(LlamaGenHost):
         text = tokenizer, encoder.to(device).eval()
         return Loaded(loaded.model, (*text, loaded.tokenizer), weights)
 
-    def generator(
-        self,
-        loaded: Loaded,
-        compute: ComputeConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        show: bool,
-    ) -> ImageGenerator:
+    def generator(self, loaded: Loaded, execution: Execution) -> ImageGenerator:
         from models.llamagen_text import CaptionGenerator
 
-        model: Any = loaded.model.to(dtype)
+        model: Any = loaded.model.to(execution.dtype)
         *text, vq = loaded.tokenizer
-        text[1].to(dtype)
+        text[1].to(execution.dtype)
         size = self.images.image_size_eval or self.images.img_size
-        return CaptionGenerator(model, text, vq, self.sampling, size, compute.vae_bsz)
+        return CaptionGenerator(model, text, vq, self.sampling, size, execution.config.vae_bsz)
 
 
 class LlamaGenFamily(Family):
@@ -296,7 +279,7 @@ class LlamaGenFamily(Family):
 
 
 def build_line_ar(flags: Flags, defaults: Preset) -> LineARConfig | None:
-    """LineAR's settings, None without --line_ar. UserError for a setting that the method ignores."""
+    """LineAR's settings, None without --line_ar. UserError for a flag that the method ignores."""
     name = flags.value("line_method", "linear")
     method = METHODS.get(name)
     if flags.value("line_ar") and method is not None:

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.base import ComputeConfig, Family, Loaded, Preset, WeightsConfig, require_file
+from engine.base import Execution, Family, Loaded, Preset, WeightsConfig, require_file
 from engine.llamagen import build_line_ar
 from engine.text_to_image import TextToImageHost, add_sampling_flags
 from models.chameleon_vq import ChameleonVQ
 from models.gpt_images import GPTSampling
-from util.checkpoint import load_into
 from util.config import FlagParser, Flags, setting
 from util.errors import UserError
 from util.evaluation.generation import ImageGenerator
 from util.files import sha256_of
+from util.weights import load_into
 
 _FOLDER = "pretrained_models/lumina"
 STRIDE = 16  # pixels per code and side
@@ -86,21 +86,14 @@ class LuminaHost(TextToImageHost):
         lines, width = self.images.grid
         return lines, width + 1  # a newline ends the line
 
-    def generator(
-        self,
-        loaded: Loaded,
-        compute: ComputeConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        show: bool,
-    ) -> ImageGenerator:
+    def generator(self, loaded: Loaded, execution: Execution) -> ImageGenerator:
         from models.lumina import LuminaGenerator
 
-        model: Any = loaded.model.to(dtype)
+        model: Any = loaded.model.to(execution.dtype)
         text, vq = loaded.tokenizer
-        return LuminaGenerator(
-            model, text, vq.to(device), self.sampling, self.images.grid, self._size, compute.vae_bsz
-        )
+        images, vae_bsz = self.images, execution.config.vae_bsz
+        vq = vq.to(execution.device)
+        return LuminaGenerator(model, text, vq, self.sampling, images.grid, self._size, vae_bsz)
 
     @property
     def _size(self) -> int:

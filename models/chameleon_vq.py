@@ -1,6 +1,6 @@
 """Chameleon's image tokenizer (Meta, arXiv 2405.09818): the VQGAN of taming transformers.
 
-transformers has its encoder alone; the decoder is KL-16's (models/vae.py). Keys of the state_dict are
+transformers has only its encoder; the decoder is KL-16's (models/vae.py). Keys of the state_dict are
 those of the official `vqgan.ckpt`, under "state_dict", without its `loss.*`.
 """
 

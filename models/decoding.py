@@ -1,8 +1,8 @@
 """Decoding: MAR's decoding loop for one batch size and one plan, plain or with LazyMAR.
 
-The loop knows a predictor, which writes z for the tokens of a step, and a denoiser, which samples
-those tokens given z. Every count comes from the plan, and nothing in the loop waits for the device.
-What passes between the calls lies in tensors made once, so that the calls can be CUDA graphs.
+The loop calls a predictor, which computes z for the tokens of a step, and a denoiser, which samples these
+tokens given z. Every count comes from the plan, and nothing in the loop waits for the device. The calls
+communicate through tensors that are allocated once, so that they can be CUDA graphs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Decoding:
     """Decodes batches of `bsz` images, one after another.
 
-    Rows are those of all images, conditional, then with guidance of all images, unconditional.
+    Rows are all images, conditional, then with guidance all images, unconditional.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Decoding:
         self.first_z: dict[int | None, Tensor] = {}  # label -> z (L, D) of step 0, raster order
         self.class_embedding = like.new_empty(1, self.embedding.shape[1])  # of one class
         self.class_z = like.new_empty(model.seq_len, self.z.shape[1])
-        # Heads come again and again, so they must not share memory with the steps.
+        # The same head call repeats within a run, so it must not share memory with the steps.
         self.run_step: Runner = CudaGraphs() if graphs else call_now
         self.run_head: Runner = CudaGraphs() if graphs else call_now
         self.run_class: Runner = CudaGraphs() if graphs else call_now
@@ -124,7 +124,7 @@ class Decoding:
     def _prepare(
         self, labels: Sequence[int] | None, noise: ImageNoise, known: Tensor | None = None
     ) -> None:
-        """What has to wait for the device: upload the batch, and z of the first step."""
+        """The part that waits for the device: upload the batch, and z of the first step."""
         self.order.copy_(noise.orders.flip(1).repeat(self.branches, 1))  # their front comes last
         embeddings = [self.model.class_embedding(labels, self.bsz)]
         if self.branches == 2:
@@ -154,7 +154,6 @@ class Decoding:
             yield step
 
     def _predict(self, step: DecodingStep) -> None:
-        """z of a step after the first."""
         self._write_z(self.predictor(step, self.tokens))
 
     def _write_z(self, z: Tensor) -> None:
@@ -162,7 +161,7 @@ class Decoding:
         self.z[: z.shape[0] * z.shape[1]] = z.flatten(0, 1)
 
     def _noise(self, n: int, steps: int) -> Tensor:
-        """Where the noise (n, N+1, c) of a step's denoising run lies."""
+        """Buffer for the noise (n, N+1, c) of a step's denoising run: a view."""
         channels = self.tokens.shape[2]
         return self.noise[: n * (steps + 1) * channels].view(n, steps + 1, channels)
 

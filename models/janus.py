@@ -1,7 +1,7 @@
 """Janus-Pro (Chen et al., arXiv 2501.17811): pictures of prompts, with transformers' own model.
 
 The loop is that of `JanusForConditionalGeneration.generate(generation_mode="image")`, over the same
-parts of the model, but the draws belong to the image: one seed each, whatever its batch.
+parts of the model, but each image is drawn from its own seed, whatever its batch.
 """
 
 import math
@@ -28,9 +28,9 @@ def image_grid(model: JanusForConditionalGeneration) -> tuple[int, int]:
 
 
 def unconditional(model: JanusForConditionalGeneration, input_ids: Tensor) -> Tensor:
-    """The prompts (B, P) of the other branch: all but the tokens that begin text and image is padding.
+    """Prompts (B, P) of the unconditional branch: all but the begin tokens of text and image is padding.
 
-    Padding of the prompt stays what it is; the new one is attended to, as the library does.
+    The new padding is attended to, as in the library; that of the prompt is not.
     """
     config: Any = model.generation_config
     kept = (input_ids == config.bos_token_id) | (
@@ -106,7 +106,7 @@ class JanusGenerator:
     def prepare(
         self, prompts: Sequence[str], seeds: Sequence[int]
     ) -> tuple[dict[str, Tensor], Sequence[int]]:
-        """The prompts as tokens: in the words of a conversation, where the processor has a template."""
+        """The prompts as tokens, with the processor's chat template if it has one."""
         texts = list(prompts)
         if self.processor.chat_template is not None:
             texts = [
@@ -130,19 +130,8 @@ class JanusGenerator:
     def generate(self, prepared: tuple[dict[str, Tensor], Sequence[int]]) -> Tensor:
         """Images (B, 3, size, size) float32, about [-1, 1]; NaN where the model computed none."""
         inputs, seeds = prepared
-        s = self.sampling
-        codes = sample_tokens(
-            self.model,
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            cfg=s.cfg,
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-            cfg_interval=s.cfg_interval,
-            line_ar=s.line_ar,
-            seeds=seeds,
-        )
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        codes = sample_tokens(self.model, ids, mask, **vars(self.sampling), seeds=seeds)
         codes = codes.unflatten(1, image_grid(self.model))
         return pictures(self.decode, codes, self.size, self.vae_bsz)
 

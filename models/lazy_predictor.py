@@ -1,6 +1,6 @@
 """LazyPredictor: z of each decoding step with LazyMAR's token cache and condition cache.
 
-Stands in for models.predictor.PlainPredictor and drives the same, untouched MAR.
+Replaces models.predictor.PlainPredictor and uses the same MAR.
 """
 
 from functools import partial
@@ -16,10 +16,10 @@ from models.transformer import MaskedTransformer
 
 
 class LazyPredictor:
-    """Holds everything that outlives a decoding step; a refresh renews all that later steps read.
+    """Holds the state between decoding steps; a refresh renews everything that later steps read.
 
-    Rows are conditional first, then unconditional. With the condition cache, caches and lazy steps
-    know the conditional rows only. A step without guidance has these alone, too.
+    The batch (rows, R) is conditional first, then unconditional. With the condition cache, caches and
+    lazy steps hold only the conditional half, as does a step without guidance.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class LazyPredictor:
         return x[:, : step.stop - step.start]
 
     def _lazy(self, step: DecodingStep, policy: StepPolicy, tokens: Tensor) -> Tensor:
-        """What changed, conditional rows -> decoder output (branches * B, n, D)."""
+        """Computes only what changed -> decoder output (branches * B, n, D)."""
         branches = self.branches if step.guided and not self.use_residual else 1
         if not self.token_cache:
             x = self._encode_all(step, tokens, branches, fill=False)
@@ -175,8 +175,8 @@ class LazyPredictor:
         x = block.finish(x, block.attn.attend(block.attn.queries(h), k, v))
         now = slice(step.start - step.previous, step.stop - step.previous)  # among the kept
         for i, cache in self.decoder_caches.items():
-            rows = now if i == len(blocks) - 1 else None
-            x = blocks[i](x, partial(cache.scatter, index), rows)
+            query_slice = now if i == len(blocks) - 1 else None
+            x = blocks[i](x, partial(cache.scatter, index), query_slice)
         return x if self.decoder_caches else x[:, now]
 
     def select(self, v: Tensor, step: DecodingStep, kept: int) -> Tensor:

@@ -38,9 +38,7 @@ def rope_table(
     rows, cols = grid
     exponent = torch.arange(head_dim // 4, dtype=torch.float32, device=device) * 2
     f = 1.0 / ROPE_BASE ** (exponent / (head_dim // 2))
-    row, col = (
-        torch.arange(side, dtype=torch.float32, device=device)[:, None] * f for side in grid
-    )
+    row, col = (torch.arange(side, dtype=f.dtype, device=device)[:, None] * f for side in grid)
     angles = torch.cat(
         [row[:, None].expand(rows, cols, -1), col[None].expand(rows, cols, -1)], dim=-1
     ).flatten(0, 1)  # (N, head_dim / 2)
@@ -290,9 +288,8 @@ class GPT(nn.Module):
         rope = self.rope()
         x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(idx)], dim=1)
         steps = range(x.shape[1])
-        return torch.stack(
-            [self.decode(x[:, i : i + 1], rope[i : i + 1], cache) for i in steps], dim=1
-        )
+        logits = [self.decode(x[:, i : i + 1], rope[i : i + 1], cache) for i in steps]
+        return torch.stack(logits, dim=1)
 
     def decode(self, x: Tensor, rope: Tensor, cache: KVCache) -> Tensor:
         """One position x (rows, 1, D), rope (1, d/2, 2) -> logits (rows, vocab) float32."""

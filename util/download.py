@@ -1,8 +1,8 @@
 """Fetch the published files: `python -m util.download vae mar_base fid_stats inception`.
 
 pretrained_models/manifest.json says where each file comes from, where it goes (relative to the
-working directory) and what it must be. A transfer goes to PATH.part, survives a cut, a stall and
-the end of the process, and gets its final name only when length and digest are right.
+working directory), its length and its digest. A download goes to PATH.part, continues after a broken
+connection or a restart, and gets its final name only when length and digest are right.
 """
 
 import argparse
@@ -61,13 +61,11 @@ class Item:
 
     @property
     def by_hand(self) -> str:
-        return (
-            f"or get it by hand from {self.url} (see {self.source}) and place it at {self.target}"
-        )
+        return f"or get {self.url} by hand (see {self.source}) and place it at {self.target}"
 
 
 class _Interrupted(Exception):
-    """An attempt ended early for a reason that another attempt may not meet."""
+    """An attempt failed for a reason that may not affect the next one."""
 
 
 def read_manifest() -> dict[str, Item]:
@@ -135,11 +133,11 @@ def fetch(
     attempts: int = 6,
     pause: float = 1.0,
 ) -> Path:
-    """Bring `item` to its path, continuing what an earlier call left in PATH.part.
+    """Download `item` to its path, continuing the PATH.part of an earlier call.
 
     timeout: seconds without a byte until an attempt counts as stalled. pause: seconds before the
-    second attempt, doubled before each further one. Raises UserError if the file cannot be had;
-    what has arrived so far stays for the next call, unless it is wrong.
+    second attempt, doubled before each further one. Raises UserError if the file cannot be fetched;
+    a partial file stays for the next call, unless it is wrong.
     """
     target = item.target
     if item.folder:
@@ -236,7 +234,7 @@ def _announce(item: Item) -> None:
 
 
 def _validator(part: Path) -> Path:
-    """The file that remembers which version of the remote file `part` is the start of.
+    """The file that records of which version of the remote file `part` is the start.
 
     It holds the ETag or the date for If-Range (RFC 9110, section 13.1.5), or nothing where the
     server sends neither; then only length and digest can tell that the remote file has changed.
@@ -245,7 +243,7 @@ def _validator(part: Path) -> Path:
 
 
 def _continue(item: Item, part: Path, timeout: float) -> None:
-    """One attempt to complete `part`; returns when the server says that it has sent all."""
+    """One attempt to complete `part`; returns when the server has sent everything."""
     have = part.stat().st_size if part.exists() else 0
     if have and have == item.bytes:
         return
@@ -269,7 +267,7 @@ def _continue(item: Item, part: Path, timeout: float) -> None:
     except HTTPError as error:
         if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
             return
-        if error.code == 416:  # we hold more than there is
+        if error.code == 416:  # `part` is longer than the file
             part.unlink()
         elif error.code not in TRY_LATER and error.code < 500:
             raise UserError(
@@ -284,7 +282,7 @@ def _continue(item: Item, part: Path, timeout: float) -> None:
 
 
 def _extent(item: Item, response: HTTPResponse, have: int) -> tuple[int, int | None]:
-    """Where the answer starts in the file, and how long the whole file is (None: not said)."""
+    """Where the response starts in the file, and the length of the whole file (None: unknown)."""
     if response.headers.get_content_type() == "text/html":
         raise UserError(
             f"The address of {item.name} gives a web page instead of the file: the link may have "

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writing, digests, JSON."""
+"""Atomic file writing, digests, JSON."""
 
 import hashlib
 import json
@@ -38,16 +38,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def beside_code(path: str) -> str:
-    """A relative path as it is, or below the folder of the code if only there is such a file."""
+    """A relative path, or the path below the folder of the code if the file exists only there."""
     other = Path(__file__).parents[1] / path
     return str(other) if other.exists() and not Path(path).exists() else path
 
 
 def files_below(folder: Path, closed: Iterable[Path] = ()) -> Iterator[tuple[str, int]]:
-    """Path and bytes of each file in a folder and its folders; hidden ones do not count.
+    """Path and size of each file below a folder, hidden ones excluded.
 
-    Links are followed and each folder is entered once, so a loop ends. A link to nothing has 0 bytes.
-    `closed`: resolved folders that are not entered.
+    Links are followed and each folder is entered once, so a loop ends. A broken link has 0 bytes.
+    closed: resolved folders that are not entered.
     """
     seen = set(closed)
     folders = [folder]

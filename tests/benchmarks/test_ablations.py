@@ -1,7 +1,6 @@
 """Ablations: rows are runs that go on, tables and sentences say what the numbers say."""
 
 import json
-import sys
 
 import pytest
 
@@ -22,7 +21,7 @@ SERIES = {"MAR": SHORT["frontier"][:2], "LazyMAR": [LAZY]}
 
 
 @pytest.fixture
-def ablate(one_thread, monkeypatch, weights, tmp_path, capsys):
+def ablate(one_thread, monkeypatch, weights, tmp_path, document_of):
     """Calls the command with rows of two steps; returns the last line, parsed, and measured peaks."""
     measured = []
 
@@ -42,10 +41,7 @@ def ablate(one_thread, monkeypatch, weights, tmp_path, capsys):
         at = flags.index("--num_iter")  # the rows decide it
         del flags[at : at + 2]
         results = ["--results", str(tmp_path / "results"), "--timing_bsz", "2", "--repeats", "2"]
-        monkeypatch.setattr(sys, "argv", ["ablations.py", *flags, *results])
-        capsys.readouterr()
-        ablations.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1]), measured
+        return document_of(ablations, *flags, *results), measured
 
     return call
 

@@ -164,7 +164,7 @@ class MaskingOracle:
     def end_line(self, layer: int, key: Tensor) -> None:
         queries = torch.stack(
             self.queries[layer][-self.plan.line :], 2
-        )  # (rows, kv, line, groups, d)
+        )  # (rows, kv, line, group, d)
         for row, seen in enumerate(self.seen[layer]):
             for head, alive in enumerate(seen):
                 slots = [i for i, kept in enumerate(alive.tolist()) if kept]

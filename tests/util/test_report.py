@@ -65,7 +65,7 @@ def test_rows_name_the_settings_in_which_they_differ(tmp_path):
     assert table_of(plain, plain).splitlines()[2].startswith("| MAR | ")
 
 
-def test_identical_images_are_told_and_do_not_lift_the_mean(tmp_path):
+def test_identical_images_are_reported_and_not_in_the_mean(tmp_path):
     plain, lazy = (
         make_run(tmp_path / "a", False, 2.0, 100),
         make_run(tmp_path / "b", True, 1.0, 100),
@@ -103,12 +103,12 @@ def test_metrics_on_request_are_columns_of_those_that_have_them(tmp_path):
     assert (rows[2][-9:], rows[3][-17:]) == ("| - | - |", "| 0.500 | 0.250 |")
 
 
-def test_scores_against_different_references_are_said_not_to_compare(tmp_path):
+def test_scores_against_different_references_are_marked_as_not_comparable(tmp_path):
     runs = [make_run(tmp_path / name, False, 1.0, 100, reference=f"toy {name}") for name in "ab"]
-    assert "do not compare: toy a and toy b." in table_of(*runs)
+    assert "are not comparable: toy a and toy b." in table_of(*runs)
     assert "compare" not in table_of(runs[0], runs[0])
 
 
-def test_a_folder_that_is_no_finished_run_is_named(tmp_path):
+def test_a_folder_that_is_not_a_finished_run_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         report.load_run(tmp_path)
