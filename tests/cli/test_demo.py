@@ -263,13 +263,14 @@ def test_a_visitor_paints_over_a_part_and_has_it_drawn_again(browser, address, t
     page.get_by_role("tab", name="Edit").click()
     canvas = page.locator("canvas").first
     canvas.wait_for()
-    page.wait_for_timeout(2000)  # the editor fits its picture
+    page.wait_for_timeout(5000)  # the editor fits its picture
     box = canvas.bounding_box()
     page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.4 * box["height"])
     page.mouse.down()
     for share in (0.4, 0.5, 0.6, 0.7):
         page.mouse.move(box["x"] + share * box["width"], box["y"] + 0.5 * box["height"])
+        page.wait_for_timeout(200)
     page.mouse.up()
     page.get_by_role("button", name="Draw the painted part").click()
-    page.get_by_text("times as fast").nth(1).wait_for()
+    page.get_by_text("times as fast").filter(visible=True).wait_for()
     page.screenshot(path=tmp_path / "edited.png")
