@@ -22,6 +22,7 @@ from util.images import png_name, read_image, save_png, side_by_side_sheet
 PAIRED = ("weights", "num_images", "class_num", "prompts", "seed", "seed_mode", "model")
 # Settings that a row names if the runs differ in them.
 REPORTED_KEYS = ("num_iter", "cfg", "cfg_schedule", "temperature", "top_k", "top_p")
+FEWEST_FOR_FID = 200  # images; below, FID and IS are noise and the table leaves them out
 SHEET_COLUMNS = 10
 SHEET_SCALE = 2
 # Optional columns, shown if any run has them: key of the results, heading, format.
@@ -188,6 +189,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         more = [_number(run["speedup"], ".2f"), closeness_text(run, ".1f")]
         more += [_number(run.get(key), form) for key, _, form in extra]
         body.append([*cells(run), *more])
+    if all(int(run["num_images"]) < FEWEST_FOR_FID for run in rows):
+        headings, *body = ([name, *others] for name, _, _, *others in (headings, *body))
     about = (
         f"{first['model']}, {first['num_images']} images, {first['num_iter']} steps, "
         f"guidance {first['cfg']:g}, {first['dtype']} on {first['device']}, "
