@@ -35,8 +35,10 @@ from engine import cli
 from engine.mar import MARHost
 from engine.run import evaluate
 from models.flops import MARGeometry, image_work
+from models.head_config import HeadConfig
 from models.lazy_mar import LazyMARConfig
 from models.mar import MAR
+from models.order import OrderConfig
 from models.plan import DecodingPlan
 from models.sampler import Sampler
 from util import dist, metrics, report
@@ -94,9 +96,10 @@ class Ablation:
         """Operations for one image, in T."""
         sampling = self.request.host.sampling
         plan = DecodingPlan.create(
-            self.model.seq_len, row.num_iter, sampling.cfg, sampling.cfg_schedule
-        )
-        return image_work(self.geometry, plan, row.config, executed).total / 1e12
+            self.model.seq_len, row.num_iter, sampling.cfg, sampling.cfg_schedule,
+            guidance_start=row.head.guidance_start, order=row.order,
+        )  # fmt: skip
+        return image_work(self.geometry, plan, row.config, executed, row.head).total / 1e12
 
     def steps_at(self, row: Row, config: LazyMARConfig | None) -> int | None:
         """Steps with which `config` costs as much as the row, as executed; None if one costs more."""
@@ -109,7 +112,12 @@ class Ablation:
         return frontier_series(self.base, self.steps_at)
 
     def host_of(self, row: Row) -> MARHost:
-        return self.request.host.with_sampling(num_iter=row.num_iter, lazy_mar=row.config)
+        return self.request.host.with_sampling(
+            num_iter=row.num_iter,
+            lazy_mar=row.config,
+            head=None if row.head == HeadConfig() else row.head,
+            order=None if row.order == OrderConfig() else row.order,
+        )
 
     def folder(self, row: Row) -> Path:
         """Its run folder."""
@@ -177,6 +185,8 @@ class Ablation:
                 labels,
                 sampling.temperature,
                 lazy_mar=row.config,
+                head=row.head,
+                order=row.order,
                 noise=noise,
             )
             for _ in range(CUDA_WARMUPS if self.device.type == "cuda" else 0):
@@ -197,6 +207,8 @@ class Ablation:
                     "name": row.name,
                     "num_iter": row.num_iter,
                     "lazy_mar": asdict(row.config) if row.config else None,
+                    "head": asdict(row.head),
+                    "order": row.order.kind,
                     **{key: run.get(key) for key in ("fid", "is_mean", "is_std", "accuracy")},
                     **(report.closeness(run, runs[0]) if pair else NOT_PAIRED),
                     "tflops_published": self.tflops(row, executed=False),
