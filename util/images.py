@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from util.errors import UserError
 from util.files import atomic_path
@@ -97,6 +97,8 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
             rgb = None if mode.startswith(("I", "F")) else image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "its format is unknown"
         raise UserError(f"{path} cannot be read as an image ({reason}): replace it") from error
     if rgb is None:  # Pillow would clip 16 bits to white
         raise UserError(f"{path} has more than 8 bits per channel (mode {mode}): convert it to RGB")

@@ -77,6 +77,8 @@ def load_run(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path} has the {name} {run[name]!r}, which is not a number: score it again"
             )
+    if not run["num_images"] or run["num_images"] < 1:
+        raise UserError(f"{path} has {run['num_images']} images by its results: score it again")
     return run
 
 

@@ -61,6 +61,7 @@ def test_results_that_are_damaged_are_named_by_all_who_read_them(tmp_path, conte
     (tmp_path / "manifest.json").write_text(json.dumps({"config": {}, "calls": [CALL]}))
     (tmp_path / "results.json").write_bytes(content)
     assert "results.json cannot be read" in refusal(RunFolder(tmp_path).results)
+    assert "results.json cannot be read" in refusal(lambda: RunFolder(tmp_path).open({}, CALL, 1))
     assert "results.json cannot be read" in refusal(lambda: report.load_run(tmp_path))
 
 
@@ -69,6 +70,8 @@ def test_results_that_are_damaged_are_named_by_all_who_read_them(tmp_path, conte
     [
         ({"fid": "low"}, "the fid 'low', which is not a number"),
         ({"is_std": [1]}, "the is_std"),
+        ({"num_images": -1}, "has -1 images"),
+        ({"num_images": None}, "has None images"),
         ({"method": ...}, "does not say its method"),
         ({"images_dir": ...}, "does not say its images_dir"),
     ],

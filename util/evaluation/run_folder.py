@@ -103,6 +103,7 @@ class RunFolder:
         try:
             if self.check(config, num_images, overwrite):
                 self._discard()
+            self.results()  # damaged ones are named before the first image
             calls = self.calls()
             self.images.mkdir(parents=True, exist_ok=True)
             write_json(self.path / MANIFEST, {"config": config, "calls": [*calls, call]})
