@@ -46,13 +46,19 @@ def test_paired_runs_get_speed_up_and_psnr(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert table.read_text().strip() in printed
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
-    assert rows[1] == "| MAR | 1.250 | 9.00 ± 0.50 | 99.0% | 2.000 | 1.00 | - |"
-    assert rows[2] == "| LazyMAR | 1.250 | 9.00 ± 0.50 | 99.0% | 0.500 | 4.00 | 28.1 |"
+    assert rows[1] == "| MAR | 99.0% | 2.000 | 1.00 | - |"
+    assert rows[2] == "| LazyMAR | 99.0% | 0.500 | 4.00 | 28.1 |"
     assert read_image(sheet).shape[1] > 3 * 8
     first, second = json.loads(numbers.read_text())["rows"]
     assert (first["speedup"], first["psnr"], first["lpips"]) == (1.0, None, None)
     assert (second["speedup"], second["fid"], second["lazy_mar"]) == (4.0, 1.25, True)
     assert second["psnr"] == pytest.approx(28.13, abs=0.01)
+
+
+def test_fid_is_shown_where_there_are_enough_images(tmp_path, monkeypatch):
+    plain = make_run(tmp_path / "a", False, 2.0, 100)
+    monkeypatch.setattr(report, "FEWEST_FOR_FID", 3)
+    assert "| MAR | 1.250 | 9.00 ± 0.50 | 99.0% | 2.000 | 1.00 | - |" in table_of(plain)
 
 
 def test_rows_name_the_settings_in_which_they_differ(tmp_path):
