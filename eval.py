@@ -14,27 +14,17 @@ import json
 from pathlib import Path
 
 from engine import cli
-from engine.base import ComputeConfig
 from engine.run import evaluate
-from util import dist, metrics, report
-from util.device import pick_dtype
+from util import metrics, report
 from util.errors import run_main
 from util.evaluation import run as evaluation
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.run_folder import RunFolder
 from util.files import beside_code
 
-# What --score_only takes from the run that it scores, unless given.
-SCORED_AS = (
-    "model",
-    "num_images",
-    "class_num",
-    "features",
-    "features_path",
-    "fid_stats",
-    "prompts",
-)
 PATHS = ("features_path", "fid_stats")
+# Flags that --score_only takes from the run that it scores, unless given.
+SCORED_AS = ("model", "num_images", "class_num", "features", "prompts", *PATHS)
 
 
 def parse() -> tuple[cli.Selection, str | None]:
@@ -50,12 +40,11 @@ def parse() -> tuple[cli.Selection, str | None]:
 
 
 def main() -> None:
-    """Command line."""
     selection, folder = parse()
     flags, host, request = selection.flags, selection.host(), selection.request()
     settings = flags.build(EvaluationConfig)
-    compute, place = flags.build(ComputeConfig), cli.place(flags)
-    with dist.Rendezvous(place.world, place.launch.dist_url, place.launch.patience) as rendezvous:
+    place = cli.place(flags)
+    with place.rendezvous() as rendezvous:
         if not settings.no_score:  # before minutes of loading and hours of sampling
             metrics.check_ready(request, settings.num_images)
         if folder is not None:
@@ -69,10 +58,8 @@ def main() -> None:
                 host.load(place.device),
                 settings,
                 None if settings.no_score else request,
-                compute,
+                place.execution,
                 rendezvous,
-                place.device,
-                pick_dtype(place.config.dtype, place.device),
                 flags.resolved,
             )
     if place.world.is_main:

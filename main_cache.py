@@ -2,9 +2,9 @@
 
     python main_cache.py --model mar_tiny --data_path data/shapes --cached_path data/shapes_latents
 
-ROOT/train/CLASS/NAME becomes CACHED/CLASS/NAME.npz. Files that are there already are kept, so the
-same command continues after an interruption. Several processes (torchrun) share the images. At the end
-it says which --latent_scale would give the latents the standard deviation of 1 that training needs.
+ROOT/train/CLASS/NAME becomes CACHED/CLASS/NAME.npz. Existing files are kept, so the same command continues
+after an interruption. Several processes (torchrun) share the images. At the end it prints the
+--latent_scale that gives the latents the standard deviation of 1 that training needs.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ from util.training.config import TrainConfig
 def cache(
     host: MARHost, data: DataConfig, batch_size: int, world: dist.World, device: torch.device
 ) -> int:
-    """Write what is missing of this process's share; returns the number of files written."""
+    """Write the missing files of this process's share; returns their number."""
     if data.cached_path is None:
         raise UserError("--cached_path DIR is missing: the folder for the latents")
     img_size, vae_path = host.geometry.img_size, host.tokenizer.vae_path
@@ -70,7 +70,6 @@ def cache(
 
 
 def main() -> None:
-    """Command line."""
     selection = cli.parse("main_cache", __doc__.splitlines()[0])
     host, place = selection.host(), cli.place(selection.flags)
     assert isinstance(host, MARHost)

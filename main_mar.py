@@ -3,8 +3,8 @@
     python main_mar.py --model mar_tiny --use_cached --cached_path data/shapes_latents
     torchrun --nproc_per_node=8 main_mar.py --model mar_base --diffloss_d 6 --diffloss_w 1024 ...
 
-With `--resume DIR` the same command continues where it stopped, in the middle of an epoch too, and
-computes, on a CPU, the very same numbers as a run that was never stopped.
+With `--resume DIR` the same command continues where it stopped, also in the middle of an epoch, and on a
+CPU computes the same numbers as an uninterrupted run.
 """
 
 import json
@@ -18,25 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from engine import cli
-from engine.base import ComputeConfig, Loaded
+from engine.base import Loaded
 from engine.mar import MARHost
 from engine.run import evaluate
 from models import mar
 from models.tokenizers import Tokenizer
 from models.vae import DiagonalGaussianDistribution
-from util import checkpoint, dist, metrics
-from util.data.checks import (
-    DataShape,
-    check_same_classes,
-    check_spread,
-    note,
-    open_data,
-    record_classes,
-    some_items,
-)
+from util import dist, metrics
+from util.data import checks
 from util.data.config import DataConfig
 from util.data.datasets import BatchPlan, batches, to_unit_range
-from util.device import pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
@@ -48,13 +39,14 @@ from util.training.monitor import TrainingMonitor, sheet_of
 from util.training.optimizer import LRSchedule, OptimizerConfig, make_optimizer, scaled_lr
 from util.training.resume import resume, starting_point
 from util.training.signals import Stopped, StopRequest
+from util.weights import digest_of, find_checkpoint
 
 SHEET_COLUMNS = 10
 
 
 @dataclass(frozen=True)
 class Command:
-    """The flags of this command as configs. evaluation is None where nothing is evaluated."""
+    """The flags of this command as configs. evaluation is None if nothing is evaluated."""
 
     host: MARHost
     train: TrainConfig
@@ -62,14 +54,8 @@ class Command:
     data: DataConfig
     evaluation: EvaluationConfig | None
     request: ScoreRequest | None
-    compute: ComputeConfig
     place: cli.Place
     arguments: dict[str, object]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the run."""
-        return pick_dtype(self.place.config.dtype, self.place.device)
 
 
 def parse(words: Sequence[str] | None = None) -> Command:
@@ -92,7 +78,6 @@ def parse(words: Sequence[str] | None = None) -> Command:
         data=flags.build(DataConfig),
         evaluation=evaluation,
         request=selection.request() if evaluation and not evaluation.no_score else None,
-        compute=flags.build(ComputeConfig),
         place=cli.place(flags),
         arguments=flags.resolved,
     )
@@ -116,13 +101,10 @@ def latents_from(
 
 
 def main() -> None:
-    """Command line."""
     command = parse()
     place = command.place
     try:
-        with dist.Rendezvous(
-            place.world, place.launch.dist_url, place.launch.patience
-        ) as rendezvous:
+        with place.rendezvous() as rendezvous:
             if not command.train.evaluate:
                 dist.start(rendezvous, place.device)
             try:
@@ -174,17 +156,15 @@ def evaluate_loaded(
         loaded,
         settings,
         command.request,
-        command.compute,
+        command.place.execution,
         rendezvous,
-        command.place.device,
-        command.dtype,
         command.arguments,
     )
 
 
 def train(command: Command, rendezvous: dist.Rendezvous) -> None:
-    """The training loop."""
-    world, device, dtype = rendezvous.world, command.place.device, command.dtype
+    world, execution = rendezvous.world, command.place.execution
+    device, dtype = execution.device, execution.dtype
     host, config, data_config = command.host, command.train, command.data
     resumed = starting_point(host.resume, config, world)
     torch.manual_seed(config.seed)
@@ -196,19 +176,16 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
     geometry = host.geometry
     side = geometry.latent_side
     latent_shape = (geometry.vae_embed_dim, side, side)
-    shape = DataShape(geometry.img_size, latent_shape, geometry.class_num, host.tokenizer.files)
-    data = open_data(data_config, shape, world)
-    plan = BatchPlan(
-        len(data), config.batch_size, config.seed, world.rank, world.size, config.accum_iter
+    shape = checks.DataShape(
+        geometry.img_size, latent_shape, geometry.class_num, host.tokenizer.files
     )
+    data = checks.open_data(data_config, shape, world)
+    ranks = world.rank, world.size
+    plan = BatchPlan(len(data), config.batch_size, config.seed, *ranks, config.accum_iter)
     optimizer = command.optimizer
     peak = scaled_lr(optimizer.lr, optimizer.blr, plan.images_per_step)
     schedule = LRSchedule(
-        peak,
-        optimizer.min_lr,
-        optimizer.warmup_epochs,
-        config.epochs,
-        shape=optimizer.lr_schedule,
+        peak, optimizer.min_lr, optimizer.warmup_epochs, config.epochs, shape=optimizer.lr_schedule
     )
     state = training.TrainState(
         model=model,
@@ -220,16 +197,18 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
     first_epoch, first_step = config.start_epoch, 0
     state.step = first_epoch * plan.steps
     if resumed:
-        check_same_classes(checkpoint.find_checkpoint(resumed).parent, data.files.classes)
+        checks.check_same_classes(find_checkpoint(resumed).parent, data.files.classes)
         first_epoch, first_step = resume(state, plan, resumed, world)
         if first_epoch >= config.epochs:
-            note(
+            checks.note(
                 f"{resumed} has {first_epoch} epochs, --epochs is {config.epochs}: nothing is left "
                 "to train",
                 world,
             )
         elif config.max_steps is not None and state.step >= config.max_steps:
-            note(f"{resumed} has {state.step} steps, --max_steps is {config.max_steps}", world)
+            checks.note(
+                f"{resumed} has {state.step} steps, --max_steps is {config.max_steps}", world
+            )
             return
     if config.compile:
         mar.compile_for_training(model)
@@ -251,11 +230,11 @@ def train(command: Command, rendezvous: dist.Rendezvous) -> None:
         )
     to_latents = latents_from(data_config.use_cached, tokenizer, scale)
     if world.is_main:
-        record_classes(config.output_dir, data.files.classes)
+        checks.record_classes(config.output_dir, data.files.classes)
         if not resumed:
-            items = some_items(data).to(device)
+            items = checks.some_items(data).to(device)
             noise = torch.randn(len(items), *latent_shape, device=device)
-            check_spread(to_latents(items, noise), scale, world)
+            checks.check_spread(to_latents(items, noise), scale, world)
     with (
         StopRequest() as stop_request,
         TrainingMonitor(config, command.arguments, state, plan, world, stop_request) as monitor,
@@ -310,12 +289,12 @@ def evaluate_online(
 ) -> None:
     """Score the averaged weights without guidance and, if --cfg asks for it, with it, as MAR does.
 
-    The same seeds each time, so that the sample sheets of the epochs compare. What an earlier call
-    has finished is not repeated; of its images, as in the original, only the sheets are kept.
+    The seeds are the same each time, so the sample sheets of epochs can be compared. A finished evaluation
+    is not repeated; as in the original, only the sheets of its images are kept.
     """
     assert command.evaluation is not None
     settings = command.evaluation
-    loaded = Loaded(model.eval(), tokenizer, f"epoch {epoch} {checkpoint.digest_of(model)}")
+    loaded = Loaded(model.eval(), tokenizer, f"epoch {epoch} {digest_of(model)}")
     folder = Path(settings.output_dir) / f"epoch{epoch:04d}"
     sheet = sheet_of(settings.output_dir, epoch)
     runs: dict[float, tuple[MARHost, RunFolder]] = {}
@@ -332,7 +311,7 @@ def evaluate_online(
             try:
                 made = evaluate_loaded(command, host, loaded, rendezvous, str(folder))
             except Exception:
-                run_folder.delete_images()  # on a full disk they would end the training, too
+                run_folder.delete_images()  # a full disk would also end the training
                 raise
             if rendezvous.world.is_main:
                 print(json.dumps(made), flush=True)

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+from models.fast_mar import DISA_START, GUIDANCE_INTERVAL, GUIDANCE_START, PRESETS, FastMARConfig
+from models.head_config import HeadConfig
 from models.lazy_mar import CACHES, TOKEN_SELECTIONS, LazyMARConfig
+from models.order import OrderConfig
 from util.errors import run_main
 
 STEPS = 64  # both papers' quick setting
@@ -21,11 +24,17 @@ class Row:
     name: str
     config: LazyMARConfig | None
     num_iter: int = STEPS
+    head: HeadConfig = HeadConfig()
+    order: OrderConfig = OrderConfig()
 
     @property
-    def task(self) -> tuple[LazyMARConfig | None, int]:
+    def task(self) -> FastMARConfig:
         """What decides its images: rows of one task share a run."""
-        return self.config, self.num_iter
+        return FastMARConfig(self.num_iter, self.order, self.head, self.config)
+
+    @classmethod
+    def of(cls, name: str, task: FastMARConfig) -> "Row":
+        return cls(name, task.lazy, task.num_iter, task.head, task.order)
 
 
 MAR = Row("MAR", None)
@@ -39,6 +48,7 @@ ABOUT = {  # group -> what its rows compare
     "head_skip": "which blocks of the diffusion head are skipped",
     "keep": "keep schedule: the published ratios times a factor",
     "steps": "MAR with fewer steps, at the cost of LazyMAR",
+    "beyond": "what is added to LazyMAR: each technique alone, the presets, and fast without each",
     "frontier": "quality over cost of many settings, with a plot",
 }
 CHANGED = {  # group -> field of LazyMARConfig and its values; the default is among the rows anyway
@@ -125,7 +135,9 @@ def frontier_series(base: LazyMARConfig, steps_at: StepsAt) -> Series:
         rows = [Row(f"{name}, {n} steps", config, n) for n in steps]
         series[f"{name}, fewer steps"] = rows
     series["MAR, fewer steps"][0] = MAR
+    presets = [Row.of(name, make()) for name, make in PRESETS.items() if name != "lazymar"]
     return series | {
+        "presets": [Row("LazyMAR", base), *presets],
         "LazyMAR, fewer steps": lazy_rows(base),
         "refresh interval": changed(base, *CHANGED["interval"]),
         "keep scale": keep_rows(base),
@@ -137,12 +149,45 @@ def selection_rows(base: LazyMARConfig) -> list[Row]:
     """Token selections, with all caches and with the token cache alone, where nothing else blurs."""
     rows = changed(base, *CHANGED["token_selection"])
     return rows + [
-        replace(
-            row, name=f"{row.name}, token cache alone", config=row.config.with_caches(["token"])
-        )
+        replace(row, name=f"{row.name}, token cache only", config=row.config.with_caches(["token"]))
         for row in rows
         if row.config is not None
     ]
+
+
+def beyond_rows() -> list[Row]:
+    """Each technique of models/fast_mar.py added to MAR or LazyMAR, the presets, and fast changed."""
+    lazy, fast = LazyMARConfig(), FastMARConfig.fast()
+    disa = HeadConfig(steps=(50, 5), t_start=DISA_START)
+    alone = [
+        Row("MAR, 32 steps", None, 32),
+        Row("MAR, head 50 to 5", None, head=disa),
+        Row("MAR, head 30 to 10", None, head=replace(disa, steps=(30, 10))),
+        Row("MAR, head 20", None, head=HeadConfig(steps=20, t_start=DISA_START)),
+        Row(
+            "MAR, guidance from a quarter on", None, head=HeadConfig(guidance_start=GUIDANCE_START)
+        ),
+        Row("MAR, guidance interval", None, head=HeadConfig(guidance_interval=GUIDANCE_INTERVAL)),
+        Row("LazyMAR", lazy),
+        Row("LazyMAR, local steps", replace(lazy, lazy_step="local")),
+        Row("LazyMAR, linear forecast", replace(lazy, forecast_order=1)),
+    ]
+    solver = replace(fast.head, solver="2m", spacing="logsnr", t_start=None, tau=1.0)
+    no_limit = replace(
+        fast.head, guidance_start=0.0, guidance_interval=HeadConfig().guidance_interval
+    )
+    assert fast.lazy is not None
+    of_fast = {
+        "head 40 to 5": replace(fast, head=replace(fast.head, steps=(40, 5))),
+        "second-order head": replace(fast, head=solver),
+        "all steps guided": replace(fast, head=no_limit),
+        "published lazy steps": replace(fast, lazy=replace(fast.lazy, lazy_step="probe")),
+        "Halton order": replace(fast, order=OrderConfig("halton")),
+        "gtr order": replace(fast, order=OrderConfig("gtr")),
+        "no lazy steps": replace(fast, lazy=None),
+    }
+    presets = [Row.of(name, make()) for name, make in PRESETS.items() if name != "lazymar"]
+    return [*alone, *presets, *(Row.of(f"fast, {name}", task) for name, task in of_fast.items())]
 
 
 def groups(base: LazyMARConfig, steps_at: StepsAt) -> dict[str, list[Row]]:
@@ -151,6 +196,7 @@ def groups(base: LazyMARConfig, steps_at: StepsAt) -> dict[str, list[Row]]:
     found |= {name: changed(base, *fields) for name, fields in CHANGED.items()}
     found["token_selection"] = selection_rows(base)
     found |= {"keep": keep_rows(base), "steps": equal_cost_rows(base, steps_at)}
+    found["beyond"] = beyond_rows()
     frontier = frontier_series(base, steps_at)
     found["frontier"] = [row for rows in frontier.values() for row in rows]
     unique = {}

@@ -32,16 +32,16 @@ from benchmarks.frontier import Result, conclusion, draw
 from benchmarks.memory import SampledBatch, peak_gb
 from benchmarks.plots import require_matplotlib
 from engine import cli
-from engine.base import ComputeConfig
 from engine.mar import MARHost
 from engine.run import evaluate
 from models.flops import MARGeometry, image_work
+from models.head_config import HeadConfig
 from models.lazy_mar import LazyMARConfig
 from models.mar import MAR
+from models.order import OrderConfig
 from models.plan import DecodingPlan
 from models.sampler import Sampler
 from util import dist, metrics, report
-from util.device import can_compile, pick_dtype
 from util.errors import UserError, run_main
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
@@ -64,7 +64,6 @@ class Request:
     host: MARHost
     settings: EvaluationConfig
     scoring: ScoreRequest
-    compute: ComputeConfig
     place: cli.Place
     arguments: dict[str, object]
     groups: list[str]
@@ -83,7 +82,7 @@ class Ablation:
     def __init__(self, request: Request) -> None:
         """UserError for files that are missing or do not fit."""
         self.request, self.device = request, request.place.device
-        self.dtype = pick_dtype(request.place.config.dtype, self.device)
+        self.dtype = request.place.execution.dtype
         self.loaded = request.host.load(self.device)
         self.model = cast(MAR, self.loaded.model)
         self.geometry = MARGeometry.from_model(self.model)
@@ -97,9 +96,10 @@ class Ablation:
         """Operations for one image, in T."""
         sampling = self.request.host.sampling
         plan = DecodingPlan.create(
-            self.model.seq_len, row.num_iter, sampling.cfg, sampling.cfg_schedule
-        )
-        return image_work(self.geometry, plan, row.config, executed).total / 1e12
+            self.model.seq_len, row.num_iter, sampling.cfg, sampling.cfg_schedule,
+            guidance_start=row.head.guidance_start, order=row.order,
+        )  # fmt: skip
+        return image_work(self.geometry, plan, row.config, executed, row.head).total / 1e12
 
     def steps_at(self, row: Row, config: LazyMARConfig | None) -> int | None:
         """Steps with which `config` costs as much as the row, as executed; None if one costs more."""
@@ -112,8 +112,12 @@ class Ablation:
         return frontier_series(self.base, self.steps_at)
 
     def host_of(self, row: Row) -> MARHost:
-        """The host that samples this row."""
-        return self.request.host.with_sampling(num_iter=row.num_iter, lazy_mar=row.config)
+        return self.request.host.with_sampling(
+            num_iter=row.num_iter,
+            lazy_mar=row.config,
+            head=None if row.head == HeadConfig() else row.head,
+            order=None if row.order == OrderConfig() else row.order,
+        )
 
     def folder(self, row: Row) -> Path:
         """Its run folder."""
@@ -131,10 +135,8 @@ class Ablation:
                 self.loaded,
                 request.settings,
                 request.scoring,
-                request.compute,
+                request.place.execution,
                 rendezvous,
-                self.device,
-                self.dtype,
                 request.arguments,
                 redo=False,
             )
@@ -167,7 +169,7 @@ class Ablation:
         """Fill self.seconds: task -> the fastest seconds per image of its turns."""
         request = self.request
         unique = list({row.task: row for row in rows}.values())
-        fast = not request.compute.no_compile and can_compile(self.device, show=True)
+        fast = request.place.execution.fast()
         size, sampling = request.timing_bsz, request.host.sampling
         labels = [i % self.model.class_num for i in range(size)]
         noise = self.model.image_noise(range(size))
@@ -183,6 +185,8 @@ class Ablation:
                 labels,
                 sampling.temperature,
                 lazy_mar=row.config,
+                head=row.head,
+                order=row.order,
                 noise=noise,
             )
             for _ in range(CUDA_WARMUPS if self.device.type == "cuda" else 0):
@@ -203,6 +207,8 @@ class Ablation:
                     "name": row.name,
                     "num_iter": row.num_iter,
                     "lazy_mar": asdict(row.config) if row.config else None,
+                    "head": asdict(row.head),
+                    "order": row.order.kind,
                     **{key: run.get(key) for key in ("fid", "is_mean", "is_std", "accuracy")},
                     **(report.closeness(run, runs[0]) if pair else NOT_PAIRED),
                     "tflops_published": self.tflops(row, executed=False),
@@ -240,7 +246,7 @@ class Ablation:
         }
 
     def about(self, group: str) -> dict[str, object]:
-        """What the numbers of a group travel with."""
+        """What is recorded with the numbers of a group."""
         request = self.request
         runs = [report.load_run(self.folder(row)) for row in self.groups[group]]
         same = ("seeds", "reference", "eval_bsz", "threads", "processes", "device_name")
@@ -256,7 +262,6 @@ class Ablation:
 
 
 def table(rows: list[Result]) -> str:
-    """Markdown."""
     body = []
     for row in rows:
         inception = f"{row['is_mean']:.2f} ± {row['is_std']:.2f}"
@@ -313,7 +318,6 @@ def parse(words: Sequence[str] | None = None) -> Request:
         host=host,
         settings=settings,
         scoring=selection.request(),
-        compute=flags.build(ComputeConfig),
         place=cli.place(flags),
         arguments=flags.resolved,
         groups=names,
@@ -324,13 +328,12 @@ def parse(words: Sequence[str] | None = None) -> Request:
 
 
 def main() -> None:
-    """Command line."""
     request = parse()
     place = request.place
     if "frontier" in request.groups:
         require_matplotlib()
     metrics.check_ready(request.scoring)
-    with dist.Rendezvous(place.world, place.launch.dist_url, place.launch.patience) as rendezvous:
+    with place.rendezvous() as rendezvous:
         ablation = Ablation(request)
         rows = [row for name in request.groups for row in ablation.groups[name]]
         seconds = ablation.run(rows, rendezvous)

@@ -5,7 +5,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from util.evaluation.run_folder import provenance
 from util.files import atomic_path, write_json
 
 RESULTS = Path(__file__).parent / "results"  # what the documents cite
-OUTPUT = Path("output_dir/benchmarks")  # where results go unless told
+OUTPUT = Path("output_dir/benchmarks")  # where results go by default
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
@@ -35,7 +35,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
-    """The wall clock, or on one CPU thread the seconds that it has run."""
+    """The wall clock, or with one CPU thread the CPU time of the process."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     return time.process_time if alone else time.perf_counter
 
@@ -69,14 +69,66 @@ def read_rate(device: torch.device) -> float:
     return x.nbytes / best_seconds(x.sum, device)
 
 
+def take_turns(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    warmup: int,
+    repeats: int,
+    title: str = "",
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """Seconds of each call by turn, without the warm-ups, and on CUDA the peak GB of its last turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    peaks: dict[str, float | None] = dict.fromkeys(calls)
+    for turn in range(-warmup, repeats):
+        for name, call in calls.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            seconds = timed(call, device)
+            if device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated() / 1e9
+            if turn >= 0:
+                times[name].append(seconds)
+            print(f"{title}{name}: {seconds:.3f} s", flush=True)
+    return times, peaks
+
+
 def default_dtype(device: torch.device) -> str:
-    """The name, as --dtype takes it, of the precision that a device computes in unless told."""
+    """Name of the precision that a device computes in by default, as --dtype takes it."""
     dtype = pick_dtype(None, device)
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
+class Parser(argparse.ArgumentParser):
+    """Flags of `python -m benchmarks.NAME`; --help shows the description line by line."""
+
+    def __init__(self, name: str, description: str | None) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        program = f"python -m benchmarks.{name}"
+        super().__init__(prog=program, description=description, formatter_class=layout)
+        self._least: dict[str, int] = {}
+
+    def number(self, name: str, default: int | None, help: str = "", least: int = 1) -> None:
+        """A flag for a whole number from `least`."""
+        self.add_argument(f"--{name}", type=int, default=default, help=help or None)
+        self._least[name] = least
+
+    def device(self) -> None:
+        """The flags --device and --dtype."""
+        self.add_argument("--device", help="cuda where there is one, else cpu")
+        self.add_argument("--dtype", choices=tuple(DTYPES), help="bf16 on cuda, else float32")
+
+    def read(self, output: Path | None = None) -> argparse.Namespace:
+        """Parse sys.argv, with the flag --output; `output` is its default. UserError for bad values."""
+        add_output(self, output)
+        args = self.parse_args()
+        for name, least in self._least.items():
+            at_least(args, least, name)
+        prepare_output(args.output)
+        return args
+
+
 def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
-    """UserError for a flag below `least`; one that was not given is None and passes."""
+    """UserError for a flag below `least`; a flag that was not given (None) passes."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < least:
@@ -84,14 +136,23 @@ def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
 
 
 def batch_sizes(text: str) -> list[int]:
-    """The numbers of images that --batches lists. UserError if they are none."""
+    """The numbers of images that --batches lists. UserError if one is not a number above 0."""
     if not all(word.isdecimal() and int(word) > 0 for word in text.split(",")):
-        raise UserError(f"--batches {text} are no numbers of images, such as 1,8,64")
+        raise UserError(f"--batches {text} must be numbers of images, such as 1,8,64")
     return [int(word) for word in text.split(",")]
 
 
+def listed(text: str, flag: str, known: Collection[str]) -> list[str]:
+    """The names that a flag lists, such as mar_base,mar_huge. UserError for an unknown one."""
+    names = text.split(",")
+    for name in names:
+        if name not in known:
+            raise UserError(f"--{flag} {name} is unknown; use some of {','.join(known)}")
+    return names
+
+
 def origin() -> dict[str, object]:
-    """What a number travels with; the command as one would type it, without this machine's paths."""
+    """Command, commit and torch version of a result; the command without this machine's paths."""
     module = f"benchmarks.{Path(sys.argv[0]).stem}"
     return {**provenance(), "command": shlex.join(["python", "-m", module, *sys.argv[1:]])}
 

@@ -1,4 +1,4 @@
-"""MAR's sampling, written straightforwardly: the baseline of benchmarks/waterfall.py.
+"""MAR's sampling, written plainly: the baseline of benchmarks/waterfall.py.
 
 Tokens in raster order with masks, indices looked up at every step, both branches in full, the head
 called step by step with the whole of z. The arithmetic is that of MAR's paper and code; blocks,
@@ -38,13 +38,13 @@ def sample_tokens(model: MAR, plan: DecodingPlan, labels: list[int], noise: Imag
     bsz, device = len(labels), noise.orders.device
     denoiser = EagerDenoiser(model)
     embedding = torch.cat([model.class_embedding(labels, bsz), model.class_embedding(None, bsz)])
-    rank = noise.orders.flip(1).argsort(dim=1)  # of each position in the order of decoding
+    order_index = noise.orders.flip(1).argsort(dim=1)  # (B, L), of each token
     tokens = torch.zeros(bsz, model.seq_len, model.token_dim, device=device)
     for step in plan.steps:
-        mask = (rank >= step.start).float().repeat(2, 1)
+        mask = (order_index >= step.start).float().repeat(2, 1)
         encoded = model.forward_mae_encoder(tokens.repeat(2, 1, 1), mask, embedding)
         z = model.forward_mae_decoder(encoded, mask)
-        now = (rank >= step.start) & (rank < step.stop)
+        now = (order_index >= step.start) & (order_index < step.stop)
         sampled = denoiser(z[now.repeat(2, 1)], noise.head[now], step.cfg, 1.0)
         tokens[now] = sampled
     return model.unpatchify(tokens)

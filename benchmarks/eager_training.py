@@ -1,4 +1,4 @@
-"""MAR's training step, written straightforwardly: the baseline of benchmarks/training.py.
+"""MAR's training step, written plainly: the baseline of benchmarks/training.py.
 
 Tokens in raster order with masks, every decoder row, the head on all tokens with a weight of zero
 for the known ones, PyTorch's default attention and AdamW, an average updated tensor by tensor. The

@@ -2,10 +2,10 @@
 
     python -m benchmarks.fid_difference RUN_OF_MAR RUN_OF_LAZYMAR ... --output output_dir/difference
 
-Runs are folders of eval.py; the others are compared with the first. Equal seeds share their luck, so the
-difference scatters less than each FID: the bootstrap (95%) resamples images of both runs together. Features
-are kept in RUN/features.npz; after that, the images may be deleted.
-The last line is one JSON document.
+Runs are folders of eval.py; the others are compared with the first. Runs of equal seeds vary together, so
+the difference varies less than each FID: the bootstrap (95%) resamples images of both runs together.
+Features are kept in RUN/features.npz; after that, the images may be deleted. The last line is one JSON
+document.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import add_output, at_least, origin, prepare_output, write_result
+from benchmarks.common import Parser, origin, write_result
 from benchmarks.measures import paired_fid
 from engine import cli
 from util import metrics, report
@@ -50,9 +50,8 @@ def features_of(run: Run, request: ScoreRequest, device: str, batch: int = 64) -
     folder, key = Path(str(run["path"])), key_of(run, request)
     path = folder / FEATURES
     if path.exists():
-        found = read_arrays(
-            path, ("key", "features"), "file of features", "delete it, it is made again"
-        )
+        names, remedy = ("key", "features"), "delete it, it is made again"
+        found = read_arrays(path, names, "file of features", remedy)
         if str(found["key"]) == key:
             return found["features"]
     if run["images_dir"] is None:
@@ -78,32 +77,22 @@ def check_paired(run: Run, first: Run) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line, checked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fid_difference",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("fid_difference", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN", help="folders of eval.py, the base first")
-    add("--resamples", type=int, default=1000, help="bootstrap samples (%(default)s)")
+    parser.number("resamples", 1000, "bootstrap samples (%(default)s)", least=20)
     add("--features", metavar="NAME", help="feature extractor (the model's)")
     add("--features_path", metavar="FILE", help="its weights")
     add("--fid_stats", metavar="FILE", help="npz with mu and sigma of the reference (the model's)")
     add("--device", default="cpu", help="of the extractor (%(default)s)")
-    add("--threads", type=int, default=1)
-    add_output(parser)
-    args = parser.parse_args()
-    at_least(args, 1, "threads")
-    at_least(args, 20, "resamples")
+    parser.number("threads", 1)
+    args = parser.read()
     if len(args.runs) < 2:
-        raise UserError("one run has nothing to be compared with: give two folders or more")
-    prepare_output(args.output)
+        raise UserError("a single run cannot be compared: give two folders or more")
     return args
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     set_threads(args.threads)
     runs = [report.load_run(path) for path in args.runs]

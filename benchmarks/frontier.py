@@ -1,12 +1,11 @@
 """What the rows of the ablation "frontier" say: a plot of quality over cost, and sentences."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablation_rows import STEPS, Series, rivals
+from benchmarks.ablation_rows import STEPS, Row, Series, rivals
 from benchmarks.plots import save_cost_plot
 from models.lazy_mar import LazyMARConfig
 
@@ -25,8 +24,8 @@ def undominated(rows: list[Result], cost: str) -> list[Result]:
 
 def default_row(rows: list[Result], base: LazyMARConfig) -> Result:
     """LazyMAR as it is unless told otherwise; `base` is its configuration."""
-    default = STEPS, _key(base)
-    return next(row for row in rows if (row["num_iter"], _key(row["lazy_mar"])) == default)
+    default = _task(Row("", base))
+    return next(row for row in rows if _measured(row) == default)
 
 
 def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
@@ -37,7 +36,8 @@ def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
         f"per image as executed, MAR {rows[0]['fid']:.3f} at {rows[0]['tflops_executed']:.3g}."
     ]
     for name, config in rivals(base).items():
-        own = [row for row in rows if _key(row["lazy_mar"]) == _key(config)]
+        tasks = [_task(Row("", config, steps)) for steps in range(1, STEPS + 1)]
+        own = [row for row in rows if _measured(row) in tasks]
         near = min(own, key=lambda row: abs(row["tflops_executed"] - lazy["tflops_executed"]))
         lines.append(
             f"Nearest to the cost of LazyMAR is, of {name}, the row with {near['num_iter']} steps: FID "
@@ -51,7 +51,7 @@ def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
 
 def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) -> None:
     """Plot FID over operations and over seconds."""
-    found = {(row["num_iter"], _key(row["lazy_mar"])): row for row in rows}
+    found = {_measured(row): row for row in rows}
     named = {"MAR": rows[0], "LazyMAR": default_row(rows, base)}
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     marks = {}
@@ -61,12 +61,22 @@ def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) ->
     ):
         panels[title] = {}
         for name, line in series.items():
-            measured = [found[row.num_iter, _key(row.config)] for row in line]
+            measured = [found[_task(row)] for row in line]
             panels[title][name] = [(row[cost], row["fid"]) for row in measured]
         marks[title] = {name: (row[cost], row["fid"]) for name, row in named.items()}
     save_cost_plot(path, "Quality over cost", "FID", panels, marks)
 
 
-def _key(config: LazyMARConfig | Mapping[str, object] | None) -> str:
-    document = asdict(config) if isinstance(config, LazyMARConfig) else config
-    return json.dumps(document, sort_keys=True)
+def _task(row: Row) -> str:
+    """Names what decides a row's images."""
+    lazy_mar = row.config and asdict(row.config)
+    return _text(row.num_iter, lazy_mar, asdict(row.head), row.order.kind)
+
+
+def _measured(row: Result) -> str:
+    """_task of a measured row."""
+    return _text(row["num_iter"], row["lazy_mar"], row["head"], row["order"])
+
+
+def _text(*parts: object) -> str:
+    return json.dumps(parts, sort_keys=True)

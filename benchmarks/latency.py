@@ -3,11 +3,11 @@
     python -m benchmarks.latency --models mar_huge --batches 1,8,64,128          # on a GPU: bf16
     python -m benchmarks.latency --models mar_base --batches 1 --threads 1 --device cpu
 
-Random weights, so nothing has to be downloaded. After a warm-up the modes take turns; the median counts.
-Limits use rates measured in the same run: `arithmetic` is operations over the rate of a large matrix
-product; `with reads` adds the head's weights, read at every denoising step. Peak memory: CUDA's count, or
-on a CPU that of a new process with a head of 4 steps (--memory). With one CPU thread, CPU seconds are
-counted. The last line is one JSON document.
+Weights are random, so nothing has to be downloaded. After a warm-up the modes take turns; the median
+counts. Limits use rates measured in the same run: `arithmetic` is operations over the rate of a large
+matrix product; `with reads` adds the head's weights, read at every denoising step. Peak memory: CUDA's
+count, or on a CPU that of a new process with a head of 4 steps (--memory). With one CPU thread, CPU
+seconds are counted. The last line is one JSON document.
 """
 
 import argparse
@@ -19,28 +19,25 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
-    add_output,
-    at_least,
+    Parser,
     batch_sizes,
     default_dtype,
+    listed,
     matrix_rate,
     origin,
-    prepare_output,
     read_rate,
-    timed,
+    take_turns,
     write_result,
 )
 from benchmarks.mar_work import MODELS, MODES, build, count_work
 from benchmarks.memory import SampledBatch, peak_gb
 from models.sampler import Sampler
 from util.device import DTYPES, can_compile, device_name, pick_device
-from util.errors import UserError, run_main
+from util.errors import run_main
 from util.report import markdown_table
 
 
-def sampling(
-    sampler: Sampler, mode: str, batch: int, args: argparse.Namespace
-) -> Callable[[], Tensor]:
+def sampling(sampler: Sampler, mode: str, batch: int, args: argparse.Namespace) -> Callable:
     """A call that samples images 0 .. batch-1, each of its own class, other classes at each call."""
     first = itertools.count(step=batch)
     noise = sampler.model.image_noise(range(batch)).to(sampler.device)
@@ -56,29 +53,18 @@ def sampling(
 
 
 def measure(
-    name: str, batch: int, modes: list[str], args: argparse.Namespace, ceilings: tuple[float, float]
+    name: str, batch: int, args: argparse.Namespace, ceilings: tuple[float, float]
 ) -> list[dict[str, object]]:
     """One row per mode."""
-    device = torch.device(args.device)
-    dtype = DTYPES[args.dtype]
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
     options = {"compile": args.compile, "graphs": args.compile}
     model = build(name, device)
-    # One sampler per mode: what it has recorded is gone once it samples something else.
-    calls = {m: sampling(Sampler(model, dtype, **options), m, batch, args) for m in modes}
-    times: dict[str, list[float]] = {mode: [] for mode in modes}
-    peaks: dict[str, float | None] = dict.fromkeys(modes)
-    for repeat in range(-args.warmup, args.repeats):
-        for mode, call in calls.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            seconds = timed(call, device)
-            if device.type == "cuda":
-                peaks[mode] = torch.cuda.max_memory_allocated() / 1e9
-            if repeat >= 0:
-                times[mode].append(seconds)
-            print(f"{name} {args.dtype} batch {batch} {mode}: {seconds:.3f} s", flush=True)
+    # One sampler per mode: it forgets its recorded graphs when it samples something else.
+    calls = {m: sampling(Sampler(model, dtype, **options), m, batch, args) for m in args.modes}
+    title = f"{name} {args.dtype} batch {batch} "
+    times, peaks = take_turns(calls, device, args.warmup, args.repeats, title)
     rows = []
-    for mode in modes:
+    for mode in args.modes:
         work = count_work(name, MODES[mode], args.num_iter, args.cfg, dtype.itemsize)
         seconds = statistics.median(times[mode])
         arithmetic, with_reads = work.limits(batch, *ceilings)
@@ -93,7 +79,7 @@ def measure(
                 "mode": mode,
                 "s_per_image": seconds / batch,
                 "all_s": times[mode],
-                "speedup": statistics.median(times[modes[0]]) / seconds,
+                "speedup": statistics.median(times[args.modes[0]]) / seconds,
                 "tflop_per_image": work.flops / 1e12,
                 "gflop_per_s": batch * work.flops / seconds / 1e9,
                 "arithmetic_limit_s": arithmetic / batch,
@@ -107,46 +93,32 @@ def measure(
 
 
 def parse() -> argparse.Namespace:
-    """Flags, checked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.latency", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("latency", __doc__)
     parser.add_argument("--models", default="mar_base", help=f"of {','.join(MODELS)}")
     parser.add_argument("--batches", default="1", help="images per batch")
     parser.add_argument("--modes", default="plain,lazy", help=f"of {','.join(MODES)}")
-    parser.add_argument("--num_iter", type=int, default=64)
+    parser.number("num_iter", 64)
     parser.add_argument("--cfg", type=float, default=3.25)
-    parser.add_argument("--warmup", type=int, help="runs that do not count (CUDA: 3, CPU: 0)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice if not given)")
+    parser.number("warmup", None, "runs that do not count (CUDA: 3, CPU: 0)", least=0)
+    parser.number("repeats", 3)
+    parser.number("threads", None, "CPU threads (PyTorch's choice if not given)")
     parser.add_argument("--no_compile", action="store_true", help="as eval.py's")
     parser.add_argument("--memory", action="store_true", help="peak memory of CPU runs as well")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=tuple(DTYPES))
-    add_output(parser)
-    args = parser.parse_args()
+    parser.device()
+    args = parser.read()
     device = pick_device(args.device)
     args.dtype = args.dtype or default_dtype(device)
     if args.warmup is None:
         args.warmup = 3 if device.type == "cuda" else 0
-    for name in args.models.split(","):
-        if name not in MODELS:
-            raise UserError(f"--models {name} is no model; use some of {','.join(MODELS)}")
+    args.models = listed(args.models, "models", MODELS)
+    args.modes = listed(args.modes, "modes", MODES)
     args.batches = batch_sizes(args.batches)
-    at_least(args, 1, "num_iter", "repeats", "threads")
-    at_least(args, 0, "warmup")
-    for mode in args.modes.split(","):
-        if mode not in MODES:
-            raise UserError(f"--modes {mode} is unknown; use some of {','.join(MODES)}")
-    prepare_output(args.output)
     args.compile = not args.no_compile and can_compile(device, show=True)
     args.device = str(device)
     return args
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     device = torch.device(args.device)
     if args.threads:
@@ -154,18 +126,16 @@ def main() -> None:
     rows = []
     with torch.no_grad():
         ceilings = matrix_rate(device, DTYPES[args.dtype]), read_rate(device)
-        for name in args.models.split(","):
+        for name in args.models:
             for batch in args.batches:
-                rows += measure(name, batch, args.modes.split(","), args, ceilings)
+                rows += measure(name, batch, args, ceilings)
     about = {
         **origin(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "matrix_gflop_per_s": ceilings[0] / 1e9,
         "read_gb_per_s": ceilings[1] / 1e9,
-        "compile": args.compile,
-        "num_iter": args.num_iter,
-        "cfg": args.cfg,
+        **{name: getattr(args, name) for name in ("compile", "num_iter", "cfg")},
         "seeds": "0 .. batch - 1; weights: torch.manual_seed(0)",
     }
     head = ["model", "dtype", "batch", "mode", "s_per_image", "speedup", "tflop_per_image"]

@@ -163,7 +163,6 @@ def _alike(calls: Calls, key: Hashable, call: Callable[[], None]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Flags, checked."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.launches", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -184,7 +183,6 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     rows = []
     for name in args.models.split(","):

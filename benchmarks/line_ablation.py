@@ -3,7 +3,7 @@
     python -m benchmarks.line_ablation
 
 Codes that the bundled GPT sampled with the full cache are fed to each compressed cache, position by
-position. Measured is KL(full || compressed) of the next token, in nats, averaged over images and the tokens
+position. It measures KL(full || compressed) of the next token in nats, averaged over images and the tokens
 of a line. All settings see the same codes, so few images suffice.
 Results: output_dir/benchmarks/line_ablation.{json,md}, or where --output says; those of the documents
 are benchmarks/results/line_ablation.{json,md}.
@@ -12,27 +12,19 @@ are benchmarks/results/line_ablation.{json,md}.
 import argparse
 import json
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import (
-    OUTPUT,
-    add_output,
-    at_least,
-    origin,
-    prepare_output,
-    write_result,
-)
+from benchmarks.common import OUTPUT, Parser, origin, write_result
 from benchmarks.line_common import BUDGETS, HOST, Run, load_tiny
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS, POOLINGS
 from models.llamagen import GPT
-from util.checkpoint import describe
 from util.device import pick_device, pick_dtype
 from util.errors import run_main
 from util.report import markdown_table
+from util.weights import describe
 
 ANCHORS = (0, 1, 4, 8, 12, 24)
 RECENT = (1, 2, 3)
@@ -50,9 +42,7 @@ def kl_per_line(
 def sweep(grid: tuple[int, int]) -> Iterator[tuple[str, LineARConfig]]:
     """Every setting whose budget fits, with the budget's name."""
     for budget, share in BUDGETS.items():
-        settings: list[dict[str, Any]] = [
-            {"anchors": a, "recent": r} for a in ANCHORS for r in RECENT
-        ]
+        settings: list[dict] = [{"anchors": a, "recent": r} for a in ANCHORS for r in RECENT]
         settings += [{"recent": r, "pooling": p} for r in RECENT for p in POOLINGS if p != "mean"]
         settings += [{"method": name} for name in METHODS if name != "linear"]
         for setting in settings:
@@ -76,21 +66,14 @@ def table(rows: list[dict], key: tuple[str, ...]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    """Flags, checked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.line_ablation", description=__doc__)
-    parser.add_argument("--num_images", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
+    parser = Parser("line_ablation", __doc__)
+    parser.number("num_images", 20)
+    parser.number("seed", 1, "as in eval.py", least=0)
     parser.add_argument("--device")
-    add_output(parser, OUTPUT / "line_ablation")
-    args = parser.parse_args()
-    at_least(args, 1, "num_images")
-    at_least(args, 0, "seed")
-    prepare_output(args.output)
-    return args
+    return parser.read(OUTPUT / "line_ablation")
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     device = pick_device(args.device)
     model, _ = load_tiny(device, pick_dtype("float32", device))
@@ -104,11 +87,8 @@ def main() -> None:
     for budget, config in sweep(model.grid):
         kl = kl_per_line(full, model, codes, labels, config)
         row = {
-            "method": config.method,
             "budget": budget,
-            "anchors": config.anchors,
-            "recent": config.recent,
-            "pooling": config.pooling,
+            **{key: getattr(config, key) for key in ("method", "anchors", "recent", "pooling")},
             "kl": kl.mean().item(),
             "kl_per_line": [round(value, 6) for value in kl.tolist()],
         }

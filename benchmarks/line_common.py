@@ -5,18 +5,18 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from engine import cli
 from engine.llamagen import LlamaGenHost
-from models.gpt_images import GPTSampling, generate
+from models.gpt_images import GPTGenerator, GPTSampling
 from models.llamagen import GPT, gpt_tiny
 from models.vq import VQModel, vq_tiny
 from util import metrics
-from util.checkpoint import load_into
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
+from util.evaluation.image_source import Pictures
 from util.images import to_uint8
+from util.weights import load_into
 
 SELECTION = cli.named("gpt_tiny")
 HOST = cast(LlamaGenHost, SELECTION.host())
@@ -33,19 +33,6 @@ def load_tiny(device: torch.device, dtype: torch.dtype) -> tuple[GPT, VQModel]:
     return model.to(device, dtype).requires_grad_(False), tokenizer.to(device)
 
 
-class Pictures(Dataset):
-    """uint8 (N, H, W, 3) as the tensors (3, H, W) that util.metrics wants."""
-
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(self.images[index]).permute(2, 0, 1)
-
-
 @dataclass(frozen=True)
 class Run:
     """Images of eval.py's labels and seeds: images 0 .. num_images - 1 of --seed `seed`."""
@@ -56,7 +43,9 @@ class Run:
 
     @property
     def labels(self) -> list[int]:
-        return [image_label(i, self.num_images, HOST.class_num) for i in range(self.num_images)]
+        return [
+            image_label(i, self.num_images, HOST.images.class_num) for i in range(self.num_images)
+        ]
 
     @property
     def seeds(self) -> list[int]:
@@ -64,26 +53,12 @@ class Run:
 
     def images(self, model: GPT, tokenizer: VQModel, sampling: GPTSampling) -> np.ndarray:
         """uint8 (N, 64, 64, 3)."""
-        parts = []
+        generator, parts = GPTGenerator(model, tokenizer, sampling, HOST.images.img_size), []
         for start in range(0, self.num_images, self.batch):
             part = slice(start, start + self.batch)
-            images = generate(
-                model,
-                tokenizer,
-                self.labels[part],
-                self.seeds[part],
-                sampling,
-                HOST.images.img_size,
-            )
-            parts.append(to_uint8(images))
+            parts.append(to_uint8(generator.generate((self.labels[part], self.seeds[part]))))
         return np.concatenate(parts)
 
     def score(self, images: np.ndarray) -> dict[str, Any]:
         """fid, is_mean, is_std, accuracy of the bundled classifier."""
-        return metrics.score(
-            Pictures(images),
-            self.num_images,
-            REQUEST,
-            "cpu",
-            labels=self.labels,
-        )
+        return metrics.score(Pictures(images), self.num_images, REQUEST, "cpu", labels=self.labels)

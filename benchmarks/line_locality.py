@@ -1,12 +1,12 @@
-"""Whether LineAR's premises hold for a model: three numbers per line, from one run with the full cache.
+"""Whether LineAR's assumptions hold for a model: three numbers per line, from one run with the full cache.
 
     python -m benchmarks.line_locality --model gpt_tiny
     python -m benchmarks.line_locality --model pretrained_models/janus_tiny --prompts prompts.txt
 
 * condition: share of a line's attention on the class or prompt tokens. LineAR expects it to stay high.
 * older: share on lines older than the last three. LineAR expects it to be small.
-* coverage: share of a line's attention that the budget's tokens get if they are those that the line before
-  attended to most. best: the same for the best possible choice of as many tokens.
+* coverage: share of a line's attention on the tokens of the budget, if these are the ones that the previous
+  line attended to most. best: the same for the best possible choice of as many tokens.
 
 A model is gpt_tiny, or the folder of a Janus model saved by transformers, with its processor. Shares are
 means over images, layers, heads and queries of the conditional branch.
@@ -16,11 +16,12 @@ import argparse
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import add_output, at_least, origin, prepare_output, write_result
+from benchmarks.common import Parser, origin, write_result
 from benchmarks.line_common import HOST, Run, load_tiny
 from models.line_cache import KVCache, KVLayer, LineARConfig, LinePlan
 from util.device import pick_device, pick_dtype
@@ -37,15 +38,13 @@ class Shares:
     """Sums of attention per line, over layers; `lines` reads the shares."""
 
     plan: LinePlan
-    sums: Tensor = field(
-        init=False
-    )  # (lines, 6): all, condition, older, to choose from, covered, best
+    sums: Tensor = field(init=False)  # (lines, 6): all, condition, older, candidates, covered, best
 
     def __post_init__(self) -> None:
         self.sums = torch.zeros(self.plan.lines, 6, dtype=torch.float64)
 
     def add(self, t: int, attention: Tensor, chosen: Tensor | None) -> None:
-        """attention (rows, H, 1 + tokens) of line t; chosen (rows, H, M): slots the line before prefers."""
+        """attention (rows, H, 1 + tokens) of line t; chosen (rows, H, M): slots the line before chose."""
         plan = self.plan
         old = plan.condition + max(0, t - NEAR) * plan.line
         parts = [attention, attention[..., : plan.condition], attention[..., plan.condition : old]]
@@ -57,7 +56,7 @@ class Shares:
             self.sums[t, i] += part.sum().double().cpu()
 
     def lines(self) -> list[dict[str, float | None]]:
-        """One row per line; what a budget does not have to choose from has no coverage."""
+        """One row per line; without candidates there is no coverage."""
         rows = []
         for t, (every, condition, older, choice, covered, best) in enumerate(self.sums.tolist()):
             shares = (condition / every, older / every)
@@ -98,9 +97,7 @@ class WatchedLayer(KVLayer):
     def _end_line(self) -> None:
         plan = self.shares.plan
         queries = torch.cat(self.queries, dim=2).unflatten(1, (self.k.shape[1], -1))
-        keys = self.k[
-            :, :, None, : self.live
-        ]  # (rows, H, 1, live, d), shared by a group of queries
+        keys = self.k[:, :, None, : self.live]  # (rows, H, 1, live, d), for groups of queries
         logits = queries.float() @ keys.float().transpose(-1, -2) * keys.shape[-1] ** -0.5
         future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device)
         logits = logits.masked_fill(future.triu(self.live - plan.line + 1), -torch.inf)
@@ -158,7 +155,8 @@ def janus_locality(
     seeds = [image_seed(seed, i) for i in range(len(prompts))]
     inputs, _ = generator.prepare(prompts, seeds)
     ids, mask, grid = inputs["input_ids"], inputs["attention_mask"], image_grid(model)
-    codes = sample_tokens(model, ids, mask, seeds=seeds)
+    guidance: Any = model.generation_config.guidance_scale
+    codes = sample_tokens(model, ids, mask, guidance or 5.0, seeds=seeds)
     shares = Shares(config.plan(grid, ids.shape[1]))
     with line_ar_attention(model):
         cache = LineARCache(None, grid, layer=Watched)
@@ -170,20 +168,17 @@ def janus_locality(
 
 
 def parse() -> argparse.Namespace:
-    """Flags, checked; `config` holds the budget."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.line_locality", description=__doc__)
+    """The flags; `config` holds the budget, `texts` the prompts."""
+    parser = Parser("line_locality", __doc__)
     parser.add_argument("--model", default="gpt_tiny", help="gpt_tiny, or the folder of a Janus")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="of a Janus, a line each")
-    parser.add_argument("--num_images", type=int, default=6)
+    parser.number("num_images", 6)
     parser.add_argument("--budget", default="1/4", help="as in eval.py's --line_budget")
     parser.add_argument("--anchors", type=int, default=1)
     parser.add_argument("--recent", type=int, default=1, help="recent lines")
-    parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
+    parser.number("seed", 1, "as in eval.py", least=0)
     parser.add_argument("--device")
-    add_output(parser)
-    args = parser.parse_args()
-    at_least(args, 1, "num_images")
-    at_least(args, 0, "seed")
+    args = parser.read()
     try:
         args.config = LineARConfig(float(Fraction(args.budget)), args.anchors, args.recent)
     except (ValueError, ZeroDivisionError) as error:
@@ -196,12 +191,10 @@ def parse() -> argparse.Namespace:
         if not lines:
             raise UserError(f"{args.prompts} holds no prompt: write one on each line")
         args.texts = [lines[i % len(lines)] for i in range(args.num_images)]
-    prepare_output(args.output)
     return args
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     device = pick_device(args.device)
     try:
@@ -213,24 +206,17 @@ def main() -> None:
     except (OSError, ImportError, ValueError) as error:
         raise UserError(f"--model {args.model}: {str(error).splitlines()[0]}") from error
     rows = shares.lines()
-    body = [[row["line"], *(percent(row[name]) for name in COLUMNS)] for row in rows]
+    percent = [["" if (x := row[name]) is None else f"{x:.1%}" for name in COLUMNS] for row in rows]
+    body = [[row["line"], *cells] for row, cells in zip(rows, percent, strict=True)]
     about = {
         **origin(),
         "images": args.num_images,
-        "seed": args.seed,
-        "budget": args.budget,
-        "anchors": args.anchors,
-        "recent": args.recent,
+        **{name: getattr(args, name) for name in ("seed", "budget", "anchors", "recent")},
         "device": str(device),
         "dtype": "float32",
     }
     document = {"about": about, "rows": rows}
     write_result(args.output, document, markdown_table(["line", *COLUMNS], body))
-
-
-def percent(share: float | None) -> str:
-    """A cell of the table."""
-    return "" if share is None else f"{share:.1%}"
 
 
 if __name__ == "__main__":

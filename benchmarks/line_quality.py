@@ -2,7 +2,7 @@
 
     python -m benchmarks.line_quality --num_images 1000
 
-All rows have the same labels and seeds, so they differ by the cache alone. A row is written when it is
+All rows have the same labels and seeds, so they differ only in the cache. A row is written when it is
 finished, with its commit; the same command resumes. Results:
 output_dir/benchmarks/line_quality.{json,md,png} and line_quality_fid.png, or where --output says;
 those of the documents are in benchmarks/results.
@@ -11,58 +11,43 @@ those of the documents are in benchmarks/results.
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.common import (
-    OUTPUT,
-    add_output,
-    at_least,
-    origin,
-    prepare_output,
-    stored_rows,
-    with_ending,
-    write_result,
-)
+from benchmarks.common import OUTPUT, Parser, origin, stored_rows, with_ending, write_result
 from benchmarks.line_common import BUDGETS, HOST, RECENT, Run, load_tiny
 from benchmarks.plots import require_matplotlib, save_budget_plot
-from models.gpt_images import GPTSampling, generate
+from models.gpt_images import GPTGenerator, GPTSampling
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS
 from models.llamagen import GPT
 from models.vq import VQModel
-from util.checkpoint import describe
-from util.device import DTYPES, pick_device, pick_dtype
+from util.device import pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.files import write_json
 from util.images import save_png, side_by_side_sheet, to_uint8
 from util.report import markdown_table
+from util.weights import describe
 
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
 EVERY = (",".join(METHODS), ",".join(BUDGETS))  # methods and budgets of the whole table
 GRID = HOST.images.grid  # lines, tokens per line
+SCORES = (("fid", "FID", ".3f"), ("accuracy", "Accuracy", ".1%"))  # keys, titles, formats
 COLUMNS = 10  # images of the picture, one of each class
-SAME = (
-    "weights",
-    "images",
-    "seed",
-    "cfg",
-    "top_p",
-    "recent",
-    "device",
-    "dtype",
-)  # in all rows of a file
+# In all rows of a file.
+SAME = ("weights", "images", "seed", "cfg", "top_p", "recent", "device", "dtype")
 
 
-def tables(rows: list[dict]) -> str:
-    """Markdown: FID and accuracy of all methods (rows) at all budgets (columns)."""
+def tables(rows: list[dict], scores: Sequence[tuple[str, str, str]] = SCORES) -> str:
+    """Markdown: each score of all methods (rows) at all budgets (columns)."""
     full = next(row for row in rows if row["method"] == FULL)
     parts = []
-    for key, title, form in (("fid", "FID", ".3f"), ("accuracy", "Accuracy", ".1%")):
+    for key, title, form in scores:
         cells = {(row["method"], row["budget"]): format(row[key], form) for row in rows}
         body = [[name, *(cells.get((name, b), "-") for b in BUDGETS)] for name in METHODS]
         head = [f"{title} (full cache: {format(full[key], form)})", *BUDGETS]
@@ -79,7 +64,9 @@ def draw(rows: list[dict], output: Path) -> None:
     save_budget_plot(with_ending(output, "_fid.png"), title, list(BUDGETS), series, level)
 
 
-def plans(methods: str, budgets: str, recent: int) -> list[tuple[str, str, LineARConfig | None]]:
+def plans(
+    methods: str, budgets: str, recent: int, grid: tuple[int, int] = GRID
+) -> list[tuple[str, str, LineARConfig | None]]:
     """Rows: method, budget, configuration. UserError for a name that the table does not have.
 
     Raises ValueError for recent lines that do not fit a budget.
@@ -93,7 +80,7 @@ def plans(methods: str, budgets: str, recent: int) -> list[tuple[str, str, LineA
                     f"{', '.join(BUDGETS)}"
                 )
             config = LineARConfig(BUDGETS[budget], recent=recent, method=name)
-            config.plan(GRID)
+            config.plan(grid)
             rows.append((name, budget, config))
     return rows
 
@@ -109,40 +96,34 @@ def picture(
     for method, budget, config in plans(*EVERY, recent):
         if (method, budget) in PICTURE and (method, budget) in fid:
             sampling = replace(plain, line_ar=config)
-            images = generate(model, tokenizer, labels, seeds, sampling, HOST.images.img_size)
+            generator = GPTGenerator(model, tokenizer, sampling, HOST.images.img_size)
+            images = generator.generate((labels, seeds))
             name = method if config is None else f"{method} {budget}"
             strips[f"{name}: FID {fid[method, budget]:.3f}"] = to_uint8(images)
     return side_by_side_sheet(strips, scale=2)
 
 
 def parse() -> argparse.Namespace:
-    """Flags, checked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.line_quality", description=__doc__)
-    parser.add_argument("--num_images", type=int, default=1000)
+    parser = Parser("line_quality", __doc__)
+    parser.number("num_images", 1000)
     parser.add_argument("--methods", default=EVERY[0], help="rows of the table")
     parser.add_argument("--budgets", default=EVERY[1], help="its columns")
-    parser.add_argument("--batch", type=int, default=250, help="images per batch")
-    parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
+    parser.number("batch", 250, "images per batch")
+    parser.number("seed", 1, "as in eval.py", least=0)
     parser.add_argument("--cfg", type=float, default=HOST.sampling.cfg)
     parser.add_argument("--top_p", type=float, default=HOST.sampling.top_p)
     parser.add_argument("--recent", type=int, default=RECENT, help="LineAR's lines")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=tuple(DTYPES))
-    add_output(parser, OUTPUT / "line_quality")
-    args = parser.parse_args()
-    at_least(args, 1, "num_images", "batch")
-    at_least(args, 0, "seed")
+    parser.device()
+    args = parser.read(OUTPUT / "line_quality")
     try:
         args.sampling = GPTSampling(args.cfg, top_p=args.top_p)
         args.plans = plans(args.methods, args.budgets, args.recent)
     except ValueError as error:
         raise UserError(str(error)) from error
-    prepare_output(args.output)
     return args
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     require_matplotlib()
     output = with_ending(args.output, ".json")
@@ -154,10 +135,7 @@ def main() -> None:
         **origin(),
         "weights": describe(HOST.resume, use_ema=False),
         "images": args.num_images,
-        "seed": args.seed,
-        "cfg": args.cfg,
-        "top_p": args.top_p,
-        "recent": args.recent,
+        **{name: getattr(args, name) for name in ("seed", "cfg", "top_p", "recent")},
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

@@ -96,7 +96,7 @@ def work_of(
         shape = (1, model.seq_len, model.diffloss.num_sampling_steps + 1, model.token_dim)
         noise = ImageNoise(torch.zeros(1, model.seq_len, dtype=torch.long), torch.zeros(shape))
     first = count(lambda: decoding._prepare([0], noise))
-    decoding._decode(noise, progress=False)
+    list(decoding._decode(noise, progress=False))
     return Work(
         transformer_flops=flops["step"] + first,
         head_flops=flops["head"],

@@ -128,9 +128,7 @@ def energy_distance(x: Tensor, y: Tensor) -> float:
     estimate is unbiased and may be below 0.
     """
     if len(x) != len(y) or len(x) < 2:
-        raise ValueError(
-            f"{len(x)} and {len(y)} samples; both sets need the same number, 2 or more"
-        )
+        raise ValueError(f"{len(x)} and {len(y)} samples; both need the same number, 2 or more")
     x, y = x.double(), y.double()
     different = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     # The formula with a square of sums is inexact for close points.

@@ -218,7 +218,6 @@ def ratio(row: Result, default: Result, name: str) -> str | None:
 
 
 def table(rows: Sequence[Result], default: Result) -> str:
-    """Markdown."""
 
     def with_error(name: str) -> Callable[[Result], object]:
         return lambda row: name in row and f"{row[name]['mean']:.3g} ± {row[name]['error']:.2g}"
@@ -254,7 +253,6 @@ def key_of(config: LazyMARConfig | None) -> str:
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.rank",
         description=__doc__,
@@ -294,7 +292,6 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     set_threads(args.threads)
     device = pick_device(args.device)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from engine import cli
 from engine.mar import MARHost
-from util.data.datasets import CachedFolder
+from util.data.datasets import CachedFolder, to_unit_range
 from util.errors import UserError
-from util.shapes import ShapesDataset
+from util.shapes import label_of, pictures
 
 
 def host_of(model: str, *words: str) -> MARHost:
@@ -42,14 +42,10 @@ def real_images(
     scale = host.tokenizer.scale(tokenizer)
     if cached_path is None:
         device = next(tokenizer.parameters()).device
-        pictures = ShapesDataset(first, count)
-        found, labels = [], []
-        for i in range(count):
-            picture, label = pictures[i]
-            image = picture[None].to(device).float() / 127.5 - 1
-            found.append(tokenizer.encode(image).mode())
-            labels.append(label)
-        latents = torch.cat(found)
+        indices = range(first, first + count)
+        images = (to_unit_range(pictures(i, 1).to(device)) for i in indices)
+        latents = torch.cat([tokenizer.encode(image).mode() for image in images])
+        labels = [label_of(i) for i in indices]
         return RealImages(latents * scale, labels, f"shapes {first} .. {first + count - 1}")
     channels, side = host.geometry.vae_embed_dim, host.geometry.latent_side
     folder = CachedFolder(cached_path, (2 * channels, side, side))

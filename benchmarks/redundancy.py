@@ -1,4 +1,4 @@
-"""What hardly changes from step to step in MAR: LazyMAR's motivation, measured on any checkpoint and drawn.
+"""How little MAR's features change from step to step: LazyMAR's motivation, measured and plotted.
 
     python -m benchmarks.redundancy                                          # the bundled model
     python -m benchmarks.redundancy --model mar_huge --num_images 16         # an official one
@@ -10,7 +10,7 @@ says; those of the documents are in benchmarks/results. Three figures, each besi
 * tokens: similarity of decoder features between neighbouring steps of plain MAR, for tokens decoded
   earlier, in the previous step, now, and later.
 * guidance: the same for the two branches and their residual; error of the unconditional features
-  when they, or the residual, are as old as LazyMAR lets them become.
+  when they, or the residual, are reused for as many steps as LazyMAR allows.
 * strip: which positions the deep decoder layers of LazyMAR recompute, step by step, over the image.
 """
 
@@ -33,13 +33,13 @@ from engine import cli
 from engine.mar import MARHost
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig
-from models.lazy_predictor import LazyPredictor
 from models.mar import MAR
 from models.noise import ImageNoise
 from models.plan import DecodingPlan, DecodingStep
 from models.predictor import PlainPredictor
 from models.sampling_copy import sampling_copy
-from util.device import device_name, pick_dtype
+from models.step_view import REUSED, views
+from util.device import device_name
 from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
@@ -48,7 +48,6 @@ from util.images import to_uint8
 from util.report import markdown_table
 
 GROUPS = ("earlier", "previous", "now", "later")
-NOW, PREVIOUS, CHANGED, REUSED = "npc."  # what happened to a token, in the maps of the strip
 
 
 def positions_of(step: DecodingStep, seq_len: int) -> dict[str, slice]:
@@ -58,13 +57,13 @@ def positions_of(step: DecodingStep, seq_len: int) -> dict[str, slice]:
 
 
 class Observer(PlainPredictor):
-    """PlainPredictor that computes every token and compares its features with those of steps before.
+    """PlainPredictor that computes every token and compares its features with those of earlier steps.
 
-    From the second step on it adds to `similarity` (layers, B, L), conditional rows, and to
-    `guidance` (3, B, L): conditional, unconditional, residual. As soon as `ages` steps have gone by
-    it adds to `errors` (2 * ages + 1, B * n) for the tokens decoded now: the distance of the
-    unconditional output from that of each age, from the conditional one plus the residual of each
-    age, and from the conditional one, all over its length.
+    From the second step on it adds to `similarity` (layers, B, L), conditional branch, and to
+    `guidance` (3, B, L): conditional, unconditional, residual. After `ages` steps it also adds to
+    `errors` (2 * ages + 1, B * n) for the tokens decoded now: the distance of the unconditional
+    output from that of each age, from the conditional one plus the residual of each age, and from
+    the conditional one, all divided by its norm.
     """
 
     def __init__(self, model: MAR, order: Tensor, embedding: Tensor, ages: int) -> None:
@@ -87,8 +86,8 @@ class Observer(PlainPredictor):
             x = block(x)
             layers.append(x[: len(tokens), model.buffer_size :].float())
         x = x[:, model.buffer_size :]
-        self._compare(layers, x.float(), slice(step.start, step.stop))
         now = slice(step.start, step.stop)
+        self._compare(layers, x.float(), now)
         return model.to_condition(x[:, now], order[:, now])
 
     def _compare(self, layers: list[Tensor], output: Tensor, now: slice) -> None:
@@ -145,9 +144,8 @@ def guidance_redundancy(
     kinds = ("conditional", "unconditional", "residual")
     by_step: dict[str, list[float]] = {kind: [] for kind in kinds}
     for step, values in zip(plan.steps[1:], guidance, strict=True):
-        for kind, value in zip(
-            kinds, values[:, :, step.start :].mean((1, 2)).tolist(), strict=True
-        ):
+        means = values[:, :, step.start :].mean((1, 2)).tolist()
+        for kind, value in zip(kinds, means, strict=True):
             by_step[kind].append(value)
     *old, none = torch.cat(errors, dim=1).mean(1).tolist()
     ages = len(old) // 2
@@ -159,62 +157,27 @@ def guidance_redundancy(
     }
 
 
-class RecordingPredictor(LazyPredictor):
-    """LazyPredictor that remembers what it selects: step index -> positions (R, kept)."""
-
-    def __init__(
-        self,
-        model: MAR,
-        order: Tensor,
-        embedding: Tensor,
-        plan: DecodingPlan,
-        config: LazyMARConfig,
-    ) -> None:
-        """As LazyPredictor."""
-        super().__init__(model, order, embedding, plan, config)
-        self.selected: dict[int, Tensor] = {}
-
-    def select(self, v: Tensor, step: DecodingStep, kept: int) -> Tensor:
-        """As LazyPredictor.select."""
-        self.selected[step.index] = super().select(v, step, kept)
-        return self.selected[step.index]
-
-
 def lazy_strip(
     model: MAR, plan: DecodingPlan, config: LazyMARConfig, label: int, noise: ImageNoise
 ) -> tuple[dict[str, Any], Tensor]:
     """What LazyMAR recomputes at each step for one image, and its latents (1, C, H, W).
 
-    maps: per step a string in raster order, n decoded now, p in the previous step, c recomputed
-    besides, `.` taken from the cache, by the decoder layers behind the probe. ranks: when each
-    token is decoded, raster order.
+    maps: per step a string of states, as in models.step_view. ranks: when each token is decoded,
+    raster order.
     """
-    decoding = Decoding(model, 1, plan, config, temperature=1.0)
-    predictor = RecordingPredictor(model, decoding.order, decoding.embedding, plan, config)
-    decoding.predictor = predictor
-    latents = model.unpatchify(decoding([label], noise))
-    ranks = decoding.order[0].argsort().tolist()
-    maps = []
-    for step in plan.steps:
-        index = predictor.selected.get(step.index)
-        kept = set(range(plan.seq_len))
-        if index is not None:
-            kept = {position - model.buffer_size for position in index[0].tolist()}
-        states = [CHANGED if rank in kept else REUSED for rank in range(plan.seq_len)]
-        states[step.previous : step.start] = PREVIOUS * (step.start - step.previous)
-        states[step.start : step.stop] = NOW * (step.stop - step.start)
-        maps.append("".join(states[rank] for rank in ranks))
+    seen = list(views(model, plan, config, label, noise))
+    maps = [view.states for view in seen]
     strip = {
-        "steps": [step.index for step in plan.steps],
-        "refresh": [predictor.policies[step.index].refresh for step in plan.steps],
-        "known": [step.stop for step in plan.steps],
+        "steps": [view.step.index for view in seen],
+        "refresh": [view.refresh for view in seen],
+        "known": [view.step.stop for view in seen],
         "grid": model.grid_size,
         "label": label,
-        "ranks": ranks,
+        "ranks": noise.orders[0].flip(0).argsort().tolist(),
         "maps": maps,
         "recomputed": [1 - m.count(REUSED) / plan.seq_len for m in maps],
     }
-    return strip, latents
+    return strip, seen[-1].latents
 
 
 @dataclass(frozen=True)
@@ -269,7 +232,6 @@ def parse() -> tuple[cli.Selection, Path]:
 
 
 def main() -> None:
-    """Command line."""
     selection, output = parse()
     require_matplotlib()
     host = selection.host()
@@ -281,7 +243,7 @@ def main() -> None:
     if sampling.cfg == 1.0:
         raise UserError("--cfg is 1: without guidance there is no residual; give another scale")
     place = cli.place(selection.flags)
-    device, dtype = place.device, pick_dtype(place.config.dtype, place.device)
+    device, dtype = place.device, place.execution.dtype
     loaded = host.load(device)
     model, tokenizer = loaded.model, loaded.tokenizer
     assert isinstance(model, MAR)
@@ -309,9 +271,7 @@ def main() -> None:
         "weights": loaded.weights,
         "images": settings.num_images,
         "seed": settings.seed,
-        "num_iter": sampling.num_iter,
-        "cfg": sampling.cfg,
-        "cfg_schedule": sampling.cfg_schedule,
+        **{name: getattr(sampling, name) for name in ("num_iter", "cfg", "cfg_schedule")},
         "strip": sampling.method,
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),

@@ -42,9 +42,7 @@ def report(folder: Path) -> str:
         for name, title in RUNS.items():
             scores[title] = json.loads((folder / f"retraining_{name}.json").read_text())
     except OSError as error:
-        raise UserError(
-            f"{error.filename} is needed for the comparison: {error.strerror}"
-        ) from error
+        raise UserError(f"{error.filename} is needed to compare: {error.strerror}") from error
     first = scores["the bundled file"]
     for title, score in scores.items():
         for key in SAME:
@@ -86,7 +84,6 @@ Written by `{origin()["command"]}` from {BUNDLED}, retraining_*.json and retrain
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retraining", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the files")
     args = parser.parse_args()

@@ -173,9 +173,7 @@ class Teacher:
             ]  # by step (B, T)
             kl.append(torch.stack(nats, 1))
         conditional, *unconditional = (torch.cat(x).cpu() for x in zip(*errors, strict=True))
-        return Differences(
-            conditional, unconditional[0] if unconditional else None, torch.cat(kl).cpu()
-        )
+        return Differences(conditional, next(iter(unconditional), None), torch.cat(kl).cpu())
 
     def over_tokens(self, by_step: Tensor) -> Tensor:
         """Values (N, S) of steps -> means over the tokens of each image (N,)."""

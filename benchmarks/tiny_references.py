@@ -1,10 +1,10 @@
-"""Scores of real pictures, intact and damaged: what a FID of the bundled models means.
+"""Scores of real images, intact and damaged: what a FID of the bundled models means.
 
     python -m benchmarks.tiny_references
 
-The FID of real pictures that the statistics have not seen, the cost of the tokenizer, and which faults the
-classifier's features see. Also the spread of each latent channel over the pictures that the tokenizer was
-fitted to. A minute or two on one core.
+It measures the FID of real images that are not in the statistics, the cost of the tokenizer, and which
+faults the classifier's features detect. Also the spread of each latent channel over the images that the
+tokenizer was fitted to. Takes a minute or two on one core.
 Results: output_dir/benchmarks/tiny_references.{json,md}, or where --output says; those of the
 documents are benchmarks/results/tiny_references.{json,md}.
 """
@@ -16,24 +16,18 @@ from typing import cast
 import numpy as np
 import torch
 
-from benchmarks.common import (
-    OUTPUT,
-    add_output,
-    at_least,
-    origin,
-    prepare_output,
-    write_result,
-)
-from benchmarks.line_common import Pictures
+from benchmarks.common import OUTPUT, Parser, origin, write_result
 from engine import cli
 from engine.mar import MARHost
 from models.linear_tokenizer import LinearTokenizer
 from util import metrics
+from util.data.datasets import to_unit_range
 from util.device import device_name, set_threads
 from util.errors import run_main
+from util.evaluation.image_source import Pictures
 from util.report import markdown_table
 from util.shapes import CLASSES, HELD_OUT_START, label_of, render
-from util.tiny.assets import DEFAULT_IMAGES, batches, channel_spread, psnr, restore, to_float
+from util.tiny.assets import DEFAULT_IMAGES, batches, channel_spread, psnr, restore
 
 SELECTION = cli.named("mar_tiny")
 HOST = cast(MARHost, SELECTION.host())
@@ -89,20 +83,12 @@ def versions(
 
 
 def parse() -> argparse.Namespace:
-    """Flags, checked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tiny_references", description=__doc__
-    )
-    parser.add_argument("--num_images", type=int, default=5000, help="held-out pictures")
-    add_output(parser, OUTPUT / "tiny_references")
-    args = parser.parse_args()
-    at_least(args, 100, "num_images")
-    prepare_output(args.output)
-    return args
+    parser = Parser("tiny_references", __doc__)
+    parser.number("num_images", 5000, "held-out pictures", least=100)
+    return parser.read(OUTPUT / "tiny_references")
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     set_threads(1)
     tokenizer = LinearTokenizer.from_file(HOST.tokenizer.vae_path)
@@ -117,7 +103,7 @@ def main() -> None:
             score = metrics.score(pictures, len(own), request, "cpu", labels=own.tolist())
             rows.append({"name": title, "num_images": len(own), **score})
         fitted = DEFAULT_IMAGES["tokenizer"]
-        training = torch.cat([to_float(part) for part, _ in batches(0, fitted)])
+        training = torch.cat([to_unit_range(part) for part, _ in batches(0, fitted)])
         spread = channel_spread(tokenizer, training)
         quality = psnr(tokenizer)
     about = {
@@ -131,14 +117,9 @@ def main() -> None:
         "seeds": f"pictures: their numbers; noise and patches: numpy's default_rng({SEED})",
         "latents": f"pictures 0 .. {fitted - 1}, times latent_scale {tokenizer.latent_scale:.5f}",
     }
+    forms = {"fid": ".3f", "is_mean": ".2f", "accuracy": ".1%"}
     scores = [
-        [
-            row["name"],
-            row["num_images"],
-            f"{row['fid']:.3f}",
-            f"{row['is_mean']:.2f}",
-            f"{row['accuracy']:.1%}",
-        ]
+        [row["name"], row["num_images"], *(format(row[key], forms[key]) for key in forms)]
         for row in rows
     ]
     columns = [[f"{x:.2f}", f"{largest:.2f}", f"{k:.1f}"] for x, largest, k in spread]

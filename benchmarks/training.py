@@ -1,36 +1,28 @@
-"""Images per second of a training step, against a step written straightforwardly.
+"""Images per second of a training step, compared with a plainly written step.
 
     python -m benchmarks.training --model mar_large --batch 64                   # on a GPU: bf16
     python -m benchmarks.training --model mar_base --batch 4 --device cpu --dtype bf16 --memory
 
-Random weights and latents. After a warm-up the rows take turns; the median counts. Step k masks the same
-number of tokens in every row. --memory adds each row's peak, measured in a new process: CUDA's count, or on
-a CPU that of the whole process (Linux). The last line is one JSON document.
+Weights and latents are random. After a warm-up the rows take turns; the median counts. Step k masks the
+same number of tokens in every row. --memory adds each row's peak, measured in a new process: CUDA's
+count, or on a CPU that of the whole process (Linux). The last line is one JSON document.
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Callable
-from functools import partial
 
 import torch
 
-from benchmarks.common import (
-    add_output,
-    at_least,
-    default_dtype,
-    origin,
-    prepare_output,
-    timed,
-    write_result,
-)
+from benchmarks.common import Parser, default_dtype, listed, origin, take_turns, write_result
 from benchmarks.eager_training import EagerTraining
 from benchmarks.mar_work import MODELS, build
 from benchmarks.memory import peak_of
 from models import mar
 from models.noise import TrainingNoise
 from util.device import DTYPES, device_name, pick_device
-from util.errors import UserError, run_main
+from util.errors import run_main
 from util.report import markdown_table
 from util.training import step as training
 from util.training.ema import EMA
@@ -40,8 +32,8 @@ ROWS = ("eager", "ours", "checkpointing", "compile", "compile + checkpointing")
 LR = 1e-4
 
 
-def stepper(row: str, args: argparse.Namespace) -> Callable[[int], object]:
-    """A call that takes step k of a fresh model, as `row` says."""
+def stepper(row: str, args: argparse.Namespace) -> Callable[[], object]:
+    """A call that takes the next training step of a fresh model, as `row` says."""
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     model = build(args.model, device, grad_checkpointing="checkpointing" in row)
     model.requires_grad_(True).train()
@@ -50,12 +42,14 @@ def stepper(row: str, args: argparse.Namespace) -> Callable[[int], object]:
     latents = torch.randn(args.batch, model.vae_embed_dim, side, side, device=device)
     labels = torch.randint(model.class_num, (args.batch,), device=device)
 
-    def noise_of(k: int) -> TrainingNoise:
-        return model.training_noise(args.batch, training.step_seed(0, k))
+    count = itertools.count()
+
+    def next_noise() -> TrainingNoise:
+        return model.training_noise(args.batch, training.step_seed(0, next(count)))
 
     if row == "eager":
         eager = EagerTraining(model, LR, dtype)
-        return lambda k: eager.step(latents, labels, model.seq_len - noise_of(k).known)
+        return lambda: eager.step(latents, labels, model.seq_len - next_noise().known)
     if "compile" in row:
         mar.compile_for_training(model)
     state = training.TrainState(
@@ -66,37 +60,25 @@ def stepper(row: str, args: argparse.Namespace) -> Callable[[int], object]:
         torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
     config = training.StepConfig(LRSchedule(LR), 3.0, 0, 0, device, dtype)
-
-    def step(k: int) -> object:
-        return training.train_step(state, [(latents, labels, noise_of(k))], LR, config)
-
-    return step
+    return lambda: training.train_step(state, [(latents, labels, next_noise())], LR, config)
 
 
 def two_steps(row: str, args: argparse.Namespace) -> None:
-    """What the peak is measured of: the second step has the optimizer's moments."""
+    """Two steps, whose peak is measured: the second has the optimizer's moments."""
     torch.set_num_threads(args.threads)
     step = stepper(row, args)
-    for k in range(2):
-        step(k)
+    for _ in range(2):
+        step()
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     """One dictionary per row."""
-    device = torch.device(args.device)
     peaks: dict[str, float | None] = dict.fromkeys(args.rows)
     if args.memory:
         peaks = {row: peak_of(args.device, two_steps, row, args) for row in args.rows}
     steps = {row: stepper(row, args) for row in args.rows}
-    times: dict[str, list[float]] = {row: [] for row in args.rows}
-    for k in range(args.warmup + args.repeats):
-        for row, step in steps.items():
-            seconds = timed(partial(step, k), device)
-            if k >= args.warmup:
-                times[row].append(seconds)
-            print(
-                f"{args.model} {args.dtype} batch {args.batch} {row}: {seconds:.3f} s", flush=True
-            )
+    title = f"{args.model} {args.dtype} batch {args.batch} "
+    times, _ = take_turns(steps, torch.device(args.device), args.warmup, args.repeats, title)
     first = statistics.median(times[args.rows[0]])
     return [
         {
@@ -114,36 +96,23 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def parse() -> argparse.Namespace:
-    """Flags, checked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.training", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("training", __doc__)
     parser.add_argument("--model", default="mar_base", choices=MODELS)
-    parser.add_argument("--batch", type=int, default=4, help="images per step")
+    parser.number("batch", 4, "images per step")
     parser.add_argument("--rows", default="eager,ours,checkpointing", help=f"of {','.join(ROWS)}")
-    parser.add_argument("--warmup", type=int, default=1, help="steps that do not count")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.number("warmup", 1, "steps that do not count", least=0)
+    parser.number("repeats", 5)
+    parser.number("threads", 1, "CPU threads")
     parser.add_argument("--memory", action="store_true", help="peak memory as well")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=tuple(DTYPES))
-    add_output(parser)
-    args = parser.parse_args()
+    parser.device()
+    args = parser.read()
     device = pick_device(args.device)
     args.dtype = args.dtype or default_dtype(device)
-    args.rows, args.device = args.rows.split(","), str(device)
-    for row in args.rows:
-        if row not in ROWS:
-            raise UserError(f"--rows {row} is unknown; use some of {','.join(ROWS)}")
-    at_least(args, 1, "batch", "repeats", "threads")
-    at_least(args, 0, "warmup")
-    prepare_output(args.output)
+    args.rows, args.device = listed(args.rows, "rows", ROWS), str(device)
     return args
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     torch.set_num_threads(args.threads)
     rows = measure(args)

@@ -3,8 +3,8 @@
     python -m benchmarks.waterfall --model mar_huge --batch 128               # on a GPU: bf16
     python -m benchmarks.waterfall --model mar_base --dtype bf16 --threads 1 --device cpu
 
-Each row adds one technique to those above it. Rows take turns; the median counts. Random weights. The last
-line is one JSON document.
+Each row adds one technique to those above it. Rows take turns; the median counts. Weights are random.
+The last line is one JSON document.
 """
 
 import argparse
@@ -15,14 +15,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks import eager_mar
-from benchmarks.common import (
-    add_output,
-    at_least,
-    origin,
-    prepare_output,
-    timed,
-    write_result,
-)
+from benchmarks.common import Parser, origin, take_turns, write_result
 from benchmarks.mar_work import MODELS, build
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig
@@ -30,7 +23,7 @@ from models.mar import MAR
 from models.noise import ImageNoise
 from models.plan import DecodingPlan
 from models.sampler import Sampler
-from util.device import DTYPES, autocast, device_name, pick_device, pick_dtype
+from util.device import autocast, device_name, pick_device, pick_dtype
 from util.errors import run_main
 from util.report import markdown_table
 
@@ -85,35 +78,24 @@ def rows_of(
 
 
 def parse() -> argparse.Namespace:
-    """Flags, checked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.waterfall", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("waterfall", __doc__)
     parser.add_argument("--model", default="mar_base", choices=MODELS)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--num_iter", type=int, default=64)
+    parser.number("batch", 1)
+    parser.number("num_iter", 64)
     parser.add_argument("--cfg", type=float, default=3.25)
-    parser.add_argument("--warmup", type=int, help="runs that do not count (CUDA: 3, CPU: 0)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's choice if not given)")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=tuple(DTYPES))
-    add_output(parser)
-    args = parser.parse_args()
-    at_least(args, 1, "batch", "num_iter", "repeats", "threads")
-    at_least(args, 0, "warmup")
-    prepare_output(args.output)
-    return args
+    parser.number("warmup", None, "runs that do not count (CUDA: 3, CPU: 0)", least=0)
+    parser.number("repeats", 3)
+    parser.number("threads", None, "CPU threads (PyTorch's choice if not given)")
+    parser.device()
+    return parser.read()
 
 
 def main() -> None:
-    """Command line."""
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = pick_device(args.device)
-    dtype = DTYPES[args.dtype] if args.dtype else pick_dtype(None, device)
+    dtype = pick_dtype(args.dtype, device)
     warmup = (3 if device.type == "cuda" else 0) if args.warmup is None else args.warmup
 
     model = build(args.model, device)
@@ -121,14 +103,7 @@ def main() -> None:
     labels = [i % model.class_num for i in range(args.batch)]
     noise = model.image_noise(range(args.batch))
     calls = rows_of(model, plan, labels, noise, dtype)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in range(-warmup, args.repeats):
-        for name, call in calls.items():
-            taken = timed(call, device)
-            if repeat >= 0:
-                times[name].append(taken)
-            print(f"{name}: {taken:.3f} s", flush=True)
-
+    times, _ = take_turns(calls, device, warmup, args.repeats)
     seconds = {name: statistics.median(t) / args.batch for name, t in times.items()}
     first = next(iter(seconds.values()))
     rows, before = [], first
@@ -138,13 +113,10 @@ def main() -> None:
     head = ["technique", "s_per_image", "gain", "against eager"]
     about = {
         **origin(),
-        "model": args.model,
-        "batch": args.batch,
+        **{name: getattr(args, name) for name in ("model", "batch", "num_iter", "cfg")},
         "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "num_iter": args.num_iter,
-        "cfg": args.cfg,
         "seeds": "0 .. batch - 1; weights: torch.manual_seed(0)",
     }
     document = {"about": about, "rows": [dict(zip(head, r, strict=True)) for r in rows]}

@@ -36,9 +36,7 @@ def space_timesteps(num_steps: int, respacing: str) -> list[int]:
         for whole in range(1, num_steps + 1):
             if digits == str(len(range(0, num_steps, whole))):
                 return list(range(0, num_steps, whole))
-        raise ValueError(
-            f"no whole stride over {num_steps} steps gives {digits} of them ({respacing!r})"
-        )
+        raise ValueError(f"no whole stride over {num_steps} steps gives {digits} ({respacing!r})")
     counts = [int(part) for part in digits.split(",")]
     size, extra = divmod(num_steps, len(counts))
     kept: list[int] = []
@@ -78,7 +76,7 @@ def log_snr_timesteps(betas: np.ndarray, count: int, first: int) -> list[int]:
 
 
 def coupling(fine_abar: np.ndarray, coarse_abar: np.ndarray) -> np.ndarray:
-    """How a coarse denoising run takes its noise from that of a fine one: (N + 1, T + 1) weights.
+    """Weights (N + 1, T + 1) that make the noise of a coarse denoising run from that of a fine one.
 
     fine_abar (T,), coarse_abar (N,), N <= T: abar of the kept steps, ascending timesteps. Rows and columns
     are in the order of a run: initial noise, then that of each step; the last one is never read.
@@ -92,8 +90,8 @@ def coupling(fine_abar: np.ndarray, coarse_abar: np.ndarray) -> np.ndarray:
     steps, coarse_steps = len(fine_abar), len(coarse_abar)
     if coarse_steps > steps:
         raise ValueError(
-            f"a run of {coarse_steps} denoising steps needs noise of as many, and there is noise of "
-            f"{steps}: take fewer steps, or a model with more num_sampling_steps"
+            f"a run of {coarse_steps} denoising steps needs noise of {coarse_steps} steps, but there is "
+            f"noise of {steps}: use fewer steps, or a model with more num_sampling_steps"
         )
     log_q, coarse_log_q = (np.log(a / (1.0 - a))[::-1] for a in (fine_abar, coarse_abar))
     # In units of x_T: W(q) has variance q; log_q ascends, and span k leads to boundary k.
@@ -102,9 +100,9 @@ def coupling(fine_abar: np.ndarray, coarse_abar: np.ndarray) -> np.ndarray:
     # A boundary leaves at least one fine step to each coarse one before and behind it.
     nearest = np.abs(coarse_log_q[:, None] - log_q).argmin(axis=1)
     bounds: list[int] = []
-    for k, place in enumerate(nearest):
+    for k, bound in enumerate(nearest):
         least = bounds[-1] + 1 if bounds else 0
-        bounds.append(int(np.clip(place, least, steps - coarse_steps + k)))
+        bounds.append(int(np.clip(bound, least, steps - coarse_steps + k)))
     weights = np.zeros((coarse_steps + 1, steps + 1))
     for k, (start, stop) in enumerate(zip([-1, *bounds], bounds, strict=False)):
         covered = spans[start + 1 : stop + 1]

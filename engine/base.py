@@ -1,8 +1,8 @@
-"""Family and Host: what the scripts need to know of a model.
+"""Family and Host: the interface between the scripts and the models.
 
 A family is one kind of model (MAR, LlamaGen). It has flags and presets, and makes a Host of them: one
-named model with every setting of a run, built before anything is loaded. The run itself knows no
-model, see util/evaluation/run.py. A new family is one file and one line in engine/__init__.py.
+named model with every setting of a run, built before anything is loaded. A new family is one file and
+one line in engine/__init__.py.
 """
 
 from abc import ABC, abstractmethod
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from util.config import FlagParser, Flags, setting
+from util.device import can_compile
 from util.errors import UserError
 from util.evaluation.conditions import ClassLabels, Conditions, Prompts
 from util.evaluation.generation import ImageGenerator
@@ -38,8 +39,22 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True)
+class Execution:
+    """Where and in which precision images are computed, and how. show: notes go to stderr."""
+
+    device: torch.device
+    dtype: torch.dtype
+    config: ComputeConfig = ComputeConfig()
+    show: bool = False
+
+    def fast(self) -> bool:
+        """Whether to compile and to record CUDA graphs."""
+        return not self.config.no_compile and can_compile(self.device, self.show)
+
+
+@dataclass(frozen=True)
 class Loaded:
-    """A model and its tokenizer on the device; weights: where they are from, for the manifest.
+    """A model and its tokenizer on the device; weights: their origin, for the manifest.
 
     The tokenizer of a text-to-image model is its processor.
     """
@@ -56,19 +71,17 @@ class Host(ABC):
 
     @property
     def class_num(self) -> int | None:
-        """Number of class labels; None: the model draws what --prompts says."""
+        """Number of class labels; None for text-to-image models, which need --prompts."""
         return None
 
     def conditions(self, prompts: str | None) -> Conditions:
-        """What the images show. UserError for prompts where labels are needed, or the reverse."""
+        """Class labels or prompts of the images. UserError if the model needs the other kind."""
         if self.class_num is None:
             if prompts is None:
                 raise UserError(f"--model {self.model} draws from text: give --prompts FILE")
             return Prompts.from_file(prompts)
         if prompts is not None:
-            raise UserError(
-                f"--prompts is for text-to-image models; {self.model} takes class labels"
-            )
+            raise UserError(f"--prompts is for text-to-image models; {self.model} takes classes")
         return ClassLabels(self.class_num)
 
     @abstractmethod
@@ -76,23 +89,16 @@ class Host(ABC):
         """Model and tokenizer, ready to sample. UserError for files that are missing or do not fit."""
 
     @abstractmethod
-    def generator(
-        self,
-        loaded: Loaded,
-        compute: ComputeConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        show: bool,
-    ) -> ImageGenerator:
-        """The loaded model as a generator; `show`: this process may print."""
+    def generator(self, loaded: Loaded, execution: Execution) -> ImageGenerator:
+        """The loaded model as a generator."""
 
     @abstractmethod
     def config(self, loaded: Loaded, dtype: torch.dtype) -> dict[str, object]:
-        """What decides the images, besides weights, number, seed and device."""
+        """Settings that decide the images, except weights, number, seed and device."""
 
     @abstractmethod
     def summary(self) -> dict[str, object]:
-        """What results.json says of the run: method, num_iter, cfg, lazy_mar, line_ar."""
+        """Entries of results.json: method, num_iter, cfg, lazy_mar, line_ar."""
 
     @abstractmethod
     def run_name(self, num_images: int) -> str:
@@ -116,7 +122,7 @@ class Family(ABC):
 
     @abstractmethod
     def host(self, model: str, flags: Flags, defaults: Preset) -> Host:
-        """The named model with the given flags; `defaults` fill the others. UserError: nonsense."""
+        """The named model with the given flags, else `defaults`. UserError for invalid settings."""
 
 
 def bundled(name: str) -> str:

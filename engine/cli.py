@@ -1,6 +1,6 @@
-"""Command lines of eval.py, main_mar.py, main_cache.py and demo.py: flags in, typed configs out.
+"""Command lines of eval.py, main_mar.py, main_cache.py and demo.py: from flags to typed configs.
 
-All four know every flag, as in the original; only some defaults differ.
+All four accept every flag, as in the original; some defaults differ.
 """
 
 import sys
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from engine import FAMILIES
-from engine.base import ComputeConfig, Family, Host, Preset, WeightsConfig
+from engine.base import ComputeConfig, Execution, Family, Host, Preset, WeightsConfig
 from util import dist
 from util.config import FlagParser, Flags
 from util.data.config import DataConfig
-from util.device import DeviceConfig, pick_device, set_threads, slow_bf16
+from util.device import DeviceConfig, pick_device, pick_dtype, set_threads, slow_bf16
 from util.errors import UserError
 from util.evaluation.config import EvaluationConfig
 from util.evaluation.request import ScoreRequest
@@ -41,7 +41,7 @@ def make_parser(program: str, description: str = "") -> FlagParser:
     parser = FlagParser(name, description, defaults)
     models = ", ".join(name for family in FAMILIES.values() for name in family.presets)
     parser.add_flag("model", f"{models} [{defaults['model']}]", metavar="NAME")
-    parser.add_flag("score_only", "score a run folder, or one of numbered PNGs", metavar="DIR")
+    parser.add_flag("score_only", "score a run folder or a folder of numbered PNGs", metavar="DIR")
     from_model = ("resume", "features", "features_path", "fid_stats")
     training = program in TRAINING
     parser.add(WeightsConfig, "weights", from_model=() if training else from_model)
@@ -73,7 +73,7 @@ class Selection:
     defaults: Preset
 
     def host(self) -> Host:
-        """The model with its settings. UserError if they make no sense."""
+        """The model with its settings. UserError if they are invalid."""
         return self.family.host(self.model, self.flags, self.defaults)
 
     def request(self) -> ScoreRequest:
@@ -84,9 +84,8 @@ class Selection:
 def select(flags: Flags, program: str) -> Selection:
     """Find the family and the preset of --model.
 
-    The training commands take the preset of models that "trains"; for the others they keep the
-    original's defaults, which do not depend on the model. UserError: unknown model, or flags of
-    another family.
+    The training commands use the preset of models with "trains": True; for the others they keep the
+    original's defaults. UserError: unknown model, or flags of another family.
     """
     model = flags.value("model", DEFAULTS[program]["model"])
     for family in FAMILIES.values():
@@ -116,19 +115,27 @@ class Place:
 
     world: dist.World
     launch: dist.LaunchConfig
-    device: torch.device
-    config: DeviceConfig
+    execution: Execution
+
+    @property
+    def device(self) -> torch.device:
+        return self.execution.device
+
+    def rendezvous(self) -> dist.Rendezvous:
+        """Where the processes of the run meet."""
+        return dist.Rendezvous(self.world, self.launch.dist_url, self.launch.patience)
 
 
 def place(flags: Flags) -> Place:
-    """Device, threads and rank of this process."""
+    """Device, precision, threads and rank of this process."""
     config, launch = flags.build(DeviceConfig), flags.build(dist.LaunchConfig)
     set_threads(config.threads)
     world = dist.world_from_env(launch.dist_on_itp, launch.world_size)
     device = pick_device(config.device, world.local_rank)
     if world.is_main and (text := slow_bf16(device, config.dtype)):
         print(f"note: {text}", file=sys.stderr)
-    return Place(world, launch, device, config)
+    compute, dtype = flags.build(ComputeConfig), pick_dtype(config.dtype, device)
+    return Place(world, launch, Execution(device, dtype, compute, world.is_main))
 
 
 def parse(program: str, description: str = "", words: Sequence[str] | None = None) -> Selection:
@@ -137,5 +144,5 @@ def parse(program: str, description: str = "", words: Sequence[str] | None = Non
 
 
 def named(model: str, **given: object) -> Selection:
-    """What eval.py would select: a model by name, with flags as keyword arguments."""
+    """A model by name as eval.py selects it, with flags as keyword arguments."""
     return select(make_parser("eval").flags({"model": model, **given}), "eval")

@@ -7,22 +7,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, bundled
+from engine.base import Execution, Family, Loaded, Preset, WeightsConfig, bundled
 from engine.llamagen import build_line_ar
+from engine.text_to_image import TextToImageHost, add_sampling_flags
 from models.gpt_images import GPTSampling
-from models.line_config import LineARConfig
 from util.config import FlagParser, Flags, setting
-from util.errors import UserError
-from util.evaluation.conditions import Conditions, Prompts
 from util.evaluation.generation import ImageGenerator
-from util.files import read_json, sha256_of
 
 _TINY = bundled("janus_tiny")
 _PUBLISHED: Preset = {"cfg": 5.0}  # Janus-Pro's generation_inference.py
 
 PRESETS: dict[str, Preset] = {
-    "janus_pro_1b": {**_PUBLISHED, "resume": "deepseek-community/Janus-Pro-1B"},
-    "janus_pro_7b": {**_PUBLISHED, "resume": "deepseek-community/Janus-Pro-7B"},
+    "janus_pro_1b": {**_PUBLISHED, "resume": "pretrained_models/janus/Janus-Pro-1B"},
+    "janus_pro_7b": {**_PUBLISHED, "resume": "pretrained_models/janus/Janus-Pro-7B"},
     "janus_tiny": {
         "cfg": 2.0,
         "line_recent": 1,  # of 16 lines, few are kept
@@ -45,54 +42,38 @@ class JanusImageConfig:
 
 
 @dataclass(frozen=True)
-class JanusHost(Host):
-    """A named Janus; resume is a folder that save_pretrained wrote, or a name on the Hub."""
+class JanusHost(TextToImageHost):
+    """A named Janus; resume may also be a folder in deepseek-ai's own layout."""
 
-    model: str
-    sampling: GPTSampling
     image_size: int | None
-    resume: str
 
     @property
-    def class_num(self) -> int:
-        raise UserError(f"--model {self.model} draws prompts, not classes")
+    def remedy(self) -> str:
+        return f"get the published model with `python -m util.download {self.model}`"
 
-    def conditions(self, prompts: str | None) -> Conditions:
-        if prompts is None:
-            raise UserError(
-                f"--model {self.model} draws prompts: give --prompts FILE, one per line"
-            )
-        return Prompts.from_file(prompts)
+    def open(self, folder: Path) -> tuple[Any, Any]:
+        from transformers import AutoProcessor, JanusForConditionalGeneration
 
-    def load(self, device: torch.device) -> Loaded:
-        janus = _transformers()
-        try:
-            model = janus.JanusForConditionalGeneration.from_pretrained(
-                self.resume, use_safetensors=True, dtype=torch.float32
-            )
-            processor = janus.AutoProcessor.from_pretrained(self.resume)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"--resume {self.resume} is not a Janus model of transformers ({reason}): fetch it "
-                f"with `python -m util.download {self.model}`"
-            ) from error
-        return Loaded(model.to(device).eval(), processor, _describe(self.resume))
+        from models.janus_original import is_original, open_original
 
-    def generator(
-        self,
-        loaded: Loaded,
-        compute: ComputeConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        show: bool,
-    ) -> ImageGenerator:
+        if is_original(folder):
+            return open_original(folder)
+        model = JanusForConditionalGeneration.from_pretrained(
+            folder, use_safetensors=True, dtype=torch.float32
+        )
+        return model, AutoProcessor.from_pretrained(folder)
+
+    def grid(self, model: Any) -> tuple[int, int]:
+        from models.janus import image_grid
+
+        return image_grid(model)
+
+    def generator(self, loaded: Loaded, execution: Execution) -> ImageGenerator:
         from models.janus import JanusGenerator
 
-        model: Any = loaded.model.to(dtype)
-        return JanusGenerator(
-            model, loaded.tokenizer, self.sampling, self._size(model), compute.vae_bsz
-        )
+        model: Any = loaded.model.to(execution.dtype)
+        vae_bsz = execution.config.vae_bsz
+        return JanusGenerator(model, loaded.tokenizer, self.sampling, self._size(model), vae_bsz)
 
     def _size(self, model: Any) -> int:
         return self.image_size or _pixels(model)
@@ -105,29 +86,13 @@ class JanusHost(Host):
             **asdict(self.sampling),
         }
 
-    def summary(self) -> dict[str, object]:
-        return {
-            "lazy_mar": False,
-            "line_ar": self.sampling.line_ar is not None,
-            "method": self.sampling.method,
-            "num_iter": None,
-            "cfg": self.sampling.cfg,
-        }
-
-    def run_name(self, num_images: int) -> str:
-        return self.sampling.run_name(self.model, num_images)
-
     def flops_per_image(self, model: nn.Module) -> float:
-        """With the full cache, prompts not counted."""
         janus: Any = model
         tokens = janus.config.vision_config.num_image_tokens
-        branches = 2 if self.sampling.cfg > 1 else 1
         language = janus.model.language_model
         parts = (*language.layers, janus.model.generation_head)
-        matrices = sum(p.numel() for part in parts for p in part.parameters() if p.dim() == 2)
-        width, depth = janus.config.text_config.hidden_size, len(language.layers)
-        attention = 4 * width * depth * tokens * (tokens + 1) / 2
-        return float(branches * (2 * tokens * matrices + attention))
+        width = janus.config.text_config.hidden_size
+        return self.flops(parts, len(language.layers), width, tokens)
 
 
 class JanusFamily(Family):
@@ -137,17 +102,7 @@ class JanusFamily(Family):
     presets = PRESETS
 
     def add_flags(self, parser: FlagParser) -> None:
-        from_model = tuple({name for preset in PRESETS.values() for name in preset})
-        shared: dict[str, Any] = {"owner": self.name, "from_model": from_model}
-        parser.add(JanusImageConfig, "LlamaGen and Janus", **shared)
-        parser.add(GPTSampling, "LlamaGen and Janus", **shared)
-        parser.add(
-            LineARConfig,
-            "LineAR",
-            prefix="line_",
-            switch=("line_ar", "compress the key-value cache to a few lines"),
-            **shared,
-        )
+        add_sampling_flags(parser, self, JanusImageConfig)
 
     def host(self, model: str, flags: Flags, defaults: Preset) -> JanusHost:
         line_ar = build_line_ar(flags, defaults)
@@ -159,31 +114,8 @@ class JanusFamily(Family):
         )
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            "Janus models need transformers: install it with `pip install '.[transformers]'`"
-        ) from error
-    return transformers
-
-
 def _pixels(model: Any) -> int:
     """Height and width of the model's images: tokens per side, times 2 per level of its tokenizer."""
     config = model.config
     side = config.vision_config.image_size // config.vision_config.patch_size
     return int(side * 2 ** (len(config.vq_config.channel_multiplier) - 1))
-
-
-def _describe(resume: str) -> str:
-    """The folder and first digits of the sha256 of its weights, or the Hub's name."""
-    folder = Path(resume)
-    if not folder.is_dir():
-        return resume
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(read_json(index, dict, "download it again")["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    return " ".join([folder.name, *(sha256_of(folder / name)[:16] for name in files)])

@@ -1,13 +1,14 @@
 """The LlamaGen family: GPTs over VQ codes, with the full key-value cache or LineAR's."""
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from engine.base import (
-    ComputeConfig,
+    Execution,
     Family,
     Host,
     Loaded,
@@ -20,11 +21,11 @@ from models import llamagen, vq
 from models.gpt_images import GPTGenerator, GPTSampling
 from models.line_config import LineARConfig
 from models.line_methods import METHODS
-from util import checkpoint
 from util.config import FlagParser, Flags, setting
-from util.device import can_compile
 from util.errors import UserError
-from util.files import sha256_of
+from util.evaluation.generation import ImageGenerator
+from util.files import hub_weights, sha256_of
+from util.weights import describe, find_checkpoint, load_into
 
 ROPE_TABLE = "freqs_cis"  # some published files hold it; ours is computed
 TOKENIZERS = {"vq16": vq.vq16, "vq_tiny": vq.vq_tiny}
@@ -44,6 +45,17 @@ PRESETS: dict[str, Preset] = {
     "gpt_xl": _published("XL", 1.75),
     "gpt_xxl": _published("XXL", 1.75),
     "gpt_3b": _published("3B", 1.65),
+    **{
+        f"gpt_xl_t2i_{size}": {
+            "img_size": size,
+            "image_size_eval": None,
+            "cfg": 7.5,  # LlamaGen, sample_t2i.py: cfg-scale and top-k
+            "top_k": 1000,
+            "resume": f"{_LLAMAGEN}/t2i_XL_stage{stage}_{size}.pt",
+            "vae_path": f"{_LLAMAGEN}/vq_ds16_t2i.pt",
+        }
+        for stage, size in ((1, 256), (2, 512))
+    },
     "gpt_tiny": {
         "img_size": 64,
         "image_size_eval": None,
@@ -67,9 +79,7 @@ class GPTImageConfig:
     """Geometry of the images, and their tokenizer. UserError if a line is not a whole number of codes."""
 
     img_size: int = setting(384, "height and width that the model draws, pixels", least=1)
-    image_size_eval: int | None = setting(
-        256, "height and width of the saved images, pixels", least=1
-    )
+    image_size_eval: int | None = setting(256, "size of the saved images, pixels", least=1)
     vae_stride: int = setting(16, "pixels per code and side", least=1)
     class_num: int = setting(1000, "number of classes", least=1)
     tokenizer: str = setting("vq16", "kind of the tokenizer", choices=tuple(TOKENIZERS))
@@ -99,18 +109,23 @@ class LlamaGenHost(Host):
     resume: str
 
     @property
-    def class_num(self) -> int:
+    def class_num(self) -> int | None:
         return self.images.class_num
 
+    @property
+    def builder(self) -> str:
+        """The function of models/llamagen.py that makes the model."""
+        return self.model
+
     def load(self, device: torch.device) -> Loaded:
-        checkpoint.find_checkpoint(self.resume)
+        find_checkpoint(self.resume)
         lines, line = self.images.grid
         with torch.device("meta"):  # drawing billions of weights takes minutes
-            build = getattr(llamagen, self.model)
+            build = getattr(llamagen, self.builder)
             model = build(block_size=lines * line, num_classes=self.images.class_num)
         model = model.to_empty(device="cpu")
-        checkpoint.load_into(model, self.resume, use_ema=False, surplus=(ROPE_TABLE,))
-        weights = checkpoint.describe(self.resume, use_ema=False)
+        load_into(model, self.resume, use_ema=False, surplus=(ROPE_TABLE,))
+        weights = describe(self.resume, use_ema=False)
         return Loaded(model.to(device).eval(), self.open_tokenizer(device), weights)
 
     def open_tokenizer(self, device: torch.device) -> nn.Module:
@@ -119,7 +134,7 @@ class LlamaGenHost(Host):
         remedy = "fetch LlamaGen's with `python -m util.download vq16`"
         require_file(images.vae_path, "--vae_path: the tokenizer", remedy)
         tokenizer = TOKENIZERS[images.tokenizer]().eval().requires_grad_(False)
-        checkpoint.load_into(tokenizer, images.vae_path, use_ema=False)
+        load_into(tokenizer, images.vae_path, use_ema=False)
         if tokenizer.stride != images.vae_stride:
             raise UserError(
                 f"the tokenizer {images.vae_path} has stride {tokenizer.stride}, but --vae_stride is "
@@ -127,21 +142,14 @@ class LlamaGenHost(Host):
             )
         return tokenizer.to(device)
 
-    def generator(
-        self,
-        loaded: Loaded,
-        compute: ComputeConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        show: bool,
-    ) -> GPTGenerator:
+    def generator(self, loaded: Loaded, execution: Execution) -> ImageGenerator:
         assert isinstance(loaded.model, llamagen.GPT)
         assert isinstance(loaded.tokenizer, vq.VQModel)
         images = self.images
         size = images.image_size_eval or images.img_size
-        model = loaded.model.to(dtype)
-        fast = not compute.no_compile and can_compile(device, show)
-        return GPTGenerator(model, loaded.tokenizer, self.sampling, size, compute.vae_bsz, fast)
+        model, vae_bsz = loaded.model.to(execution.dtype), execution.config.vae_bsz
+        fast = execution.fast()
+        return GPTGenerator(model, loaded.tokenizer, self.sampling, size, vae_bsz, fast)
 
     def config(self, loaded: Loaded, dtype: torch.dtype) -> dict[str, object]:
         images = self.images
@@ -175,8 +183,64 @@ class LlamaGenHost(Host):
         return branches * (2 * tokens * sum(p.numel() for p in matrices) + attention)
 
 
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """What embeds captions."""
+
+    t5_path: str = setting(
+        "pretrained_models/t5/flan-t5-xl", "text encoder of a t2i model: its folder", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True)
+class CaptionHost(LlamaGenHost):
+    """A named text-to-image GPT, whose captions are embedded by flan-t5-xl."""
+
+    text: TextEncoderConfig
+
+    @property
+    def class_num(self) -> None:
+        return None
+
+    @property
+    def builder(self) -> str:
+        return self.model.rpartition("_")[0]  # without the size
+
+    def load(self, device: torch.device) -> Loaded:
+        remedy = "get it from LlamaGen's repository, see docs/line_ar.md"
+        require_file(self.resume, "--resume: the model", remedy)
+        require_file(self.images.vae_path, "--vae_path: the tokenizer", remedy)
+        loaded = super().load(device)
+        path = self.text.t5_path
+        try:
+            from transformers import AutoTokenizer, T5EncoderModel
+
+            files = hub_weights(Path(path))
+            encoder: Any = T5EncoderModel.from_pretrained(
+                path, use_safetensors=True, dtype=torch.float32
+            )
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except (ImportError, OSError, ValueError, UserError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"--t5_path {path} is no T5 of transformers ({reason}): give the folder of flan-t5-xl"
+            ) from error
+        weights = " ".join([loaded.weights, "T5", *(sha256_of(file)[:16] for file in files)])
+        text = tokenizer, encoder.to(device).eval()
+        return Loaded(loaded.model, (*text, loaded.tokenizer), weights)
+
+    def generator(self, loaded: Loaded, execution: Execution) -> ImageGenerator:
+        from models.llamagen_text import CaptionGenerator
+
+        model: Any = loaded.model.to(execution.dtype)
+        *text, vq = loaded.tokenizer
+        text[1].to(execution.dtype)
+        size = self.images.image_size_eval or self.images.img_size
+        return CaptionGenerator(model, text, vq, self.sampling, size, execution.config.vae_bsz)
+
+
 class LlamaGenFamily(Family):
-    """LlamaGen's class-conditional GPTs and the bundled gpt_tiny."""
+    """LlamaGen's GPTs for classes and for captions, and the bundled gpt_tiny."""
 
     name = "GPT"
     presets = PRESETS
@@ -184,8 +248,9 @@ class LlamaGenFamily(Family):
     def add_flags(self, parser: FlagParser) -> None:
         from_model = tuple({name for preset in PRESETS.values() for name in preset})
         shared: dict[str, Any] = {"owner": self.name, "from_model": from_model}
-        parser.add(GPTImageConfig, "LlamaGen and Janus", **shared)
-        parser.add(GPTSampling, "LlamaGen and Janus", **shared)
+        parser.add(GPTImageConfig, "LlamaGen and text-to-image", **shared)
+        parser.add(GPTSampling, "LlamaGen and text-to-image", **shared)
+        parser.add(TextEncoderConfig, "LlamaGen and text-to-image", owner=self.name)
         parser.add(
             LineARConfig,
             "LineAR",
@@ -205,11 +270,16 @@ class LlamaGenFamily(Family):
             raise UserError(str(error)) from error
         sampling = replace(flags.build(GPTSampling, defaults), line_ar=line_ar)
         resume = flags.build(WeightsConfig, defaults).resume
+        if "_t2i" in model:
+            text = flags.build(TextEncoderConfig, defaults)
+            return CaptionHost(model, images, sampling, resume, text)
+        if "t5_path" in flags.given:
+            raise UserError(f"--t5_path is for text-to-image models; {model} takes class labels")
         return LlamaGenHost(model, images, sampling, resume)
 
 
 def build_line_ar(flags: Flags, defaults: Preset) -> LineARConfig | None:
-    """LineAR's settings, None without --line_ar. UserError for a setting that the method ignores."""
+    """LineAR's settings, None without --line_ar. UserError for a flag that the method ignores."""
     name = flags.value("line_method", "linear")
     method = METHODS.get(name)
     if flags.value("line_ar") and method is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.base import ComputeConfig, Family, Host, Loaded, Preset, WeightsConfig, bundled
+from engine.base import Execution, Family, Host, Loaded, Preset, WeightsConfig, bundled
 from engine.mar_settings import (
     DETOK,
     TOKENIZERS,
@@ -30,10 +30,10 @@ from models.order import OrderConfig
 from models.plan import DecodingPlan
 from models.sampler import Sampler
 from models.tokenizers import Tokenizer
-from util import checkpoint
 from util.config import FlagParser, Flags
-from util.device import DTYPES, autocast, can_compile, to_device
+from util.device import DTYPES, autocast, to_device
 from util.errors import UserError
+from util.weights import describe, find_checkpoint, load_into
 
 _TINY = bundled("mar_tiny")
 
@@ -73,12 +73,7 @@ PRESETS: dict[str, Preset] = {
     },
 }
 # The original's defaults where they are not those of its constructor; cfg is that of LazyMAR's eval.py.
-DEFAULTS: Preset = {
-    "diffloss_d": 12,
-    "diffloss_w": 1536,
-    "diffusion_batch_mul": 1,
-    "cfg": 3.25,
-}
+DEFAULTS: Preset = {"diffloss_d": 12, "diffloss_w": 1536, "diffusion_batch_mul": 1, "cfg": 3.25}
 TRAINING_CFG = 1.0  # MAR's main_mar.py
 
 
@@ -107,32 +102,24 @@ class MARHost(Host):
         return self.tokenizer.open(geometry.vae_embed_dim, geometry.vae_stride, device)
 
     def load(self, device: torch.device) -> Loaded:
-        checkpoint.find_checkpoint(self.resume)
+        find_checkpoint(self.resume)
         model = self.build()
-        checkpoint.load_into(model, self.resume, use_ema=not self.no_ema)
-        weights = checkpoint.describe(self.resume, use_ema=not self.no_ema)
+        load_into(model, self.resume, use_ema=not self.no_ema)
+        weights = describe(self.resume, use_ema=not self.no_ema)
         return Loaded(model.to(device).eval(), self.open_tokenizer(device), weights)
 
-    def generator(
-        self,
-        loaded: Loaded,
-        compute: ComputeConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-        show: bool,
-    ) -> "MarGenerator":
+    def generator(self, loaded: Loaded, execution: Execution) -> "MarGenerator":
         assert isinstance(loaded.model, mar.MAR)
-        fast = not compute.no_compile and can_compile(device, show)
         return MarGenerator(
             loaded.model,
             loaded.tokenizer,
             self.tokenizer.scale(loaded.tokenizer),
             self.sampling,
-            device,
-            dtype,
-            compute.vae_bsz,
-            self._vae_dtype(dtype),
-            fast,
+            execution.device,
+            execution.dtype,
+            execution.config.vae_bsz,
+            self._vae_dtype(execution.dtype),
+            execution.fast(),
         )
 
     def _vae_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -216,9 +203,8 @@ class MARFamily(Family):
         if preset := flags.build(PresetConfig, defaults).preset:
             flagged |= preset_flags(FAST_PRESETS[preset]())
         try:
-            geometry = replace(
-                flags.build(MARConfig, flagged), **mar.SIZES[model.removeprefix("detok_")]
-            )
+            size = mar.SIZES[model.removeprefix("detok_")]
+            geometry = replace(flags.build(MARConfig, flagged), **size)
         except UserError as error:
             raise UserError(f"--model {model}: {error}") from error
         lazy_mar = flags.build_optional(LazyMARConfig, "lazy_mar", "LazyMAR", flagged)

@@ -21,7 +21,7 @@ from util.files import sha256_of
 
 DETOK = "pretrained_models/detok"
 
-# What --tokenizer implies where its other flags are not given.
+# Defaults of the other flags for each --tokenizer.
 TOKENIZERS: dict[str, Preset] = {
     "kl16": {},
     "linear": {"latent_scale": None},  # its own file states it
@@ -138,10 +138,10 @@ class HeadSteps:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How images are sampled; arguments of MAR.sample_tokens. ValueError if they make no sense."""
+    """How images are sampled; arguments of MAR.sample_tokens. ValueError if they are invalid."""
 
     num_iter: int = setting(64, "autoregressive steps per image", least=1)
-    cfg: float = setting(1.0, "guidance scale, 1.0 is none")
+    cfg: float = setting(1.0, "guidance scale, 1.0 for none")
     cfg_schedule: str = setting("linear", "guidance over steps", choices=("linear", "constant"))
     temperature: float = setting(1.0, "scale of the head's noise", least=0)
     lazy_mar: LazyMARConfig | None = None
@@ -162,7 +162,7 @@ class SamplingConfig:
 
     @property
     def method(self) -> str:
-        """MAR, LazyMAR or a preset, and the constants that are not the published ones."""
+        """MAR, LazyMAR or a preset, and the constants that differ from the published ones."""
         if self.preset:
             return self.preset
         parts = ["MAR" if self.lazy_mar is None else "LazyMAR"]

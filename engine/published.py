@@ -84,9 +84,8 @@ def main() -> None:
     rows = []
     for name, row in ROWS.items():
         numbers = (row.fid, row.inception, row.gpu_s, row.cpu_s, row.tflops)
-        rows.append(
-            [name, row.method, *(None if x is None else f"{x:g}" for x in numbers), row.flags]
-        )
+        cells = [None if x is None else f"{x:g}" for x in numbers]
+        rows.append([name, row.method, *cells, row.flags])
     print(markdown_table(head, rows), end="")
 
 

@@ -1,12 +1,10 @@
-"""An evaluation of a host: its run folder is opened, what is missing is generated, and scored."""
+"""An evaluation of a host in its run folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from engine.base import ComputeConfig, Host, Loaded
+from engine.base import Execution, Host, Loaded
 from util import dist
 from util.evaluation import run as evaluation
 from util.evaluation.batches import BatchGrid, Task
@@ -20,22 +18,21 @@ def evaluate(
     loaded: Loaded,
     settings: EvaluationConfig,
     request: ScoreRequest | None,
-    compute: ComputeConfig,
+    execution: Execution,
     rendezvous: dist.Rendezvous,
-    device: torch.device,
-    dtype: torch.dtype,
     arguments: Mapping[str, object],
     redo: bool = True,
 ) -> dict[str, Any]:
-    """Generate what is missing of a run, score it, and return its results (process 0; others {}).
+    """Generate the missing images of a run, score it, and return its results (process 0; others {}).
 
     Args:
         request: what to score; None generates only.
         arguments: flags of the command, recorded in the manifest.
-        redo: False leaves a run that is complete and scored as it is.
+        redo: False does not score a complete run again.
 
     With settings.dry_run one batch is generated and nothing is written.
     """
+    device, dtype = execution.device, execution.dtype
     conditions = host.conditions(settings.prompts)
     config = {
         "model": host.model,
@@ -62,8 +59,7 @@ def evaluate(
     )
     if not redo and (results := evaluation.finished(run)):
         return results
-    show = rendezvous.world.is_main
-    generator = host.generator(loaded, compute, device, dtype, show)
+    generator = host.generator(loaded, execution)
     if settings.dry_run:
         flops = host.flops_per_image(loaded.model)
         return dry_run(run, generator, rendezvous.world, device, flops)

@@ -1,10 +1,9 @@
 """Chameleon's image tokenizer (Meta, arXiv 2405.09818): the VQGAN of taming transformers.
 
-transformers has its encoder alone; the decoder is KL-16's (models/vae.py). Keys of the state_dict are
+transformers has only its encoder; the decoder is KL-16's (models/vae.py). Keys of the state_dict are
 those of the official `vqgan.ckpt`, under "state_dict", without its `loss.*`.
 """
 
-import torch
 from torch import Tensor, nn
 
 from models.vae import Decoder, Encoder
@@ -61,8 +60,3 @@ class ChameleonVQ(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, h, w) int64 => images (B, 3, h*f, w*f), about [-1, 1]."""
         return self.decoder(self.post_quant_conv(self.quantize.lookup(codes)))
-
-
-def without_loss(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the official file that are the tokenizer's."""
-    return {k: v for k, v in weights.items() if not k.startswith("loss.") and torch.is_tensor(v)}

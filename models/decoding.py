@@ -1,11 +1,11 @@
 """Decoding: MAR's decoding loop for one batch size and one plan, plain or with LazyMAR.
 
-The loop knows a predictor, which writes z for the tokens of a step, and a denoiser, which samples
-those tokens given z. Every count comes from the plan, and nothing in the loop waits for the device.
-What passes between the calls lies in tensors made once, so that the calls can be CUDA graphs.
+The loop calls a predictor, which computes z for the tokens of a step, and a denoiser, which samples these
+tokens given z. Every count comes from the plan, and nothing in the loop waits for the device. The calls
+communicate through tensors that are allocated once, so that they can be CUDA graphs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 class Decoding:
     """Decodes batches of `bsz` images, one after another.
 
-    Rows are those of all images, conditional, then with guidance of all images, unconditional.
+    Rows are all images, conditional, then with guidance all images, unconditional.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Decoding:
         self.first_z: dict[int | None, Tensor] = {}  # label -> z (L, D) of step 0, raster order
         self.class_embedding = like.new_empty(1, self.embedding.shape[1])  # of one class
         self.class_z = like.new_empty(model.seq_len, self.z.shape[1])
-        # Heads come again and again, so they must not share memory with the steps.
+        # The same head call repeats within a run, so it must not share memory with the steps.
         self.run_step: Runner = CudaGraphs() if graphs else call_now
         self.run_head: Runner = CudaGraphs() if graphs else call_now
         self.run_class: Runner = CudaGraphs() if graphs else call_now
@@ -103,14 +103,28 @@ class Decoding:
         known (B, L, c), raster order: holds the tokens that the plan takes as known.
         """
         self._prepare(labels, noise, known)
-        self._decode(noise, progress)
-        order = self.order[: self.bsz, :, None].expand_as(self.tokens)
-        return torch.empty_like(self.tokens).scatter_(1, order, self.tokens)
+        for _ in self._decode(noise, progress):
+            pass
+        return self._in_raster_order(self.plan.seq_len)
+
+    @torch.no_grad()
+    def partial_results(
+        self, labels: Sequence[int] | None, noise: ImageNoise, known: Tensor | None = None
+    ) -> Iterator[tuple[DecodingStep, Tensor]]:
+        """As a call, step by step: each step and the tokens (B, L, c) after it, 0 where unknown."""
+        self._prepare(labels, noise, known)
+        for step in self._decode(noise, progress=False):
+            yield step, self._in_raster_order(step.stop)
+
+    def _in_raster_order(self, known: int) -> Tensor:
+        """The first `known` tokens of the decoding order, in raster order (B, L, c), others 0."""
+        order = self.order[: self.bsz, :known, None].expand(-1, -1, self.tokens.shape[2])
+        return torch.zeros_like(self.tokens).scatter_(1, order, self.tokens[:, :known])
 
     def _prepare(
         self, labels: Sequence[int] | None, noise: ImageNoise, known: Tensor | None = None
     ) -> None:
-        """What has to wait for the device: upload the batch, and z of the first step."""
+        """The part that waits for the device: upload the batch, and z of the first step."""
         self.order.copy_(noise.orders.flip(1).repeat(self.branches, 1))  # their front comes last
         embeddings = [self.model.class_embedding(labels, self.bsz)]
         if self.branches == 2:
@@ -125,8 +139,8 @@ class Decoding:
             classes += [None] * self.bsz if first.guided else []
             self._write_z(self._first_conditions(classes))
 
-    def _decode(self, noise: ImageNoise, progress: bool) -> None:
-        """All steps; nothing here waits for the device."""
+    def _decode(self, noise: ImageNoise, progress: bool) -> Iterator[DecodingStep]:
+        """All steps, each when it is done; nothing here waits for the device."""
         for i, step in enumerate(tqdm(self.plan.steps, disable=not progress, leave=False)):
             if step.start > 0 or self.first_fills:
                 self.run_step(i, partial(self._predict, step))
@@ -137,9 +151,9 @@ class Decoding:
             denoise = partial(self._denoise, n, rows, steps)
             self.run_head((n, rows, steps), denoise)
             self.tokens[:, step.start : step.stop] = self.sampled[:n].unflatten(0, (self.bsz, -1))
+            yield step
 
     def _predict(self, step: DecodingStep) -> None:
-        """z of a step after the first."""
         self._write_z(self.predictor(step, self.tokens))
 
     def _write_z(self, z: Tensor) -> None:
@@ -147,7 +161,7 @@ class Decoding:
         self.z[: z.shape[0] * z.shape[1]] = z.flatten(0, 1)
 
     def _noise(self, n: int, steps: int) -> Tensor:
-        """Where the noise (n, N+1, c) of a step's denoising run lies."""
+        """Buffer for the noise (n, N+1, c) of a step's denoising run: a view."""
         channels = self.tokens.shape[2]
         return self.noise[: n * (steps + 1) * channels].view(n, steps + 1, channels)
 

@@ -18,7 +18,7 @@ from models.sampling_copy import sampling_linear
 ROWS_AHEAD, ROWS_AHEAD_CPU = 512, 64
 
 Column = tuple[int, str]  # a block and one of its adaLN outputs; the final layer is block -1
-ADALN_OUTPUTS = ("shift", "scale", "gate")  # as they lie in the weights of a block
+ADALN_OUTPUTS = ("shift", "scale", "gate")  # order in the weights of a block
 FINAL_COLUMNS: list[Column] = [(-1, "shift"), (-1, "scale")]
 
 
@@ -30,10 +30,10 @@ class Denoiser(Protocol):
 
 
 class ModulationTable:
-    """adaLN outputs of a denoising run, computed ahead of its steps.
+    """adaLN outputs of a denoising run, computed ahead of its steps; exact.
 
-    They depend on z and on the step, not on x_t, so one product serves many steps; step by step, a
-    few rows would read all these weights (60% of the head) at every step. Exact.
+    They depend on z and on the step, not on x_t, so one matrix product covers many steps. Step by step, a
+    small batch would read all these weights (60% of the head) every time.
     """
 
     def __init__(self, net: SimpleMLPAdaLN, times: Tensor, columns: Sequence[Column]) -> None:

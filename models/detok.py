@@ -1,9 +1,9 @@
 """DeTok, l-DeTok's tokenizer: two plain vision transformers between pixels and latents.
 
 Yang et al., "Latent Denoising Makes Good Visual Tokenizers" (arXiv 2507.15856). One token per patch
-of 16x16 pixels, a Gaussian per latent value. Every raw latent channel has a mean and a deviation of
-its own, so the tokenizer applies the channel statistics of its training images itself: all latents
-outside it are normalized. Parameter names are those of the published weights.
+of 16x16 pixels, a Gaussian per latent value. Raw latent channels differ in mean and deviation, so the
+tokenizer applies the channel statistics of its training images: all latents outside it are normalized.
+Parameter names are those of the published weights.
 """
 
 import math
@@ -53,8 +53,8 @@ def rope_table(grid_size: int, head_dim: int) -> Tensor:
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Queries or keys (B, H, L, d) times the factors of `rope_table`.
 
-    The pairs are neighbours (2j, 2j + 1) while the frequencies lie in blocks, so both channels of a
-    pair have different angles, which is not a rotation, but what the weights were trained with.
+    Pairs are neighbours (2j, 2j + 1) while the frequencies are in blocks, so the channels of a pair have
+    different angles. That is not a rotation, but the weights were trained with it.
     """
     cosines, sines = rope.chunk(2, dim=1)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -114,9 +114,8 @@ class RotaryTransformer(nn.Module):
         """Register the blocks, behind the layer before them: averages may be stored in this order."""
         width, heads = self.size["width"], self.size["heads"]
         self.ln_pre = nn.RMSNorm(width, eps=NORM_EPS)
-        self.transformer = nn.ModuleList(
-            RotaryBlock(width, heads) for _ in range(self.size["layers"])
-        )
+        layers = range(self.size["layers"])
+        self.transformer = nn.ModuleList(RotaryBlock(width, heads) for _ in layers)
         self.ln_post = nn.RMSNorm(width, eps=NORM_EPS)
 
     def run_blocks(self, x: Tensor) -> Tensor:
@@ -130,12 +129,10 @@ class RotaryTransformer(nn.Module):
 class Encoder(RotaryTransformer):
     """Image to raw moments, (B, 3, H, W) => (B, 2C, H/p, W/p)."""
 
-    def __init__(
-        self, grid_size: int, patch_size: int, channels: int, size: TransformerSize
-    ) -> None:
+    def __init__(self, grid_size: int, patch: int, channels: int, size: TransformerSize) -> None:
         super().__init__(grid_size, size)
         width = size["width"]
-        self.patch_embed = nn.Sequential(nn.Conv2d(COLOURS, width, patch_size, patch_size))
+        self.patch_embed = nn.Sequential(nn.Conv2d(COLOURS, width, patch, patch))
         self.add_blocks()
         self.latent_head = nn.Linear(width, 2 * channels)
 
@@ -148,16 +145,14 @@ class Encoder(RotaryTransformer):
 class Decoder(RotaryTransformer):
     """Raw latents to image, (B, C, h, w) => (B, 3, h*p, w*p)."""
 
-    def __init__(
-        self, grid_size: int, patch_size: int, channels: int, size: TransformerSize
-    ) -> None:
+    def __init__(self, grid_size: int, patch: int, channels: int, size: TransformerSize) -> None:
         super().__init__(grid_size, size)
-        self.patch_size = patch_size
+        self.patch_size = patch
         width = size["width"]
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))  # of the training only
         self.decoder_embed = nn.Linear(channels, width)
         self.add_blocks()
-        self.ffn = nn.Sequential(nn.Identity(), nn.Conv2d(width, patch_size**2 * COLOURS, 1))
+        self.ffn = nn.Sequential(nn.Identity(), nn.Conv2d(width, patch**2 * COLOURS, 1))
         self.conv_out = nn.Conv2d(COLOURS, COLOURS, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -175,7 +170,7 @@ class DeTok(nn.Module):
     `set_statistics` first: without it a model trained on normalized latents gets nonsense.
 
     img_size: pixels on a side of all images. patch_size: the stride. token_channels: of a latent.
-    Raises ValueError if the image is no whole number of patches, or a head's width none of 4 channels.
+    Raises ValueError if img_size is not a multiple of patch_size, or a head's width not a multiple of 4.
     """
 
     latent_scale = 1.0  # of normalized latents

@@ -62,11 +62,7 @@ class DiffLoss(nn.Module):
         return (loss * mask).sum() / mask.sum()
 
     def sample(
-        self,
-        z: Tensor,
-        temperature: float = 1.0,
-        cfg: float = 1.0,
-        noise: Tensor | None = None,
+        self, z: Tensor, temperature: float = 1.0, cfg: float = 1.0, noise: Tensor | None = None
     ) -> Tensor:
         """Tokens (n, C) for z (n, D); with cfg != 1, z is (2n, D): conditional rows, then unconditional.
 

@@ -15,7 +15,7 @@ from models.order import OrderConfig
 
 # DiSA, arXiv 2505.20297: where its ancestral steps start.
 DISA_START = 950
-# Before a quarter of the steps, linear guidance of 3.25 is below 1.2, for 8% of the tokens.
+# In the first quarter of the steps, linear guidance of 3.25 is below 1.2; they decode 8% of the tokens.
 GUIDANCE_START = 0.25
 # Timesteps at the noise levels (0.19, 1.61] of Kynkaanniemi et al. 2024, relative to the data's 0.5.
 GUIDANCE_INTERVAL = (225, 807)

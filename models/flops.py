@@ -108,10 +108,7 @@ def image_work(
 
 
 def _rows_read(
-    g: MARGeometry,
-    step: DecodingStep,
-    policy: StepPolicy | None,
-    config: LazyMARConfig | None,
+    g: MARGeometry, step: DecodingStep, policy: StepPolicy | None, config: LazyMARConfig | None
 ) -> int:
     """Positions whose decoder output is read in a full step: those decoded, or with a residual more."""
     if step.start == 0 and not (policy and policy.fills):

@@ -1,4 +1,4 @@
-"""From labels and seeds to pictures: LlamaGen's GPT, then its tokenizer's decoder, then its resizing."""
+"""From labels and seeds to images: LlamaGen's GPT, its tokenizer's decoder, resizing."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -24,11 +24,11 @@ class GPTSampling:
     Raises ValueError if they make no sense.
     """
 
-    cfg: float = setting(1.0, "guidance scale, 1.0 is none")
+    cfg: float = setting(1.0, "guidance scale, 1.0 for none")
     temperature: float = setting(1.0, "temperature of the codes", least=0)
-    top_k: int = setting(0, "draw from the most likely codes, 0 is all", least=0)
+    top_k: int = setting(0, "draw from the most likely codes, 0 for all", least=0)
     top_p: float = setting(1.0, "draw from this share of probability")
-    cfg_interval: int = setting(-1, "last guided step, -1 is all")
+    cfg_interval: int = setting(-1, "last guided step, -1 for all")
     line_ar: LineARConfig | None = None
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class GPTSampling:
 
 
 class GPTGenerator:
-    """A GPT and its tokenizer as a util.generation.ImageGenerator, in the precision of each."""
+    """A GPT and its tokenizer as an ImageGenerator, in the precision of each."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class GPTGenerator:
         vae_bsz: int | None = None,
         fast: bool = False,
     ) -> None:
-        """Pictures of size x size pixels; vae_bsz: images decoded at once, all without it.
+        """size: pixels per side of the images; vae_bsz: images decoded at once, default all.
 
         fast: torch.compile and CUDA graphs, see models.gpt_sampler.GPTSampler.
         """
@@ -88,58 +88,26 @@ class GPTGenerator:
         """Nothing has to be done ahead: an image draws one number per code."""
         return labels, seeds
 
+    @torch.no_grad()
     def generate(self, prepared: tuple[Sequence[int], Sequence[int]]) -> Tensor:
-        """Images (B, 3, size, size) float32, about [-1, 1]."""
-        return _generate(
-            self.sampler, self.tokenizer, *prepared, self.sampling, self.size, self.vae_bsz
-        )
+        """Images (B, 3, size, size) float32, about [-1, 1], each from its own label and seed.
 
-
-def generate(
-    model: GPT,
-    tokenizer: VQModel,
-    labels: Sequence[int],
-    seeds: Sequence[int],
-    sampling: GPTSampling,
-    size: int,
-    vae_bsz: int | None = None,
-) -> Tensor:
-    """Pictures (B, 3, size, size), about [-1, 1], each from its own label and seed.
-
-    The tokenizer decodes in its own precision, vae_bsz images at once. Pictures of another size are
-    resized by bicubic interpolation before they are clamped (LlamaGen, sample_c2i_ddp.py). One that the
-    GPT could not compute is NaN.
-    """
-    return _generate(GPTSampler(model), tokenizer, labels, seeds, sampling, size, vae_bsz)
-
-
-@torch.no_grad()
-def _generate(
-    sampler: GPTSampler,
-    tokenizer: VQModel,
-    labels: Sequence[int],
-    seeds: Sequence[int],
-    sampling: GPTSampling,
-    size: int,
-    vae_bsz: int | None,
-) -> Tensor:
-    codes = sampler.sample_tokens(
-        torch.tensor(labels),
-        sampling.cfg,
-        sampling.temperature,
-        sampling.top_k,
-        sampling.top_p,
-        sampling.cfg_interval,
-        line_ar=sampling.line_ar,
-        seeds=seeds,
-    )
-    return pictures(tokenizer.decode, codes.unflatten(1, sampler.model.grid), size, vae_bsz)
+        The tokenizer decodes in its own precision. An image that the GPT could not compute is NaN.
+        """
+        labels, seeds = prepared
+        codes = self.sampler.sample_tokens(torch.tensor(labels), **vars(self.sampling), seeds=seeds)
+        grid = self.sampler.model.grid
+        return pictures(self.tokenizer.decode, codes.unflatten(1, grid), self.size, self.vae_bsz)
 
 
 def pictures(
     decode: Callable[[Tensor], Tensor], codes: Tensor, size: int, vae_bsz: int | None = None
 ) -> Tensor:
-    """Pictures (B, 3, size, size) of codes (B, h, w), as `generate` says; `decode` is the tokenizer's."""
+    """Images (B, 3, size, size) of codes (B, h, w); a code below 0 gives NaN.
+
+    decode: the tokenizer's, for vae_bsz images at once. Images of another size are resized by bicubic
+    interpolation before they are clamped (LlamaGen, sample_c2i_ddp.py).
+    """
     parts = []
     for part in codes.split(vae_bsz or max(1, len(codes))):
         broken = (part < 0).any((1, 2))[:, None, None, None]

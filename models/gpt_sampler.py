@@ -18,7 +18,7 @@ from models.token_sampling import TokenSampler, check_settings
 
 @dataclass(frozen=True)
 class Guidance:
-    """scale s > 1: logits = u + s (c - u), until the token after next to `interval`; -1 is always."""
+    """scale s > 1: logits = u + s (c - u), up to token `interval` + 1; -1 is always."""
 
     scale: float
     interval: int
@@ -36,8 +36,8 @@ class Guidance:
 class GPTDecoding:
     """Decodes batches of `batch` images, one after another.
 
-    What passes between steps lies in tensors made once, so that the steps can be CUDA graphs. Rows are
-    those of all images, conditional, then with guidance of all images, unconditional.
+    Steps communicate through tensors that are allocated once, so that they can be CUDA graphs. Rows are all
+    images, conditional, then with guidance all images, unconditional.
     """
 
     def __init__(
@@ -160,6 +160,6 @@ class GPTSampler:
         what = (batch, guidance, line_ar, settings)
         if self._last is None or self._last[0] != what:
             self._last = None  # free its memory first
-            # Their memory may be shared: a step leaves nothing in it, so the order does not matter.
+            # Steps leave nothing in the graphs' memory, so they may share it in any order.
             self._last = what, GPTDecoding(self.model, batch, guidance, line_ar, CudaGraphs())
         return self._last[1]

@@ -20,10 +20,9 @@ def compiled(function: Callable) -> Callable:
 class CudaGraphs:
     """Runs a call as it is the first time, records it the second time, and replays it from then on.
 
-    A call takes nothing and returns nothing: it reads and writes tensors that keep their addresses.
-    Graphs of one instance share their memory, so what a call leaves behind for later calls is safe
-    only if all calls are replayed in the order in which they were recorded; calls that come in
-    another order need another instance, and may leave nothing behind.
+    A call reads and writes tensors that keep their addresses. Graphs of one instance share their memory,
+    so a call may leave data in it for later calls only if all calls are replayed in the order in which
+    they were recorded; other calls need another instance and must leave nothing in it.
     """
 
     def __init__(self) -> None:
@@ -39,7 +38,7 @@ class CudaGraphs:
             return
         if key not in self._graphs:
             graph = torch.cuda.CUDAGraph()
-            # Calls to CUDA by other threads, such as a data loader's, are none of our business.
+            # Other threads, such as a data loader's, may call CUDA meanwhile.
             mode = "thread_local"
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
                 call()
@@ -48,6 +47,6 @@ class CudaGraphs:
 
 
 def call_now(key: Hashable, call: Callable[[], None]) -> None:
-    """Stands in for CudaGraphs where there are none."""
+    """Runs a call at once; used instead of CudaGraphs."""
     del key
     call()

@@ -1,4 +1,4 @@
-"""The head's schedule: how many denoising steps a token takes, which ones, by which solver, how guided.
+"""Schedule of the diffusion head: number of denoising steps, timesteps, solver, guidance.
 
 Everything is known before the first step. `HeadConfig()` is MAR's published sampling.
 """
@@ -104,9 +104,7 @@ class HeadConfig:
         choices = {"annealing": tuple(ANNEALINGS), "spacing": SPACINGS, "solver": SOLVERS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}; use one of {', '.join(known)}"
-                )
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(known)}")
         if self.steps is not None:
             ends = self.steps if isinstance(self.steps, tuple) else (self.steps, self.steps)
             if len(ends) != 2 or not 2 <= ends[1] <= ends[0] <= DIFFUSION_STEPS:
@@ -141,10 +139,10 @@ class HeadConfig:
 
 @dataclass(frozen=True, eq=False)
 class DenoisingRun:
-    """One denoising run. Runs of as many steps are the same run.
+    """One denoising run. Runs with the same number of steps are the same run.
 
     guided: whether step i = N-1 .. 0 has both branches, if its decoding step is guided.
-    coupling: (N + 1, T + 1) weights that make its noise from the image's; None takes that as it is.
+    coupling: (N + 1, T + 1) weights from the image's noise to that of the run; None: no change.
     """
 
     solver: Solver
@@ -153,7 +151,6 @@ class DenoisingRun:
 
     @property
     def num_steps(self) -> int:
-        """N."""
         return self.solver.num_timesteps
 
 
@@ -177,7 +174,7 @@ def denoising_runs(
 
 
 def _solver(config: HeadConfig, own: Solver, betas: np.ndarray, count: int) -> Solver:
-    """`own`, or the solver that takes `count` steps, less those that fall together."""
+    """`own`, or a solver of `count` steps without duplicate timesteps."""
     first = own.timestep_map[-1] if config.t_start is None else config.t_start
     if config.spacing == "logsnr":
         kept = log_snr_timesteps(betas, count, first)

@@ -1,45 +1,23 @@
 """Janus-Pro (Chen et al., arXiv 2501.17811): pictures of prompts, with transformers' own model.
 
 The loop is that of `JanusForConditionalGeneration.generate(generation_mode="image")`, over the same
-parts of the model, but the draws belong to the image: one seed each, whatever its batch.
+parts of the model, but each image is drawn from its own seed, whatever its batch.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import JanusForConditionalGeneration
+from transformers import Cache, JanusForConditionalGeneration
 
 from models.gpt_images import GPTSampling, pictures
 from models.line_config import LineARConfig
 from models.token_sampling import TokenSampler, check_settings
 from models.transformers_cache import line_ar_attention
-from models.transformers_models import Decoder, load_parts, new_cache
-
-# Beginnings of the keys in deepseek-ai's files, and those of transformers. What draws no pictures (the
-# vision tower and its aligner) is left out.
-ORIGINAL_KEYS = {
-    "language_model.model.": "model.language_model.",
-    "language_model.lm_head.": "lm_head.",
-    "gen_embed.": "model.generation_embeddings.",
-    "gen_aligner.layers.0.": "model.generation_aligner.fc1.",
-    "gen_aligner.layers.2.": "model.generation_aligner.hidden_layers.0.",
-    "gen_head.output_mlp_projector.": "model.generation_head.proj_out.",
-    "gen_head.vision_head.": "model.generation_head.vision_head.",
-    "gen_vision_model.": "model.vqmodel.",
-}
-TOKENIZER_KEYS = {  # inside gen_vision_model, LlamaGen's VQ-16
-    "encoder.conv_blocks.": "encoder.down.",
-    "decoder.conv_blocks.": "decoder.up.",
-    ".res.": ".block.",
-    ".mid.0.": ".mid.block_1.",
-    ".mid.1.": ".mid.attn_1.",
-    ".mid.2.": ".mid.block_2.",
-}
-NOT_DRAWING = ("vision_model.", "aligner.", "gen_vision_model.quantize.codebook_used")
+from models.transformers_models import Decoder, new_cache
 
 
 def image_grid(model: JanusForConditionalGeneration) -> tuple[int, int]:
@@ -50,9 +28,9 @@ def image_grid(model: JanusForConditionalGeneration) -> tuple[int, int]:
 
 
 def unconditional(model: JanusForConditionalGeneration, input_ids: Tensor) -> Tensor:
-    """The prompts (B, P) of the other branch: all but the tokens that begin text and image is padding.
+    """Prompts (B, P) of the unconditional branch: all but the begin tokens of text and image is padding.
 
-    Padding of the prompt stays what it is; the new one is attended to, as the library does.
+    The new padding is attended to, as in the library; that of the prompt is not.
     """
     config: Any = model.generation_config
     kept = (input_ids == config.bos_token_id) | (
@@ -76,12 +54,13 @@ def sample_tokens(
     grid: tuple[int, int] | None = None,
     seeds: Sequence[int] | None = None,
     greedy: bool = False,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Codes (B, N) int64 of prompts (B, P), which end with <begin_of_image> and are padded on the left.
 
-    The settings are those of GPT.sample_tokens; line_ar None is the library's DynamicCache. grid:
-    lines and tokens of a line, a square without it. In float32 with the same draws the codes are
-    those of the library's `generate`.
+    The settings are those of GPT.sample_tokens; line_ar None is the library's DynamicCache, or
+    `cache`, another empty one. grid: lines and tokens of a line, a square without it. In float32 with
+    the same draws the codes are those of the library's `generate`.
     """
     check_settings(cfg, temperature, top_k, top_p)
     grid = image_grid(model) if grid is None else grid
@@ -95,7 +74,8 @@ def sample_tokens(
     x = model.get_input_embeddings()(input_ids)
     tokens = []
     with nullcontext() if line_ar is None else line_ar_attention(model):
-        decode = Decoder(model.model.language_model, new_cache(line_ar, grid), attention_mask)
+        cache = new_cache(line_ar, grid) if cache is None else cache
+        decode = Decoder(model.model.language_model, cache, attention_mask)
         for i in range(math.prod(grid)):
             logits = model.model.generation_head(decode(inputs_embeds=x)).float()
             if guided:
@@ -126,7 +106,7 @@ class JanusGenerator:
     def prepare(
         self, prompts: Sequence[str], seeds: Sequence[int]
     ) -> tuple[dict[str, Tensor], Sequence[int]]:
-        """The prompts as tokens: in the words of a conversation, where the processor has a template."""
+        """The prompts as tokens, with the processor's chat template if it has one."""
         texts = list(prompts)
         if self.processor.chat_template is not None:
             texts = [
@@ -150,50 +130,11 @@ class JanusGenerator:
     def generate(self, prepared: tuple[dict[str, Tensor], Sequence[int]]) -> Tensor:
         """Images (B, 3, size, size) float32, about [-1, 1]; NaN where the model computed none."""
         inputs, seeds = prepared
-        s = self.sampling
-        codes = sample_tokens(
-            self.model,
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            cfg=s.cfg,
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-            cfg_interval=s.cfg_interval,
-            line_ar=s.line_ar,
-            seeds=seeds,
-        )
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        codes = sample_tokens(self.model, ids, mask, **vars(self.sampling), seeds=seeds)
         codes = codes.unflatten(1, image_grid(self.model))
         return pictures(self.decode, codes, self.size, self.vae_bsz)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, h, w) => images (B, 3, h*f, w*f)."""
         return self.model.decode_image_tokens(codes.flatten(1)).movedim(-1, 1)
-
-
-def from_original(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a deepseek-ai file under transformers' names, those that draw pictures.
-
-    ValueError for a key that such a file does not have.
-    """
-    renamed = {}
-    for key, tensor in weights.items():
-        if key.startswith(NOT_DRAWING):
-            continue
-        start = next((old for old in ORIGINAL_KEYS if key.startswith(old)), None)
-        if start is None:
-            raise ValueError(f"{key} is not a key of deepseek-ai's Janus files")
-        rest = key.removeprefix(start)
-        if start == "gen_vision_model.":
-            for old, new in TOKENIZER_KEYS.items():
-                rest = rest.replace(old, new)
-        renamed[ORIGINAL_KEYS[start] + rest] = tensor
-    return renamed
-
-
-def load_original(model: JanusForConditionalGeneration, weights: Mapping[str, Tensor]) -> None:
-    """Give a model the tensors of a deepseek-ai file; its vision tower stays as it is.
-
-    ValueError if one is missing, unknown or of another shape.
-    """
-    load_parts(model, from_original(weights), ("model.vision_model.", "model.aligner."))

@@ -1,8 +1,8 @@
 """Transformer layers with timm's names and arithmetic: pre-norm, exact GELU, fused qkv.
 
-The plain path is `block(x)`. Two optional arguments serve whoever computes less than everything:
-`update` sees this layer's new keys and values and returns those to attend to (a cache), and
-`rows` names the positions whose output is wanted, while all of x serves as keys and values.
+The plain path is `block(x)`. Two optional arguments are for callers that compute only a part: `update`
+gets this layer's new keys and values and returns those to attend to (a cache), and `query_slice` selects
+the positions whose output is computed, while all of x gives keys and values.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ M = TypeVar("M", bound=nn.Module)
 if TYPE_CHECKING:
 
     class ModuleList(nn.ModuleList, Generic[M]):
-        """torch's own, which does not tell a type checker what it holds."""
+        """nn.ModuleList with the type of its modules."""
 
         def __iter__(self) -> Iterator[M]: ...
         @overload
@@ -34,12 +34,12 @@ else:
 
 
 def linear_at(layers: nn.Sequential, index: int) -> nn.Linear:
-    """A linear layer of a Sequential, typed; in a sampling copy, the layer in its place."""
+    """A linear layer of a Sequential, typed; in a sampling copy, the layer that replaces it."""
     return cast(nn.Linear, layers[index])
 
 
 class Linear(nn.Linear):
-    """nn.Linear that can also compute a few of its outputs alone."""
+    """nn.Linear that can also compute only some of its outputs."""
 
     def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
         """x (..., in) -> (..., out), or (..., len(outputs))."""
@@ -65,14 +65,14 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(
-        self, x: Tensor, update: KVUpdate | None = None, rows: slice | None = None
+        self, x: Tensor, update: KVUpdate | None = None, query_slice: slice | None = None
     ) -> Tensor:
-        """x (B, n, D) -> (B, n, D), or (B, len(rows), D)."""
-        if rows is None:
+        """x (B, n, D) -> (B, n, D), or (B, len(query_slice), D)."""
+        if query_slice is None:
             q, k, v = self._heads(self.qkv(x), 3)
         else:
             k, v = self.keys_values(x)
-            q = self.queries(x[:, rows])
+            q = self.queries(x[:, query_slice])
         if update is not None:
             k, v = update(k, v)
         return self.attend(q, k, v)
@@ -139,11 +139,11 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), mlp_drop)
 
     def forward(
-        self, x: Tensor, update: KVUpdate | None = None, rows: slice | None = None
+        self, x: Tensor, update: KVUpdate | None = None, query_slice: slice | None = None
     ) -> Tensor:
-        """x (B, n, D) -> (B, n, D), or (B, len(rows), D)."""
-        attended = self.attn(self.norm1(x), update, rows)
-        return self.finish(x if rows is None else x[:, rows], attended)
+        """x (B, n, D) -> (B, n, D), or (B, len(query_slice), D)."""
+        attended = self.attn(self.norm1(x), update, query_slice)
+        return self.finish(x if query_slice is None else x[:, query_slice], attended)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Both residual sums: x and the attention's output (B, n, D) -> (B, n, D)."""

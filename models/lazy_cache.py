@@ -1,7 +1,7 @@
-"""What LazyMAR remembers between decoding steps: keys, values, and the probe layer's last values.
+"""LazyMAR's caches between decoding steps: keys, values, and the last values of the probe layer.
 
-Sequences are in decoding order behind the buffer, so the encoder's cache only ever grows at its end.
-The methods that take (k, v) are KVUpdates for models.layers.Attention.
+Sequences are in decoding order behind the buffer, so the encoder's cache only grows at its end. Methods
+that take (k, v) are KVUpdates of models.layers.Attention. Rows are the batch of all branches.
 """
 
 import torch.nn.functional as F
@@ -52,7 +52,6 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
         return sum(tensor.nbytes for tensor in (self.k, self.v) if tensor is not None)
 
 
@@ -83,5 +82,4 @@ class ProbeCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
         return 0 if self.v is None else self.v.nbytes

@@ -1,7 +1,7 @@
 """LazyDenoiser: denoising runs of the diffusion head with LazyMAR's cache inside the head.
 
-The published code has this cache, its README does not name it; without it the published speed is not
-reached. Stands in for models.denoiser.PlainDenoiser and drives the same, untouched network.
+The cache is in the published code, but not in its README; the published speed needs it. LazyDenoiser
+replaces models.denoiser.PlainDenoiser and uses the same network.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ Segment = tuple[bool, list[int]]  # (skipped, blocks)
 
 
 class HeadCache:
-    """Memory of one denoising run, conditional rows."""
+    """Cache of one denoising run, conditional branch."""
 
     def __init__(self) -> None:
         # By segment (n, w): output - input of those skipped, output of the MLP of the others.
@@ -50,8 +50,8 @@ class HeadCache:
 class LazyRun:
     """What each denoising step i of a run computes.
 
-    ages: of a lazy step, its distance from the last full step over that from the one before it to the
-    last; 0 without a forecast, and as long as there is but one full step.
+    ages: for a lazy step, its distance from the last full step, divided by the distance of the last two
+    full steps; 0 without a forecast, and until there are two full steps.
     """
 
     def __init__(
@@ -139,15 +139,9 @@ class LazyDenoiser:
                 return epsilon, fraction
             parts, residual = cache.forecast(self.segments, run.ages[i])
             output, parts = self._lazy_step(x, modulation, parts, kind == "warm")
-            if (
-                kind == "warm"
-            ):  # MLPs were renewed; changes of skipped blocks stay those of full steps
-                cache.parts = [
-                    old if skipped else new
-                    for (skipped, _), old, new in zip(
-                        self.segments, cache.parts, parts, strict=True
-                    )
-                ]
+            if kind == "warm":  # MLPs are new; changes of skipped blocks stay those of full steps
+                both = zip(self.segments, cache.parts, parts, strict=True)
+                cache.parts = [old if skipped else new for (skipped, _), old, new in both]
             epsilon, fraction = output.float().chunk(2, dim=-1)
             if residual is not None and run.guided[i]:  # eps_u = eps_c - residual
                 epsilon = epsilon + (cfg - 1.0) * residual

@@ -26,8 +26,8 @@ KEEP_SCHEDULE = (
 )
 
 CACHES = ("token", "condition", "head")
-# Which positions a lazy step computes behind the probe layer, besides those always kept. The paper's is
-# similarity; the others are controls: the least changed, those not computed for longest, any.
+# Which positions a lazy step also computes behind the probe layer. similarity is the paper's choice; the
+# others are controls: the least changed, those not computed for longest, random ones.
 TOKEN_SELECTIONS = ("similarity", "inverse_similarity", "oldest", "random")
 LAZY_STEPS = ("probe", "local")
 
@@ -71,9 +71,9 @@ class LazyMARConfig:
     probe_layer: the decoder layer whose values tell which positions changed; all are computed up
         to it, only the kept ones behind it.
     keep: (progress, ratio) pairs; from progress s/T on, at least this share of all positions is kept.
-    keep_floor: positions kept besides those decoded in this step and in the previous one.
-    token_selection: which these are, one of TOKEN_SELECTIONS.
-    token_cache, condition_cache, head_cache: each switched off alone computes its part exactly.
+    keep_floor: positions kept in addition to those decoded in this step and in the previous one.
+    token_selection: how they are selected, one of TOKEN_SELECTIONS.
+    token_cache, condition_cache, head_cache: switches; without a cache its part is computed exactly.
     head_interval: denoising step i is full if i is the first one or i % head_interval == 0. It counts
         steps of the model's own number; shorter runs divide it in proportion and round down, so that at
         1 all steps are full.
@@ -87,7 +87,7 @@ class LazyMARConfig:
     warmup: int = setting(5, "refresh steps at the beginning")
     interval: int = setting(9, "steps from one refresh to the next")
     probe_layer: int = setting(3, "decoder layer that tells which tokens changed")
-    keep_floor: int = setting(15, "positions kept besides those being decoded")
+    keep_floor: int = setting(15, "positions kept in addition to those being decoded")
     keep: tuple[tuple[float, float], ...] = setting(
         KEEP_SCHEDULE,
         "from progress P on, keep at least the share R of all positions",
@@ -95,9 +95,7 @@ class LazyMARConfig:
         metavar="P:R,...",
     )
     token_selection: str = setting(
-        "similarity",
-        f"which positions are kept: {', '.join(TOKEN_SELECTIONS)}",
-        metavar="NAME",
+        "similarity", f"which positions are kept: {', '.join(TOKEN_SELECTIONS)}", metavar="NAME"
     )
     token_cache: bool = setting(True, "compute only tokens that changed")
     condition_cache: bool = setting(True, "unconditional branch = conditional + cached residual")

@@ -1,6 +1,6 @@
 """LazyPredictor: z of each decoding step with LazyMAR's token cache and condition cache.
 
-Stands in for models.predictor.PlainPredictor and drives the same, untouched MAR.
+Replaces models.predictor.PlainPredictor and uses the same MAR.
 """
 
 from functools import partial
@@ -16,10 +16,10 @@ from models.transformer import MaskedTransformer
 
 
 class LazyPredictor:
-    """Holds everything that outlives a decoding step; a refresh renews all that later steps read.
+    """Holds the state between decoding steps; a refresh renews everything that later steps read.
 
-    Rows are conditional first, then unconditional. With the condition cache, caches and lazy steps
-    know the conditional rows only. A step without guidance has these alone, too.
+    The batch (rows, R) is conditional first, then unconditional. With the condition cache, caches and
+    lazy steps hold only the conditional half, as does a step without guidance.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class LazyPredictor:
         self.encoder_caches = [KVCache(self.rows, known) for _ in model.encoder_blocks]
         self.probe = ProbeCache(self.rows)
         self.selection = config.token_selection
+        self.selected: Tensor | None = None  # positions (rows, kept) of the last step, if selected
         self.oldest: dict[int, Tensor] = {}  # step index -> kept positions (kept,)
         if self.selection == "oldest":
             chosen = oldest_positions(plan, self.policies, model.buffer_size)
@@ -63,6 +64,7 @@ class LazyPredictor:
     def __call__(self, step: DecodingStep, tokens: Tensor) -> Tensor:
         """Tokens (B, L, c), known up to step.start -> z (R, stop - start, D); unguided (B, ., D)."""
         policy = self.policies[step.index]
+        self.selected = None
         compute = self._refresh if policy.refresh else self._lazy
         x = compute(step, policy, tokens)
         return self.model.to_condition(x, self.order[: len(x), step.start : step.stop])
@@ -94,7 +96,7 @@ class LazyPredictor:
         return x[:, : step.stop - step.start]
 
     def _lazy(self, step: DecodingStep, policy: StepPolicy, tokens: Tensor) -> Tensor:
-        """What changed, conditional rows -> decoder output (branches * B, n, D)."""
+        """Computes only what changed -> decoder output (branches * B, n, D)."""
         branches = self.branches if step.guided and not self.use_residual else 1
         if not self.token_cache:
             x = self._encode_all(step, tokens, branches, fill=False)
@@ -168,13 +170,13 @@ class LazyPredictor:
         block = blocks[self.probe_layer]
         h = block.norm1(x)
         k, v = block.attn.keys_values(h)
-        index = self.select(v, step, kept)
+        index = self.selected = self.select(v, step, kept)
         x, h = _take(x, index), _take(h, index)
         x = block.finish(x, block.attn.attend(block.attn.queries(h), k, v))
         now = slice(step.start - step.previous, step.stop - step.previous)  # among the kept
         for i, cache in self.decoder_caches.items():
-            rows = now if i == len(blocks) - 1 else None
-            x = blocks[i](x, partial(cache.scatter, index), rows)
+            query_slice = now if i == len(blocks) - 1 else None
+            x = blocks[i](x, partial(cache.scatter, index), query_slice)
         return x if self.decoder_caches else x[:, now]
 
     def select(self, v: Tensor, step: DecodingStep, kept: int) -> Tensor:

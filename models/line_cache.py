@@ -1,14 +1,13 @@
 """Key-value caches of raster-order generation: the full one, and LineAR's few lines.
 
-LineAR (Qin et al., arXiv 2512.04857): tokens form lines of a grid. The first tokens (anchors) and
-the newest lines stay; between them, each completed line evicts for good as many tokens as it
-brought, those its own queries attended to least, because the next line looks at similar places.
-Which tokens go is decided per layer, sequence and head; how many is a Python number known before
-the first token.
+LineAR (Qin et al., arXiv 2512.04857): tokens form lines of a grid. The first tokens (anchors) and the
+newest lines stay. Of the others, each complete line evicts as many tokens as it added: those that its own
+queries attended to least, because the next line attends to similar places. Tokens are chosen per layer,
+sequence and head; their number is a Python integer known before the first token.
 
-The buffer holds the condition, the budget and one line. Keys carry their position (RoPE), so the
-order of slots means nothing: the new line's rows move into the slots of evicted tokens, and the
-live slots are always a prefix of the buffer, attended to as a view, without a mask.
+The buffer holds the condition, the budget and one line. Keys include their position (RoPE), so the order
+of slots does not matter: the new line moves into the slots of evicted tokens, and the live slots are
+always a prefix of the buffer, attended to as a view, without a mask.
 """
 
 from collections.abc import Hashable
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from models.line_config import LineARConfig
 from models.line_methods import METHODS, LineView
-from models.line_plan import LinePlan
+from models.line_plan import CONDITION, LinePlan
 
 __all__ = [
     "KVCache",
@@ -73,7 +72,7 @@ class KVLayer:
         return self.k[:, :, :attended], self.v[:, :, :attended]
 
     def reset(self) -> None:
-        """Forget the images and keep the memory."""
+        """Clear the contents, keep the memory."""
         self.live = self.count = 0
         self.k.zero_()
         self.v.zero_()
@@ -82,7 +81,7 @@ class KVLayer:
         """See the queries (rows, heads, m, d) of the positions just appended."""
 
     def hide(self, hidden: Tensor) -> None:
-        """Of the first positions those that nobody attends to, padding: hidden (rows, m) bool."""
+        """Mark padding among the first positions, hidden (rows, m) bool: it is not attended to."""
 
     def advance(self, positions: int = 1) -> None:
         """The appended positions have been attended to."""
@@ -100,7 +99,7 @@ class KVLayer:
 
     @property
     def workspace_nbytes(self) -> int:
-        """Bytes held besides."""
+        """Bytes of other buffers."""
         return 0
 
 
@@ -202,17 +201,17 @@ class LineLayer(KVLayer):
             self.live -= line
 
     def _holes(self, score: Tensor, position: Tensor, count: int | Tensor) -> Tensor:
-        """Slots (rows, H, line) of the tokens to evict: the worst ones that nothing protects.
+        """Slots (rows, H, line) of the tokens to evict: the lowest scores that are not protected.
 
-        Among equals the oldest goes, in whatever slot it lies.
+        Of equal scores the oldest token is evicted.
         """
         image = position - self.plan.condition  # < 0: the condition
         newest = count - self.plan.condition - self.plan.recent
         protected = (image < self.plan.anchors) | (image >= newest)
         bits = score.masked_fill(protected, torch.inf).view(torch.int32)
         bits = torch.where(bits < 0, bits ^ MAGNITUDE, bits)  # ordered as the floats are
-        rank = (bits.long() << 32) | position
-        return rank.topk(self.plan.line, dim=-1, largest=False).indices
+        key = (bits.long() << 32) | position
+        return key.topk(self.plan.line, dim=-1, largest=False).indices
 
     def _evict(self, holes: Tensor) -> None:
         """Move the rows of the newest line into the holes; its own slots are free then."""
@@ -250,7 +249,7 @@ class KVCache:
         return kv
 
     def reset(self) -> None:
-        """Forget the images and keep the memory."""
+        """Clear the contents, keep the memory."""
         for layer in self.layers:
             layer.reset()
 
@@ -262,7 +261,6 @@ class KVCache:
         """Called once per position, before the layers: the mask of their attention, or None."""
 
     def advance(self) -> None:
-        """All layers have seen this position."""
         for layer in self.layers:
             layer.advance()
 
@@ -283,7 +281,7 @@ class KVCache:
 
     @property
     def workspace_nbytes(self) -> int:
-        """Bytes held besides."""
+        """Bytes of other buffers."""
         return sum(layer.workspace_nbytes for layer in self.layers)
 
 
@@ -292,8 +290,13 @@ def make_layer(config: LineARConfig, plan: LinePlan, slots: int) -> KVLayer:
     return LineLayer(slots, plan, config) if plan.compressed else KVLayer(slots)
 
 
-def make_cache(line_ar: LineARConfig | bool | None, grid: tuple[int, int], layers: int) -> KVCache:
+def make_cache(
+    line_ar: LineARConfig | bool | None,
+    grid: tuple[int, int],
+    layers: int,
+    condition: int = CONDITION,
+) -> KVCache:
     """An empty cache for one call. ValueError if the budget does not fit the grid."""
     config = LineARConfig.from_argument(line_ar)
-    plan = config.plan(grid)
+    plan = config.plan(grid, condition)
     return KVCache([make_layer(config, plan, plan.slots) for _ in range(layers)])

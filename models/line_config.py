@@ -1,4 +1,4 @@
-"""How a key-value cache is compressed: the settings of LineAR and of its rivals."""
+"""Settings of the compressed key-value cache: LineAR and the other methods."""
 
 import math
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class LineARConfig:
         methods have their own.
     method: "linear", "none" (the full cache), or another of models/line_methods.py.
     pooling: of the attention over the queries of a line: "mean", "max" or "last".
-    spaced: tokens of every older line that method "stratified" always keeps; fewer, where the budget
-        does not hold so many.
+    spaced: tokens of every older line that method "stratified" always keeps; fewer if the budget is
+        smaller.
 
     The paper gives no anchors, recent lines or pooling; benchmarks/line_ablation.py measures them.
     """

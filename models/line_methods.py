@@ -1,9 +1,9 @@
-"""What a compressed cache forgets: LineAR's score, and those of the methods it is compared with.
+"""Which tokens a compressed cache evicts: LineAR's score, and those of the methods to compare with.
 
-The cache owns budget and movement of rows; a method says how many tokens it protects at both ends
-and scores the others, (rows, H, live) float32: the lowest go. A new method is a class with these
-two, and a line in METHODS. All see the same moments (a complete line), the same budget, and decide per
-layer, sequence and head.
+The cache handles budget and memory; a method says how many tokens it protects at both ends and scores
+the others, (rows, H, live) float32: the lowest are evicted. A new method is a class with these two, and
+a line in METHODS. All methods run after each complete line, with the same budget, and decide per layer,
+sequence and head.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ POOLINGS = ("mean", "max", "last")
 
 @dataclass(frozen=True)
 class LineView:
-    """What a method may look at, when a line is complete.
+    """The input of a method when a line is complete.
 
     queries: (rows, H, line * groups, d), of the line; `groups` query heads share a key head; empty for
     a method that needs none.
@@ -52,7 +52,7 @@ class LineView:
 
 
 class Method:
-    """What the cache needs to know of a method.
+    """One way to choose the tokens that are evicted.
 
     cumulative: scores of all lines are added up. stratified: tokens of every line are always kept.
     settings: the fields of LineARConfig, beside the budget, that make a difference.
@@ -71,7 +71,7 @@ class Method:
         raise NotImplementedError
 
     def score(self, view: LineView) -> Tensor:
-        """How much each live token is worth, (rows, H, live)."""
+        """Score of each live token, (rows, H, live); the lowest are evicted."""
         raise NotImplementedError
 
 
@@ -90,8 +90,8 @@ class LineAR(Method):
 class Stratified(LineAR):
     """LineAR's score, but evenly spaced tokens of every line are never evicted. Ours.
 
-    Where attention to old lines is spread out, the score alone forgets all of some lines. The spaced
-    tokens of the first line replace all of LineAR's anchors but one.
+    If attention to old lines is spread out, the score alone may evict whole lines. The spaced tokens of
+    the first line replace all of LineAR's anchors but one.
     """
 
     stratified = True
@@ -185,7 +185,10 @@ class RKV(Method):
             direction = direction.masked_fill(view.hidden[..., None], 0)
             live = (~view.hidden).sum(-1, keepdim=True)
         total = direction.sum(dim=2, keepdim=True)  # mean_j cos(i, j) = k_i . sum_j k_j / live
-        similarity = ((direction * total).sum(-1) - 1) / live
+        itself = direction.square().sum(
+            -1
+        )  # 1, but 0 for LlamaGen's condition, whose keys are zero
+        similarity = ((direction * total).sum(-1) - itself) / live
         if view.hidden is not None:
             similarity = similarity.masked_fill(view.hidden, -torch.inf)
         attention = view.attention().mean(dim=2)

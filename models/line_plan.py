@@ -7,7 +7,7 @@ CONDITION = 1  # positions in front of the image: the class token
 
 @dataclass(frozen=True)
 class LinePlan:
-    """Every count of a run: of image tokens, but for `condition`.
+    """Every count of a run, in image tokens except for `condition`.
 
     line, lines: the grid. budget: tokens kept when a line begins. anchors, recent: the first and
     the newest ones, never evicted; `budget - anchors - recent` others are kept by their score.
@@ -24,12 +24,12 @@ class LinePlan:
 
     @property
     def compressed(self) -> bool:
-        """Whether anything is evicted at all."""
+        """Whether tokens are evicted."""
         return self.budget < self.line * self.lines
 
     @property
     def slots(self) -> int:
-        """Rows of the buffer per head, where the image's last token is never fed."""
+        """Slots of the buffer per head; the last token of the image needs none."""
         tokens = self.line * self.lines - 1
         return self.condition + min(tokens, self.budget + self.line)
 

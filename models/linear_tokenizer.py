@@ -41,11 +41,7 @@ class LinearTokenizer(nn.Module):
         self.channels, self.stride, self.latent_scale = channels, stride, latent_scale
         self.encoder = nn.Conv2d(COLOURS, channels, stride, stride)
         self.decoder = nn.Conv2d(
-            channels,
-            size,
-            NEIGHBOURHOOD,
-            padding=NEIGHBOURHOOD // 2,
-            padding_mode="replicate",
+            channels, size, NEIGHBOURHOOD, padding=NEIGHBOURHOOD // 2, padding_mode="replicate"
         )
         self.requires_grad_(False)
 

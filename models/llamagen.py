@@ -6,6 +6,7 @@ sampling hands a key-value cache to the same blocks (models/line_cache.py).
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -25,24 +26,24 @@ INIT_STD = 0.02  # the same: initializer_range
 KVUpdate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def rope_table(grid: tuple[int, int], head_dim: int, device: torch.device) -> Tensor:
-    """Cosines and sines (1 + rows * cols, head_dim / 2, 2), float32, of all positions.
+def rope_table(
+    grid: tuple[int, int], head_dim: int, device: torch.device, condition: int = 1
+) -> Tensor:
+    """Cosines and sines (condition + rows * cols, head_dim / 2, 2), float32, of all positions.
 
     Cell (row, col) turns the first half of its pairs by row * f and the second half by col * f, with
-    f_i = 10000^(-2i / (head_dim / 2)), i < head_dim / 4. The row of the class token is *zero* in
+    f_i = 10000^(-2i / (head_dim / 2)), i < head_dim / 4. The rows of the condition are *zero* in
     both: its queries and keys become zero vectors, and the published weights rely on that.
     """
     rows, cols = grid
     exponent = torch.arange(head_dim // 4, dtype=torch.float32, device=device) * 2
     f = 1.0 / ROPE_BASE ** (exponent / (head_dim // 2))
-    row, col = (
-        torch.arange(side, dtype=torch.float32, device=device)[:, None] * f for side in grid
-    )
+    row, col = (torch.arange(side, dtype=f.dtype, device=device)[:, None] * f for side in grid)
     angles = torch.cat(
         [row[:, None].expand(rows, cols, -1), col[None].expand(rows, cols, -1)], dim=-1
     ).flatten(0, 1)  # (N, head_dim / 2)
     table = torch.stack([angles.cos(), angles.sin()], dim=-1)
-    return torch.cat([torch.zeros_like(table[:1]), table])
+    return torch.cat([table.new_zeros(condition, *table.shape[1:]), table])
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -149,12 +150,31 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(labels)[:, None]
 
 
+class CaptionEmbedding(nn.Module):
+    """Embeddings of a caption by T5, projected; uncond_embedding stands for no caption."""
+
+    def __init__(self, tokens: int, channels: int, dim: int) -> None:
+        super().__init__()
+        layers = OrderedDict[str, nn.Module](
+            fc1=nn.Linear(channels, dim, bias=False),
+            act=nn.GELU(approximate="tanh"),
+            fc2=nn.Linear(dim, dim, bias=False),
+        )
+        self.cap_proj = nn.Sequential(layers)
+        self.register_buffer("uncond_embedding", torch.randn(tokens, channels) / channels**0.5)
+
+    def forward(self, captions: Tensor) -> Tensor:
+        """(B, P, channels) -> (B, P, D)."""
+        return self.cap_proj(captions)
+
+
 class GPT(nn.Module):
-    """LlamaGen's class-conditional transformer; the arguments have the published code's names.
+    """LlamaGen's transformer; the arguments have the published code's names.
 
     dim, n_layer, n_head: width, blocks, heads. block_size: N, the tokens of an image. grid: its
     lines and the tokens of a line; without it the square of N. num_classes, vocab_size: classes
-    and codes. cls_token_num: 1, class-conditional models have one class token.
+    and codes. cls_token_num: 1, class-conditional models have one class token. caption_dim: the
+    channels of captions of cls_token_num tokens, for a text-to-image model: models/llamagen_text.py.
 
     Raises ValueError for a geometry that does not fit together.
     """
@@ -170,6 +190,7 @@ class GPT(nn.Module):
         cls_token_num: int = 1,
         *,
         grid: tuple[int, int] | None = None,
+        caption_dim: int | None = None,
     ) -> None:
         super().__init__()
         side = math.isqrt(block_size)
@@ -183,14 +204,19 @@ class GPT(nn.Module):
             raise ValueError(
                 f"dim {dim} over n_head {n_head}: a head's width must be a multiple of 4 (2-D RoPE)"
             )
-        if cls_token_num != 1:
+        if cls_token_num != 1 and caption_dim is None:
             raise ValueError(f"cls_token_num is {cls_token_num}; a class is one token")
         self.block_size = block_size
         self.num_classes = num_classes
         self.vocab_size = vocab_size
         self.n_head = n_head
         self.head_dim = dim // n_head
-        self.cls_embedding = LabelEmbedding(num_classes, dim)
+        self.cls_token_num = cls_token_num
+        self.cls_embedding: nn.Module
+        if caption_dim is None:
+            self.cls_embedding = LabelEmbedding(num_classes, dim)
+        else:
+            self.cls_embedding = CaptionEmbedding(cls_token_num, caption_dim, dim)
         self.tok_embeddings = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(Block(dim, n_head) for _ in range(n_layer))
         self.norm = RMSNorm(dim)
@@ -262,9 +288,8 @@ class GPT(nn.Module):
         rope = self.rope()
         x = torch.cat([self.cls_embedding(labels), self.tok_embeddings(idx)], dim=1)
         steps = range(x.shape[1])
-        return torch.stack(
-            [self.decode(x[:, i : i + 1], rope[i : i + 1], cache) for i in steps], dim=1
-        )
+        logits = [self.decode(x[:, i : i + 1], rope[i : i + 1], cache) for i in steps]
+        return torch.stack(logits, dim=1)
 
     def decode(self, x: Tensor, rope: Tensor, cache: KVCache) -> Tensor:
         """One position x (rows, 1, D), rope (1, d/2, 2) -> logits (rows, vocab) float32."""
@@ -281,7 +306,7 @@ class GPT(nn.Module):
 
     def rope(self) -> Tensor:
         """The positions' table on the model's device, see `rope_table`."""
-        return rope_table(self.grid, self.head_dim, self.device)
+        return rope_table(self.grid, self.head_dim, self.device, self.cls_token_num)
 
 
 def gpt_b(**kwargs: Any) -> GPT:
@@ -307,6 +332,11 @@ def gpt_xxl(**kwargs: Any) -> GPT:
 def gpt_3b(**kwargs: Any) -> GPT:
     """GPT-3B, 3.1B parameters."""
     return GPT(**{"dim": 3200, "n_layer": 24, "n_head": 32, **kwargs})
+
+
+def gpt_xl_t2i(**kwargs: Any) -> GPT:
+    """GPT-XL for captions of 120 tokens of flan-t5-xl, 778M parameters."""
+    return gpt_xl(**{"cls_token_num": 120, "caption_dim": 2048, **kwargs})
 
 
 def gpt_tiny(**kwargs: Any) -> GPT:

@@ -8,18 +8,25 @@ newline token. The unconditional branch has no prompt: its own cache, shorter by
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
+from models.chameleon_vq import ChameleonVQ
+from models.gpt_images import GPTSampling, pictures
 from models.line_config import LineARConfig
 from models.token_sampling import TokenSampler, check_settings
 from models.transformers_cache import line_ar_attention
-from models.transformers_models import Decoder, load_parts, new_cache
+from models.transformers_models import Decoder, new_cache, with_weights
+from util.weights import read_hub_folder
 
-CODES_PER_SIZE = 2  # a size token counts 32 pixels, a code has 16
+STRIDE = 16  # pixels per code and side
+CODES_PER_SIZE = 2  # a size token counts 32 pixels
+PROMPT = "Generate an image of {width}x{height} according to the following prompt:\n{text}"
 
 
 @dataclass(frozen=True)
@@ -29,19 +36,21 @@ class ImageVocabulary:
     begin: int
     newline: int
     size: int  # of no pixels; the next is of 32
+    turn: int  # ends the prompt
     codes: tuple[int, ...]
 
     @classmethod
     def from_model(cls, model: ChameleonForConditionalGeneration) -> "ImageVocabulary":
         """By their names in the model's vocabulary. ValueError if it lacks one."""
         names, ids = model.config.vocabulary_map or {}, model.model.vocabulary_mapping.img2bpe
-        wanted = ("<racm3:break>", "<reserved08799>", "<reserved08800>")
+        reserved = (f"<reserved{number:05}>" for number in (8799, 8800, 8706))
+        wanted = ("<racm3:break>", *reserved)
         if missing := [name for name in wanted if name not in names]:
             raise ValueError(
                 f"the vocabulary has no {missing[0]}: this is not a model of Lumina-mGPT"
             )
-        begin, newline, size = (names[name] for name in wanted)
-        return cls(begin, newline, size, tuple(ids[code] for code in range(len(ids))))
+        begin, newline, size, turn = (names[name] for name in wanted)
+        return cls(begin, newline, size, turn, tuple(ids[code] for code in range(len(ids))))
 
     def head(self, grid: tuple[int, int]) -> list[int]:
         """The three tokens in front of an image of `grid` codes: begin, height, width."""
@@ -60,6 +69,7 @@ def sample_tokens(
     temperature: float = 1.0,
     top_k: int = 2000,
     top_p: float = 1.0,
+    cfg_interval: int = -1,
     *,
     line_ar: LineARConfig | bool | None = None,
     seeds: Sequence[int] | None = None,
@@ -95,7 +105,8 @@ def sample_tokens(
                 fed = [newline] * len(branches)
             logits = [F.linear(hidden, weight).float() for hidden in feed(branches, fed)]
             c, u = logits[0], logits[-1]
-            tokens.append(sampler(u + cfg * (c - u) if guided else c, i))
+            guides = guided and (cfg_interval < 0 or i - 1 <= cfg_interval)
+            tokens.append(sampler(u + cfg * (c - u) if guides else c, i))
             fed = [ids[tokens[-1]][:, None]] * len(branches)
     broken = ~(c + u).isfinite().all(dim=-1, keepdim=True)
     return torch.stack(tokens, dim=1).masked_fill(broken, -1)
@@ -104,6 +115,56 @@ def sample_tokens(
 def feed(branches: Sequence[Decoder], tokens: Sequence[Tensor]) -> list[Tensor]:
     """The next tokens of every branch, (B, n) each -> hidden states (B, D)."""
     return [decode(input_ids=ids) for decode, ids in zip(branches, tokens, strict=True)]
+
+
+class LuminaGenerator:
+    """A model of Lumina-mGPT, its tokenizers of text and images, as an ImageGenerator of prompts."""
+
+    def __init__(
+        self,
+        model: ChameleonForConditionalGeneration,
+        tokenizer: Any,  # transformers' tokenizer
+        vq: ChameleonVQ,
+        sampling: GPTSampling,
+        grid: tuple[int, int],
+        size: int,
+        vae_bsz: int | None = None,
+    ) -> None:
+        """Images of `grid` codes, as pictures of size x size pixels; vae_bsz: decoded at once."""
+        self.model, self.tokenizer, self.vq = model, tokenizer, vq
+        self.sampling, self.grid, self.size, self.vae_bsz = sampling, grid, size, vae_bsz
+
+    def prepare(
+        self, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> tuple[dict[str, Tensor], Sequence[int]]:
+        """The prompts as the user's turn of a conversation, in tokens."""
+        height, width = (side * STRIDE for side in self.grid)
+        texts = [PROMPT.format(width=width, height=height, text=text) for text in prompts]
+        inputs = self.tokenizer(texts, padding=True, padding_side="left", return_tensors="pt")
+        turn = ImageVocabulary.from_model(self.model).turn
+        ends = {"input_ids": turn, "attention_mask": 1}
+        padded = {k: F.pad(inputs[k], (0, 1), value=v) for k, v in ends.items()}
+        return {k: v.to(self.model.device) for k, v in padded.items()}, seeds
+
+    @torch.no_grad()
+    def generate(self, prepared: tuple[dict[str, Tensor], Sequence[int]]) -> Tensor:
+        """Images (B, 3, size, size) float32, about [-1, 1]; NaN where the model computed none."""
+        inputs, seeds = prepared
+        s = self.sampling
+        codes = sample_tokens(
+            self.model,
+            inputs["input_ids"],
+            inputs["attention_mask"],
+            self.grid,
+            cfg=s.cfg,
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            cfg_interval=s.cfg_interval,
+            line_ar=s.line_ar,
+            seeds=seeds,
+        )
+        return pictures(self.vq.decode, codes.unflatten(1, self.grid), self.size, self.vae_bsz)
 
 
 def expand_norms(weights: Mapping[str, Tensor], config: ChameleonConfig) -> dict[str, Tensor]:
@@ -118,9 +179,11 @@ def expand_norms(weights: Mapping[str, Tensor], config: ChameleonConfig) -> dict
     return expanded
 
 
-def load_lumina(model: ChameleonForConditionalGeneration, weights: Mapping[str, Tensor]) -> None:
-    """Give a model the tensors of Lumina-mGPT's files, which hold no image tokenizer.
+def open_lumina(folder: Path) -> ChameleonForConditionalGeneration:
+    """The model of a folder, float32, without its image tokenizer, which Lumina-mGPT's files do not hold.
 
-    ValueError if one is missing, unknown or of another shape.
+    UserError or ValueError for files that are missing, damaged or do not fit each other.
     """
-    load_parts(model, expand_norms(weights, model.config), ("model.vqmodel.",))
+    config = ChameleonConfig.from_pretrained(folder)
+    weights = expand_norms(read_hub_folder(folder), config)
+    return with_weights(ChameleonForConditionalGeneration, config, weights, ("model.vqmodel.",))

@@ -20,8 +20,8 @@ class MARConfig:
     defaults change nothing:
     masked_keep: share of the masked tokens that a training step decodes (CrossMAE, Fu et al. 2024).
     pos_init: "sincos" starts the position tables as 2-D sines (MAE, He et al. 2022).
-    aux_weight: weight of a squared error that asks z for the token itself, read out through the
-        transposed z_proj, so that context is learned before the head uses it.
+    aux_weight: weight of a squared error between the token and z, read out through the transposed
+        z_proj, so that context is learned before the head uses it.
     """
 
     img_size: int = setting(256, "height and width of the images, pixels", least=1)
@@ -36,9 +36,7 @@ class MARConfig:
     mlp_ratio: float = 4.0
     vae_embed_dim: int = setting(16, "channels of the tokenizer's latents", least=1)
     mask_ratio_min: float = setting(0.7, "smallest share of masked tokens in training")
-    label_drop_prob: float = setting(
-        0.1, "labels dropped in training, for guidance", least=0, most=1
-    )
+    label_drop_prob: float = setting(0.1, "labels dropped in training (guidance)", least=0, most=1)
     class_num: int = setting(1000, "number of classes", least=1)
     attn_dropout: float = setting(0.1, "dropout of the attention", least=0, most=1)
     proj_dropout: float = setting(0.1, "dropout of the projections", least=0, most=1)

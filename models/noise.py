@@ -1,8 +1,8 @@
-"""All the randomness of a batch: of images to sample (ImageNoise), of a training step (TrainingNoise).
+"""All random draws: of sampled images (ImageNoise) and of a training step (TrainingNoise).
 
-Each token is denoised exactly once, so one decoding order and one tensor of head noise are all that
-chance contributes to an image that is sampled. Drawn from the image's own seed they make the picture
-independent of its batch, of the number of processes and of caching.
+Each token is denoised exactly once, so a decoding order and a tensor of head noise are all the randomness
+of a sampled image. Both are drawn from the image's own seed, so the image does not depend on its batch,
+the number of processes or caching.
 """
 
 import math
@@ -58,14 +58,14 @@ class ImageNoise:
         return ImageNoise(self.orders.to(device), self.head.to(device))
 
     def select(self, images: Sequence[int]) -> "ImageNoise":
-        """That of some images."""
+        """The noise of some images."""
         rows = torch.tensor(images, device=self.orders.device)
         return ImageNoise(self.orders[rows], self.head[rows])
 
     def arranged(self, order: OrderConfig, known: Tensor | None = None) -> "ImageNoise":
         """The same images in another decoding order; with known (B, L) bool, raster, known tokens first.
 
-        Each image's own random order decides what the arrangement leaves open.
+        Tokens that the new order does not distinguish keep each image's random order.
         """
         decoding = self.orders.flip(1)  # tokens in the order in which they are decoded
         length = decoding.shape[1]
@@ -96,10 +96,10 @@ class ImageNoise:
 
 @dataclass(frozen=True, eq=False)
 class TrainingNoise:
-    """What chance, dropout apart, contributes to a training step of B images.
+    """Random draws of one training step of B images (except dropout).
 
-    It is drawn for all images of a step and handed out in parts, so that the step does not depend
-    on how many processes or accumulated batches share it.
+    They are drawn for all images of a step and split, so the step does not depend on the number of
+    processes or accumulated batches.
 
     known, stop: of each image the first `known` positions of its order are given to the model, and
         the n = stop - known behind them are decoded; the same numbers for all images.

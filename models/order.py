@@ -14,7 +14,7 @@ ORDERS = ("random", "halton", "gtr")
 class OrderConfig:
     """Decoding order; the default is MAR's. All follow from the image's own random order.
 
-    kind: random; halton, tokens far from those before (Besnier et al. 2025), a low-discrepancy sequence
+    kind: random; halton, tokens far from earlier ones (Besnier et al. 2025), a low-discrepancy sequence
         shifted to the image's first token; gtr, generation-then-reconstruction (Yan et al., arXiv
         2510.17171), first a coarse grid in many steps, then the tokens between in few.
     stages: K grids of gtr. Stage K holds the tokens with (row + column) mod 2 = 1, stage K-1 those with
@@ -51,11 +51,10 @@ class OrderConfig:
         if self.kind != "gtr":
             return None
         places = (row + column for row in range(grid) for column in range(grid))
+        last = self.stages - 1
         # The number of trailing zero bits: 0 is the last stage.
-        zeros = (
-            min(self.stages - 1, ((p & -p) or 1 << self.stages).bit_length() - 1) for p in places
-        )
-        return [self.stages - 1 - z for z in zeros]
+        zeros = (min(last, ((p & -p) or 1 << self.stages).bit_length() - 1) for p in places)
+        return [last - z for z in zeros]
 
     def masked_after(self, length: int, num_iter: int) -> list[int]:
         """Of `length` tokens, those still masked after each of num_iter steps; 0 after the last.

@@ -24,21 +24,16 @@ if TYPE_CHECKING:
 class Sampler:
     """Holds a copy of the model for sampling; MAR.sample_tokens makes one for a single batch.
 
-    Make another one after the weights have changed: the copy shares some and holds others.
+    Make a new one after the weights have changed: the copy shares only some of them.
     """
 
     def __init__(
-        self,
-        model: "MAR",
-        dtype: torch.dtype,
-        *,
-        compile: bool = False,
-        graphs: bool = False,
+        self, model: "MAR", dtype: torch.dtype, *, compile: bool = False, graphs: bool = False
     ) -> None:
         """dtype: that of its matrix products (sums and norms keep the model's).
 
-        compile: blocks and head with torch.compile. graphs (CUDA alone): from the second batch of a
-        kind on, replay CUDA graphs; batches of another kind make their own.
+        compile: blocks and head with torch.compile. graphs (CUDA only): replay CUDA graphs from the
+        second batch of the same settings on.
         """
         if graphs and model.fake_latent.device.type != "cuda":
             raise ValueError(f"graphs need a model on CUDA, not on {model.fake_latent.device}")
@@ -100,7 +95,7 @@ class Sampler:
                 return model.unpatchify(tokens)
             tokens, mask = check_known(model, bsz, known, known_mask)
             noise = noise.arranged(order, mask)
-            assert known_mask is not None  # where the caller has it: the device need not be asked
+            assert known_mask is not None  # on the caller's device, so nothing waits for ours
             for count, images in images_by_count(known_mask.flatten(1)).items():
                 plan = plans(known=count)
                 if plan.steps:

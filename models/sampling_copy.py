@@ -1,8 +1,8 @@
-"""A copy of a model to sample with: products in one dtype, weights laid out for the processor.
+"""A copy of a model for sampling: matrix products in one dtype, weights in the processor's layout.
 
-It shares with the model whatever needs no change, has the same modules and the same forward
-methods, and cannot be trained. Under autocast a linear layer casts its weight, and on CPUs oneDNN
-lays it out again, at each call; here both are done once.
+It shares all unchanged weights with the model, has the same modules and forward methods, and cannot be
+trained. Under autocast a linear layer casts its weight at each call, and on CPUs oneDNN changes its
+layout; here both are done once.
 """
 
 import copy
@@ -63,7 +63,7 @@ class PackedLinear(nn.Module):
 def sampling_linear(
     weight: Tensor, bias: Tensor, dtype: torch.dtype, pack: bool = True
 ) -> nn.Module:
-    """The faster of the two here; pack: False excludes PackedLinear. weight (out, in), bias (out,)."""
+    """The faster one on this device; pack: False excludes PackedLinear. weight (out, in), bias (out,)."""
     kind = PackedLinear if pack and _onednn_packs(weight, dtype) else CastLinear
     return kind(weight, bias, dtype)
 
@@ -80,7 +80,7 @@ def _onednn_packs(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def sampling_dtype(model: nn.Module) -> torch.dtype:
-    """That of autocast, where it is on; else that of the weights."""
+    """The dtype of autocast if it is on, else that of the weights."""
     weight = next(model.parameters())
     if torch.is_autocast_enabled(weight.device.type):
         return torch.get_autocast_dtype(weight.device.type)
@@ -88,9 +88,9 @@ def sampling_dtype(model: nn.Module) -> torch.dtype:
 
 
 def sampling_copy(model: Model, dtype: torch.dtype, whole: nn.Module, pack: bool = True) -> Model:
-    """The copy of `model`, its linear layers in `dtype`; of its part `whole`, everything is.
+    """A copy of `model` with its linear layers and the whole of its part `whole` in `dtype`.
 
-    Elsewhere sums, norms and tables keep the dtype of the model: what autocast does, too.
+    Elsewhere sums, norms and tables keep the dtype of the model, as under autocast.
     pack: False for torch.compile, which cannot trace packed weights.
     """
     inside = {id(p) for p in whole.parameters()}

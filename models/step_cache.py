@@ -1,8 +1,8 @@
 """A key-value cache for steps that are CUDA graphs.
 
-KVCache writes where a Python number says and attends to a view of the live slots, so no two steps are
-the same program. Here a tensor says where to write, and a step attends to a multiple of BUCKET slots, of
-which a mask hides those that are not live: there are as many programs as buckets, each run often.
+KVCache writes at a Python integer and attends to a view of the live slots, so every step is a different
+program. Here a tensor says where to write, and a step attends to a multiple of BUCKET slots, of which a
+mask hides those that are not live: there is one program per bucket, and each runs often.
 """
 
 from collections.abc import Hashable

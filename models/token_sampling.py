@@ -1,4 +1,4 @@
-"""From logits to codes: temperature, top-k, top-p, and the draw, whose chance belongs to the image."""
+"""From logits to codes: temperature, top-k, top-p, and a draw that is seeded per image."""
 
 import math
 from collections.abc import Sequence

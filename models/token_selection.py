@@ -20,9 +20,9 @@ def lowest(score: Tensor, always: slice, count: int) -> Tensor:
 
 
 def random_score(order: Tensor, buffer_size: int, step: int) -> Tensor:
-    """Numbers in [0, 1) (rows, buffer + L) float32 that follow from an image's own order and the step.
+    """Numbers in [0, 1) (rows, buffer + L) float32, a function of an image's own order and the step.
 
-    order (rows, L) int64 names the image, so neither batch nor device changes them.
+    order (rows, L) int64 identifies the image, so they depend on neither batch nor device.
     """
     length = order.shape[1]
     places = torch.arange(buffer_size + length, device=order.device)

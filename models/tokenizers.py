@@ -1,4 +1,4 @@
-"""Tokenizers by name: images to latents and back, whichever autoencoder a model was trained on."""
+"""Tokenizers by name: the autoencoders between images and latents."""
 
 import math
 from pathlib import Path
@@ -107,9 +107,7 @@ def _detok_of(weights: dict[str, Tensor], heads: tuple[int, int] | None) -> DeTo
     for i, part in enumerate(("encoder", "decoder")):
         length, width = weights[f"{part}.positional_embedding"].shape[1:]
         if heads is None and width not in HEADS:
-            raise ValueError(
-                f"no size of l-DeTok has {part} width {width}, so its heads are unknown"
-            )
+            raise ValueError(f"no size of l-DeTok has {part} width {width}: its heads are unknown")
         layers = {name.split(".")[2] for name in weights if name.startswith(f"{part}.transformer.")}
         count = HEADS[width] if heads is None else heads[i]
         sizes.append(TransformerSize(width=width, layers=len(layers), heads=count))

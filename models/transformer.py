@@ -22,7 +22,7 @@ LayerUpdates = Sequence[KVUpdate | None]
 class MaskedTransformer(nn.Module):
     """Embeddings, encoder and decoder of a MARConfig.
 
-    Without a buffer (buffer_size 0) there is no place for the class: z does not depend on it.
+    Without a buffer (buffer_size 0), z does not depend on the class.
     """
 
     def __init__(self, config: MARConfig) -> None:
@@ -76,7 +76,7 @@ class MaskedTransformer(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         if pos_init == "sincos":
-            # Below the size of what they are added to, so that contents are seen too.
+            # Smaller than the embeddings to which they are added.
             encoder, decoder = self.encoder_pos_embed_learned, self.decoder_pos_embed_learned
             for table, scale in ((encoder, 0.25), (decoder, 0.5)):
                 table.data[0, self.buffer_size :] = scale * _sincos(self.grid_size, table.shape[2])
@@ -96,7 +96,7 @@ class MaskedTransformer(nn.Module):
         return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def class_embedding(self, labels: Tensor | Sequence[int] | None, bsz: int) -> Tensor:
-        """(B, D) embeddings of labels (B,), or of no class at all (None)."""
+        """(B, D) embeddings of labels (B,), or of no class (None)."""
         if labels is None:
             return self.fake_latent.expand(bsz, -1)
         labels = torch.as_tensor(labels, dtype=torch.long)
@@ -136,22 +136,21 @@ class MaskedTransformer(nn.Module):
         """
         x = self.decoder_embed(encoded)
         size = self.buffer_size if buffer else 0
-        mask_tokens = self.mask_token.to(x.dtype).expand(
-            len(x), size + order.shape[1] - x.shape[1], -1
-        )
+        missing = size + order.shape[1] - x.shape[1]
+        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), missing, -1)
         table = self.decoder_pos_embed_learned[0]
         first = table[:size].expand(len(x), -1, -1)
         positions = F.embedding(order, table[self.buffer_size :])
         return torch.cat([x, mask_tokens], dim=1) + torch.cat([first, positions], dim=1)
 
     def decode(
-        self, x: Tensor, rows: slice | None = None, updates: LayerUpdates | None = None
+        self, x: Tensor, query_slice: slice | None = None, updates: LayerUpdates | None = None
     ) -> Tensor:
-        """Decoder blocks (B, buffer + L, D) -> (B, rows, D), before decoder_norm.
+        """Decoder blocks (B, buffer + L, D) -> (B, len(query_slice), D), before decoder_norm.
 
-        The last block computes only `rows` (counted from the buffer's first position).
+        The last block computes only `query_slice` (counted from the buffer's first position).
         """
-        return self._run(self.decoder_blocks, x, updates, rows)
+        return self._run(self.decoder_blocks, x, updates, query_slice)
 
     def to_condition(self, x: Tensor, order: Tensor) -> Tensor:
         """Decoder outputs (B, n, D) of tokens at positions order (B, n) -> z (B, n, D)."""
@@ -162,15 +161,15 @@ class MaskedTransformer(nn.Module):
         blocks: "ModuleList[Block]",
         x: Tensor,
         updates: LayerUpdates | None = None,
-        rows: slice | None = None,
+        query_slice: slice | None = None,
     ) -> Tensor:
         for i, block in enumerate(blocks):
             update = updates[i] if updates is not None else None
-            block_rows = rows if i == len(blocks) - 1 else None
+            block_slice = query_slice if i == len(blocks) - 1 else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, update, block_rows, use_reentrant=False)
+                x = checkpoint(block, x, update, block_slice, use_reentrant=False)
             else:
-                x = block(x, update, block_rows)
+                x = block(x, update, block_slice)
         return x
 
     def predict(self, known: Tensor, order: Tensor, stop: int, class_embedding: Tensor) -> Tensor:
@@ -181,7 +180,7 @@ class MaskedTransformer(nn.Module):
         n = known.shape[1]
         encoded = self.encode(self.embed_known(known, order[:, :n], class_embedding))
         x = self.embed_decoder(encoded, order)
-        x = self.decode(x, rows=slice(self.buffer_size + n, self.buffer_size + stop))
+        x = self.decode(x, slice(self.buffer_size + n, self.buffer_size + stop))
         return self.to_condition(x, order[:, n:stop])
 
     # ---- the original's calls, in raster order -------------------------------------------------

@@ -148,12 +148,11 @@ class LineARCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values."""
         return sum(layer.kv.nbytes for layer in self.layers if isinstance(layer, LineARLayer))
 
     @property
     def workspace_nbytes(self) -> int:
-        """Bytes held besides."""
+        """Bytes of other buffers."""
         layers = [layer for layer in self.layers if isinstance(layer, LineARLayer)]
         return sum(layer.kv.workspace_nbytes for layer in layers)
 
@@ -193,9 +192,7 @@ def line_ar_attention(model: PreTrainedModel) -> Iterator[None]:
     attention, which reads the padding mask in another way.
     """
     AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(
-        ATTENTION, sdpa_mask
-    )  # without one there would be no mask at all
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # without it there would be no mask
     configs = [getattr(module, "config", None) for module in model.modules()]
     before = {
         id(config): (config, config._attn_implementation)

@@ -1,13 +1,18 @@
 """What the sampling loops over models of transformers share: steps through a cache, and weights."""
 
 from collections.abc import Mapping
+from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from models.line_config import LineARConfig
 from models.transformers_cache import LineARCache, cache_argument
+
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def new_cache(line_ar: LineARConfig | bool | None, grid: tuple[int, int]) -> Cache:
@@ -42,20 +47,38 @@ class Decoder:
         return output.last_hidden_state[:, -1]
 
 
-def load_parts(
-    model: PreTrainedModel, weights: Mapping[str, Tensor], absent: tuple[str, ...]
-) -> None:
-    """Give a model its weights, all but those of the parts `absent`, beginnings of their names.
+def with_weights(
+    kind: type[Model],
+    config: PreTrainedConfig,
+    weights: Mapping[str, Tensor],
+    absent: tuple[str, ...],
+) -> Model:
+    """A model in float32 with these weights, all but those of the parts `absent`, beginnings of names.
 
     ValueError if a tensor is missing, unknown or of another shape.
     """
-    expected = model.state_dict()
-    missing = [k for k in expected if k not in weights and not k.startswith(absent)]
-    unknown = [k for k in weights if k not in expected]
-    shapes = [k for k in weights if k in expected and weights[k].shape != expected[k].shape]
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the library reports each tensor that is absent
+    try:
+        loaded: Any = kind.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(weights),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, too
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    model: Model
+    report: dict[str, Any]
+    model, report = loaded
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(absent))
+    unknown = sorted(report["unexpected_keys"])
+    shapes = sorted(key for key, *_ in report["mismatched_keys"])
     if misfits := missing + unknown + shapes:
         raise ValueError(
-            f"the weights do not fit this {type(model).__name__}: {len(missing)} tensors are missing, "
+            f"the weights do not fit this {kind.__name__}: {len(missing)} tensors are missing, "
             f"{len(unknown)} unknown, {len(shapes)} of another shape, the first is {misfits[0]}"
         )
-    model.load_state_dict(weights, strict=False)
+    return model.eval()

@@ -1,10 +1,11 @@
 """KL-16, MAR's tokenizer: a convolutional variational autoencoder between pixels and latents.
 
 `encode` turns an image in [-1, 1] into one Gaussian per latent value, 16x16 pixels to one latent
-position; `decode` is the way back. Architecture: Rombach et al., "High-Resolution Image Synthesis
+position; `decode` inverts it. Architecture: Rombach et al., "High-Resolution Image Synthesis
 with Latent Diffusion Models" (CVPR 2022), section 3.1; parameter names are those of its weights.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -39,9 +40,8 @@ class DiagonalGaussianDistribution:
         """One draw, (B, C, h, w), by `noise` of that shape, or by a generator on any device."""
         if noise is None:
             device = self.mean.device if generator is None else generator.device
-            noise = torch.randn(
-                self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype
-            )
+            mean = self.mean
+            noise = torch.randn(mean.shape, generator=generator, device=device, dtype=mean.dtype)
         return self.mean + self.std * noise.to(self.mean.device)
 
     def mode(self) -> Tensor:
@@ -139,9 +139,7 @@ class DownLevel(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_res_blocks
-        self.block = nn.ModuleList(
-            ResnetBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(
             AttnBlock(out_channels) if attention else nn.Identity() for _ in self.block
         )
@@ -159,9 +157,7 @@ class UpLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_blocks: int, full: bool) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(
-            ResnetBlock(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.block = nn.ModuleList(ResnetBlock(a, b) for a, b in pairwise(widths))
         self.upsample = nn.Identity() if full else Upsample(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,9 +169,7 @@ class UpLevel(nn.Module):
 class Encoder(nn.Module):
     """Image to moments, (B, 3, H, W) => (B, 2*z, H/f, W/f), f = 2^(levels-1).
 
-    variational=False: latents of z channels.
-
-    The blocks of the last level (16x16 positions for a 256-pixel image) carry attention if asked.
+    attention: in the blocks of the last level. variational=False: latents of z channels.
     """
 
     def __init__(

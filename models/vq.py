@@ -5,6 +5,8 @@ code nearest to its direction (Yu et al., arXiv 2110.04627). Keys of the state_d
 published file.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,9 +32,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.res = nn.ModuleList(
-            ResnetBlock(a, b, groups) for a, b in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.res = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttnBlock(out_channels, groups) for _ in self.res if attention)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains mar_tiny from nothing on CPUs: data, tokenizer, latents, model, bundled weights. A few hours on two
-# cores. Stopped anywhere, the same command continues. PROCESSES=8 scripts/train_tiny.sh uses eight cores.
-# Bundled files that exist are kept: delete pretrained_models/mar_tiny/*.safetensors to make them again.
+# Train mar_tiny from scratch on CPUs: data, tokenizer, latents, model. A few hours on two cores. Run the same
+# command again to resume. PROCESSES=8 scripts/train_tiny.sh uses eight cores.
+# Bundled files that exist are kept: delete pretrained_models/mar_tiny/*.safetensors to train them again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,7 +21,7 @@ fi
 [ -f "$BUNDLE/tokenizer.safetensors" ] || python -m util.tiny.assets tokenizer
 python main_cache.py --model mar_tiny --data_path "$DATA" --cached_path "${DATA}_latents" --device cpu
 
-train() { # folder, flags of one phase; continues where an earlier call stopped
+train() { # folder, flags of one phase; resumes if the folder has a checkpoint
     local folder=$1 resume=()
     shift
     [ -f "$folder/checkpoint-last.pth" ] && resume=(--resume "$folder")
@@ -32,13 +32,13 @@ train() { # folder, flags of one phase; continues where an earlier call stopped
         --pos_init sincos --mask_ratio_min 0.3 --save_minutes 3 --log_freq 50 "$@" "${resume[@]}"
 }
 
-# First context, quickly: few decoded tokens and a plain regression of them beside the diffusion loss.
+# First phase, fast: few decoded tokens, and a regression loss besides the diffusion loss.
 FIRST=(--epochs "$EPOCHS" --warmup_epochs 0.5 --masked_keep 0.4 --aux_weight 1)
-# Then down to a learning rate of zero, with more tokens and noise draws for the head.
+# Second phase: the learning rate falls to zero; more tokens and noise draws for the head.
 SECOND=(--epochs $((EPOCHS + DECAY_EPOCHS)) --warmup_epochs "$EPOCHS" --lr_schedule cosine
     --masked_keep 0.5 --diffusion_batch_mul 2 --aux_weight 0.2)
 
-# bf16 is faster on some processors and slower on others: take the faster one, by 200 steps of each.
+# Is bf16 or float32 faster on this processor? Time 200 steps of each.
 mkdir -p "$OUT"
 if [ ! -f "$OUT/dtype" ]; then
     for dtype in float32 bf16; do

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains janus_tiny from nothing on one or two CPU cores: prompt classifier, tokenizer, model. About 2 hours of one core.
-# Stopped anywhere, the same command continues. Bundled files that are there are not made again. The model speaks the
-# tokenizer's codes: to train the tokenizer again, delete the output folder and pretrained_models/janus_tiny first.
+# Train janus_tiny from scratch on one CPU core: prompt classifier, tokenizer, model. About 2 hours. Run the same
+# command again to resume. Bundled files that exist are kept. The model only works with the tokenizer that it was
+# trained with: to train both again, delete the output folder and pretrained_models/janus_tiny first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,9 +14,9 @@ mkdir -p "$OUT"
   echo "$(date -u +%FT%TZ) $0, commit $(git rev-parse --short HEAD), $OMP_NUM_THREADS thread(s)"
   [ -f "$BUNDLE/prompt_classifier.safetensors" ] || python -m util.tiny.prompt_classifier
   [ -f "$OUT/tokenizer/tokenizer.safetensors" ] || python -m util.tiny.janus_vq --output_dir "$OUT/tokenizer"
-  echo "$(date -u +%FT%TZ) tokenizer is there"
+  echo "$(date -u +%FT%TZ) tokenizer trained"
   [ -f "$BUNDLE/model.safetensors" ] ||
     python -m util.tiny.janus --output_dir "$OUT/model" --tokenizer "$OUT/tokenizer/tokenizer.safetensors"
-  echo "$(date -u +%FT%TZ) model is there"
+  echo "$(date -u +%FT%TZ) model trained"
 } 2>&1 | tee -a "$OUT/training.log"
 cp "$OUT/training.log" "$BUNDLE/training.log"

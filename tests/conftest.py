@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ import torch
 import eval as eval_script
 from tests.support import ROOT
 from tests.support.runs import flags_for, random_mar
-from util.checkpoint import save_safetensors
 from util.errors import run_main
+from util.weights import save_safetensors
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +44,19 @@ def one_thread(monkeypatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def document_of(monkeypatch, capsys):
+    """Calls the main of a module with these words as command line; returns its last line, parsed."""
+
+    def call(module: ModuleType, *words: object) -> dict:
+        monkeypatch.setattr(sys, "argv", [Path(module.__file__).name, *map(str, words)])
+        capsys.readouterr()
+        module.main()
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return call
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def allowed(module: str) -> set[str]:
     return of("util")
 
 
-def test_every_form_of_import_is_seen():
+def test_every_form_of_import_is_found():
     code = """
 import engine, numpy as np
 from models import mar

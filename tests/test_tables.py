@@ -68,9 +68,7 @@ def test_the_published_rows_are_those_that_the_script_reproduces():
     expected = []
     for name, row in ROWS.items():
         steps = re.search(r"--num_iter (\d+)", row.flags)[1]
-        model = re.search(r"--model (?:detok_)?(\w+)", row.flags)[
-            1
-        ]  # l-DeTok's have the same shapes
+        model = re.search(r"--model (?:detok_)?(\w+)", row.flags)[1]  # l-DeTok has the same shapes
         costs = ["-" if x is None else f"{x:.2f}" for x in (row.gpu_s, row.tflops)]
         mode = "LazyMAR" if "--lazy_mar" in row.flags else "MAR"
         ours = f"{counted[model][mode].published.total / 1e12:.2f}" if steps == "64" else "-"

@@ -23,12 +23,8 @@ from util.errors import UserError, run_main
 from util.files import read_json, sha256_of, write_json
 from util.training.ema import EMA
 from util.weights import (
-    LAST,
     check_weights,
-    describe,
-    digest_of,
     find_checkpoint,
-    load_into,
     load_state_dict_file,
     read_pickle,
     save_safetensors,
@@ -36,22 +32,7 @@ from util.weights import (
     write_whole,
 )
 
-__all__ = [
-    "LAST",
-    "check_weights",
-    "convert",
-    "describe",
-    "digest_of",
-    "find_checkpoint",
-    "load_into",
-    "load_state_dict_file",
-    "read_pickle",
-    "restore_checkpoint",
-    "save_checkpoint",
-    "save_safetensors",
-]
-
-# Flags whose values are words and still no paths; what is shared names no folder of its author's.
+# Text flags that are shared; other text could be a path on the author's machine.
 SHARED_WORDS = ("model", "tokenizer", "num_sampling_steps", "lr_schedule", "pos_init")
 PICKLED_STATISTICS = (".pkl", ".pickle")
 RESUMED: dict[str, tuple[type, ...]] = {
@@ -60,7 +41,7 @@ RESUMED: dict[str, tuple[type, ...]] = {
     "optimizer": (Mapping,),
     "epoch": (object,),
 }
-PROGRESS = ("step", "step_in_epoch", "images_per_step")  # what a resumed run cannot do without
+PROGRESS = ("step", "step_in_epoch", "images_per_step")  # needed to resume
 
 
 def save_checkpoint(
@@ -76,8 +57,8 @@ def save_checkpoint(
 ) -> None:
     """Write a training checkpoint in the official format, atomically.
 
-    `epoch` is the last *complete* epoch (-1: none). The one key beyond the official six is
-    `progress`, plain integers by which our trainer continues inside an epoch.
+    `epoch` is the last *complete* epoch (-1: none). The only key beyond the official six is
+    `progress`, integers with which our trainer continues inside an epoch.
     """
     state = model.state_dict()
     # The original's loader refuses the empty state of a disabled scaler.
@@ -102,7 +83,7 @@ def restore_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> tuple[int, dict[str, int]]:
-    """Load what `save_checkpoint` or the original wrote; returns (complete epochs, progress).
+    """Load a checkpoint of `save_checkpoint` or of the original; returns (complete epochs, progress).
 
     `progress` is empty for a checkpoint of the original. UserError for a file without training
     state, or of another model.
@@ -130,13 +111,13 @@ def restore_checkpoint(
 
 
 def _training_state(path: Path) -> Mapping[str, Any]:
-    """A whole checkpoint; UserError if one of the entries that resuming needs is missing or none."""
+    """A whole checkpoint; UserError if an entry of RESUMED is missing or of another type."""
     content = read_pickle(path, mmap=False) if path.suffix != ".safetensors" else {}
     content = content if isinstance(content, Mapping) else {}
     for key, kind in RESUMED.items():
         if key not in content:
             raise UserError(
-                f"{path} cannot be resumed: it has no '{key}', so it is no training checkpoint"
+                f"{path} cannot be resumed: it has no '{key}', so it is not a training checkpoint"
             )
         if not isinstance(content[key], kind):
             raise _broken(path, key, f"is {_kind_of(content[key])}")
@@ -186,9 +167,7 @@ def _restore_optimizer(
     try:
         optimizer.load_state_dict(dict(state))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise _broken(
-            path, "optimizer", f"is incomplete or of another model ({error!r})"
-        ) from error
+        raise _broken(path, "optimizer", f"is incomplete or another model's ({error!r})") from error
     for group, wanted in zip(optimizer.param_groups, options, strict=True):
         if missing := sorted(wanted - set(group)):
             raise _broken(path, "optimizer", f"lacks '{missing[0]}'")
@@ -208,7 +187,7 @@ def _fits(moments: object, parameter: Tensor) -> bool:
 
 
 def _has_averages(path: Path, asked: bool | None) -> bool:
-    """Whether the weights to convert are averaged ones. UserError if nobody says, or both disagree."""
+    """Whether the weights to convert are averaged. UserError if that is unknown or contradicts `asked`."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             stated = (file.metadata() or {}).get("weights")
@@ -224,28 +203,28 @@ def _has_averages(path: Path, asked: bool | None) -> bool:
     return asked
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """What a checkpoint tells of its weights besides them: epoch, step and the numbers of its flags."""
+def _metadata(path: Path) -> dict[str, Any]:
+    """Epoch, step and shareable flags of a checkpoint."""
     if path.suffix == ".safetensors":
         sidecar = path.with_suffix(".json")
-        found = read_json(sidecar, dict, "restore or remove it") if sidecar.is_file() else {}
-        return {name: found[name] for name in ("epoch", "step", "args") if name in found}
+        stated = read_json(sidecar, dict, "restore or remove it") if sidecar.is_file() else {}
+        return {name: stated[name] for name in ("epoch", "step", "args") if name in stated}
     content = read_pickle(path)
-    about: dict[str, Any] = {}
     if not isinstance(content, Mapping):
-        return about
+        return {}
+    found: dict[str, Any] = {}
     progress = content.get("progress")
     step = progress.get("step") if isinstance(progress, Mapping) else None
     for name, value in (("epoch", content.get("epoch")), ("step", step)):
         if isinstance(value, Integral):
-            about[name] = int(value)
+            found[name] = int(value)
     if isinstance(content.get("args"), argparse.Namespace):
-        about["args"] = {
+        found["args"] = {
             name: value
             for name, value in vars(content["args"]).items()
             if name in SHARED_WORDS or value is None or isinstance(value, (bool, int, float))
         }
-    return about
+    return found
 
 
 def convert(
@@ -256,13 +235,13 @@ def convert(
     Args:
         source: as in `load_state_dict_file`.
         target: *.safetensors, with a *.json beside it that says which weights they are and of what
-            model, or *.pth: the official dict without its training state, `model` being the same.
-        use_ema: True for the averaged weights, False for those of the last step. None is enough
-            where the file itself says which it holds.
+            model, or *.pth: the official dict without its training state.
+        use_ema: True for the averaged weights, False for those of the last step; None if the file
+            itself says which it holds.
         overwrite: replace files that exist.
 
     Raises:
-        UserError: nothing says which weights are meant, an unknown kind of file, a file that exists.
+        UserError: it is unknown which weights to take, an unknown kind of file, a file that exists.
     """
     source, target = find_checkpoint(source), Path(target)
     if target.suffix not in (".safetensors", ".pth"):
@@ -274,38 +253,36 @@ def convert(
             raise UserError(f"{path} exists: choose another name, or replace it by --overwrite")
     weights = load_state_dict_file(source, use_ema is True)
     use_ema = _has_averages(source, use_ema)
-    about, key = _about(source), "model_ema" if use_ema else "model"
+    metadata, key = _metadata(source), "model_ema" if use_ema else "model"
     if shared:
         save_safetensors(target, weights, {"weights": key})
         numbers = sum(tensor.numel() for tensor in weights.values())
-        digest = sha256_of(target)
-        write_json(targets[1], {"weights": key, "parameters": numbers, "sha256": digest, **about})
+        facts = {"weights": key, "parameters": numbers, "sha256": sha256_of(target)}
+        write_json(targets[1], {**facts, **metadata})
     else:
         content: dict[str, object] = {"model": weights, key: weights}
-        if "epoch" in about:
-            content["epoch"] = about["epoch"]
-        if "args" in about:
-            content["args"] = argparse.Namespace(**about["args"])
+        if "epoch" in metadata:
+            content["epoch"] = metadata["epoch"]
+        if "args" in metadata:
+            content["args"] = argparse.Namespace(**metadata["args"])
         write_whole(target, lambda file: torch.save(content, file))
     return targets
 
 
 def main() -> None:
-    """Command line of `python -m util.checkpoint`."""
     parser = argparse.ArgumentParser(prog="python -m util.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("convert", help="write one set of weights of SRC as DST")
-    command.add_argument(
-        "source", metavar="SRC", help="checkpoint file or directory, or statistics (*.pkl)"
-    )
-    command.add_argument("target", metavar="DST", help="*.safetensors (and *.json) or *.pth")
+    add = command.add_argument
+    add("source", metavar="SRC", help="checkpoint file or directory, or statistics (*.pkl)")
+    add("target", metavar="DST", help="*.safetensors (and *.json) or *.pth")
     which = command.add_mutually_exclusive_group()
     which.add_argument("--ema", action="store_const", const=True, help="the averaged weights")
     which.add_argument(
         "--no_ema", action="store_const", const=False, dest="ema", help="those of the last step"
     )
-    command.add_argument("--overwrite", action="store_true", help="replace DST")
-    command.add_argument("--key", help="which statistics, where a *.pkl holds several")
+    add("--overwrite", action="store_true", help="replace DST")
+    add("--key", help="which statistics, where a *.pkl holds several")
     args = parser.parse_args()
     if Path(args.source).suffix in PICKLED_STATISTICS:
         print(f"wrote {convert_statistics(args.source, args.target, args.key, args.overwrite)}")

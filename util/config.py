@@ -123,7 +123,7 @@ class Flags:
     ) -> Config:
         """A config from the given flags, then `defaults`, then the command's, then the class's own.
 
-        UserError for a number out of range, and for what the class itself refuses.
+        UserError for a number out of range or a ValueError of the class.
         """
         defaults = {**self._defaults, **(defaults or {})}
         values = {}
@@ -153,13 +153,14 @@ class Flags:
         return None
 
     def refuse_foreign(self, owner: str, model: str) -> None:
-        """UserError for a given flag that only other families than `owner` have."""
+        """UserError for a given flag that belongs only to other families than `owner`."""
         for name in self.given:
             owners = self._owners.get(name, set())
             if owners and owner not in owners:
+                *others, last = sorted(owners)
+                known = f"{', '.join(others)} and {last}" if others else last
                 raise UserError(
-                    f"--{name} is for {' and '.join(sorted(owners))} models; "
-                    f"--model {model} is a {owner} model"
+                    f"--{name} is for {known} models; --model {model} is a {owner} model"
                 )
 
 
@@ -211,11 +212,11 @@ class FlagParser:
             self._groups[title] = group
         defaults = {**(defaults or {}), **self._defaults}
         if switch:
-            self._claim(switch[0], owner)
+            self._add_owner(switch[0], owner)
             if switch[0] not in self._names:
                 self._add(group, switch[0], bool, False, {"help": switch[1]})
         for flag in flags_of(config, prefix):
-            self._claim(flag.name, owner)
+            self._add_owner(flag.name, owner)
             if flag.name in self._names:
                 continue
             default = defaults.get(flag.name, flag.field.default)
@@ -224,19 +225,14 @@ class FlagParser:
             metadata = {**flag.field.metadata, "hidden": hidden}
             self._add(group, flag.name, flag.type, default, metadata)
 
-    def _claim(self, name: str, owner: str | None) -> None:
+    def _add_owner(self, name: str, owner: str | None) -> None:
         if owner is None:
             self._common.add(name)
         else:
             self._owners.setdefault(name, set()).add(owner)
 
     def _add(
-        self,
-        group: Any,
-        name: str,
-        kind: type,
-        default: Any,
-        metadata: Mapping[str, Any],
+        self, group: Any, name: str, kind: type, default: Any, metadata: Mapping[str, Any]
     ) -> None:
         self._names.add(name)
         shown = "" if default is None or default is False or default == "" else default
@@ -245,19 +241,13 @@ class FlagParser:
         if kind is bool:
             group.add_argument(f"--{name}", nargs="?", type=_boolean, const=True, help=text)
             if default is not False:
-                group.add_argument(
-                    f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS
-                )
+                off = {"dest": name, "action": "store_false", "help": argparse.SUPPRESS}
+                group.add_argument(f"--no_{name}", **off)
             return
-        parse = metadata.get("parse")
-        group.add_argument(
-            f"--{name}",
-            type=_parsed_by(parse) if parse else kind,
-            choices=metadata.get("choices"),
-            metavar=metadata.get("metavar")
-            or (None if metadata.get("choices") else _METAVAR[kind]),
-            help=text,
-        )
+        parse, choices = metadata.get("parse"), metadata.get("choices")
+        metavar = metadata.get("metavar") or (None if choices else _METAVAR[kind])
+        reader = _parsed_by(parse) if parse else kind
+        group.add_argument(f"--{name}", type=reader, choices=choices, metavar=metavar, help=text)
 
     def add_flag(self, name: str, help: str, **options: Any) -> None:
         """A flag of this command alone; options as in argparse."""
@@ -265,7 +255,7 @@ class FlagParser:
         self._parser.add_argument(f"--{name}", help=help, **options)
 
     def parse(self, words: Sequence[str] | None = None) -> Flags:
-        """The given flags, from sys.argv without words; --a-b is --a_b. UserError: not understood."""
+        """Parse words, or sys.argv; --a-b is --a_b. UserError for what it does not understand."""
         words = sys.argv[1:] if words is None else words
         return self.flags(vars(self._parser.parse_args([_with_underscores(w) for w in words])))
 

@@ -22,9 +22,7 @@ class DeviceConfig:
     """Where to compute, and in which precision."""
 
     device: str | None = setting(None, "cpu, cuda, cuda:1 or mps; default cuda if there is one")
-    dtype: str | None = setting(
-        None, "default bf16 on cuda, float32 elsewhere", choices=tuple(DTYPES)
-    )
+    dtype: str | None = setting(None, "default: bf16 on cuda, else float32", choices=tuple(DTYPES))
     threads: int | None = setting(None, "CPU threads per process; default 1", least=1)
 
 
@@ -38,9 +36,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(
-            f"--device {name} is not a device name; use cpu, cuda, cuda:1 or mps"
-        ) from error
+        raise UserError(f"--device {name} is unknown; use cpu, cuda, cuda:1 or mps") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name} cannot be used; use cpu, cuda, cuda:1 or mps")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -70,9 +66,9 @@ def device_name(device: torch.device) -> str:
 def set_threads(stated: int | None) -> None:
     """CPU threads of this process: the stated number, else 1.
 
-    The number decides in which order products are summed. If it followed from the machine or from
-    the number of processes, so would the last bits of an image; processes use more cores as well,
-    and small products run slower in two threads than in one.
+    The number decides in which order products are summed, so with a default that depends on the machine
+    the last bits of an image would too. Several processes use more cores as well, and small products are
+    slower in two threads than in one.
     """
     torch.set_num_threads(stated or 1)
 
@@ -87,7 +83,7 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 def slow_bf16(device: torch.device, dtype: str | None) -> str | None:
     """A sentence if bf16 was asked for on a CPU that multiplies float32 matrices faster; takes 50 ms.
 
-    Processors with AVX512-BF16 but without AMX are such.
+    That is so for processors with AVX512-BF16 but without AMX.
     """
     if device.type != "cpu" or dtype != "bf16":
         return None
@@ -112,14 +108,14 @@ def _matrix_rate(dtype: torch.dtype, rows: int = 128, width: int = 1024, repeats
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The tensor on a device; a copy to CUDA continues while the caller does, through pinned memory."""
+    """The tensor on a device; a copy to CUDA is asynchronous, through pinned memory."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
-    """Begin to copy tensors of one device to the CPU; returns what waits for the copies and gives them."""
+    """Start copying tensors of one device to the CPU; returns a function that waits for the copies."""
     if tensors[0].device.type != "cuda":
         copies = [tensor.cpu() for tensor in tensors]
         return lambda: copies
@@ -137,7 +133,7 @@ def to_host(tensors: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]
 
 
 def can_compile(device: torch.device, show: bool) -> bool:
-    """Whether torch.compile wins on this device, and works; `show` says on stderr that it will.
+    """Whether to use torch.compile on this device; `show` announces it on stderr.
 
     On CPUs it gained at most 20% and cost a minute (docs/benchmarks.md). Compiled code is kept in
     ~/.cache/torchinductor unless TORCHINDUCTOR_CACHE_DIR names another folder.
@@ -150,10 +146,10 @@ def can_compile(device: torch.device, show: bool) -> bool:
         torch.compile(torch.add)(*torch.ones(2, 8, device=device))
     except Exception as error:  # whatever a missing compiler, driver or Triton raises
         reason = str(error).strip().splitlines()[0]
-        print(f"torch.compile does not work here ({reason}); going on without", file=sys.stderr)
+        print(f"torch.compile does not work here ({reason}); running without it", file=sys.stderr)
         return False
     if show:
-        print("compiling during the first batch (--no_compile goes without) ...", file=sys.stderr)
+        print("compiling during the first batch (--no_compile skips this) ...", file=sys.stderr)
     return True
 
 

@@ -1,8 +1,8 @@
 """Fetch the published files: `python -m util.download vae mar_base fid_stats inception`.
 
 pretrained_models/manifest.json says where each file comes from, where it goes (relative to the
-working directory) and what it must be. A transfer goes to PATH.part, survives a cut, a stall and
-the end of the process, and gets its final name only when length and digest are right.
+working directory), its length and its digest. A download goes to PATH.part, continues after a broken
+connection or a restart, and gets its final name only when length and digest are right.
 """
 
 import argparse
@@ -11,27 +11,34 @@ import os
 import ssl
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from types import ModuleType
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, build_opener
 
 from tqdm import tqdm
 
 from util.errors import UserError, run_main
-from util.files import sha256_of
+from util.files import hub_weights, sha256_of
 
 MANIFEST = Path(__file__).parent.parent / "pretrained_models" / "manifest.json"
+HUB = "https://huggingface.co/"
 TORCH_HUB = "$TORCH_HUB/"  # start of a path below torch.hub.get_dir()
+MODEL_FILES = ("*.safetensors", "*.json", "*.jinja")  # of a repository: no pickles
 CHUNK = 1 << 20
 TRY_LATER = (408, 425, 429)  # RFC 9110 and 6585: the same request may succeed later; so may any 5xx
 
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the manifest. `bytes` and `sha256` are None where nobody has published them."""
+    """One line of the manifest. `bytes` and `sha256` are None where nobody has published them.
+
+    With `folder` it is all of a repository of the Hugging Face Hub that is in MODEL_FILES.
+    """
 
     name: str
     url: str
@@ -41,6 +48,7 @@ class Item:
     licence: str
     source: str  # the page of whoever publishes the file
     hub: bool = False  # fetched by huggingface_hub
+    folder: bool = False
     also: Sequence[str] = ()  # items without which this one is of no use
 
     @property
@@ -53,13 +61,11 @@ class Item:
 
     @property
     def by_hand(self) -> str:
-        return (
-            f"or get it by hand from {self.url} (see {self.source}) and place it at {self.target}"
-        )
+        return f"or get {self.url} by hand (see {self.source}) and place it at {self.target}"
 
 
 class _Interrupted(Exception):
-    """An attempt ended early for a reason that another attempt may not meet."""
+    """An attempt failed for a reason that may not affect the next one."""
 
 
 def read_manifest() -> dict[str, Item]:
@@ -127,13 +133,15 @@ def fetch(
     attempts: int = 6,
     pause: float = 1.0,
 ) -> Path:
-    """Bring `item` to its path, continuing what an earlier call left in PATH.part.
+    """Download `item` to its path, continuing the PATH.part of an earlier call.
 
     timeout: seconds without a byte until an attempt counts as stalled. pause: seconds before the
-    second attempt, doubled before each further one. Raises UserError if the file cannot be had;
-    what has arrived so far stays for the next call, unless it is wrong.
+    second attempt, doubled before each further one. Raises UserError if the file cannot be fetched;
+    a partial file stays for the next call, unless it is wrong.
     """
     target = item.target
+    if item.folder:
+        return _fetch_folder(item, overwrite)
     if target.exists() and not overwrite:
         size = target.stat().st_size
         if item.bytes not in (None, size):
@@ -145,7 +153,7 @@ def fetch(
     if item.hub:
         return _fetch_from_hub(item, overwrite)
     part = target.with_name(target.name + ".part")
-    print(f"{item.name}: {item.url} to {target}, licence {item.licence}", file=sys.stderr)
+    _announce(item)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for attempt in range(attempts):
@@ -170,34 +178,63 @@ def fetch(
 
 def _fetch_from_hub(item: Item, overwrite: bool) -> Path:
     """Let huggingface_hub bring a file of https://huggingface.co/REPOSITORY/resolve/REVISION/NAME."""
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise UserError(
-            f"{item.name} comes from the Hugging Face Hub: pip install huggingface_hub, {item.by_hand}."
-        ) from error
-    repository, _, rest = item.url.removeprefix("https://huggingface.co/").partition("/resolve/")
+    repository, _, rest = item.url.removeprefix(HUB).partition("/resolve/")
     revision, _, filename = rest.partition("/")
-    print(f"{item.name}: {item.url} to {item.target}, licence {item.licence}", file=sys.stderr)
-    try:
-        hf_hub_download(
+    _announce(item)
+    with _hub(item.name, item.by_hand) as hub:
+        hub.hf_hub_download(
             repository,
             filename,
             revision=revision,
             local_dir=item.target.parent,
             force_download=overwrite,
         )
-    except Exception as error:  # errors of httpx, requests, the Hub or the disk, by its version
-        reason = (str(error) or repr(error)).strip().splitlines()[0]
-        raise UserError(
-            f"{item.name} could not be fetched ({reason}): try again, {item.by_hand}."
-        ) from error
     _verify(item, item.target)
     return item.target
 
 
+def _fetch_folder(item: Item, overwrite: bool) -> Path:
+    """Let huggingface_hub bring what is missing of the files of https://huggingface.co/REPOSITORY."""
+    _announce(item)
+    with _hub(item.name, item.by_hand) as hub:
+        hub.snapshot_download(
+            item.url.removeprefix(HUB),
+            allow_patterns=list(MODEL_FILES),
+            local_dir=item.target,
+            force_download=overwrite,
+        )
+    hub_weights(item.target)  # without a network the Hub's client takes a folder as it is
+    return item.target
+
+
+def hub_folder(repository: str) -> Path:
+    """A model of the Hub in the cache of its client, fetched if it is not there: safetensors alone."""
+    with _hub(repository, "or download it by hand and give its folder") as hub:
+        return Path(hub.snapshot_download(repository, allow_patterns=list(MODEL_FILES)))
+
+
+@contextmanager
+def _hub(name: str, remedy: str) -> Iterator[ModuleType]:
+    """huggingface_hub, for a call that may fail. UserError if it does, or is not installed."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(
+            f"{name} comes from the Hugging Face Hub: pip install huggingface_hub, {remedy}."
+        ) from error
+    try:
+        yield huggingface_hub
+    except Exception as error:  # errors of httpx, requests, the Hub or the disk, by its version
+        reason = (str(error) or repr(error)).strip().splitlines()[0]
+        raise UserError(f"{name} could not be fetched ({reason}): try again, {remedy}.") from error
+
+
+def _announce(item: Item) -> None:
+    print(f"{item.name}: {item.url} to {item.target}, licence {item.licence}", file=sys.stderr)
+
+
 def _validator(part: Path) -> Path:
-    """The file that remembers which version of the remote file `part` is the start of.
+    """The file that records of which version of the remote file `part` is the start.
 
     It holds the ETag or the date for If-Range (RFC 9110, section 13.1.5), or nothing where the
     server sends neither; then only length and digest can tell that the remote file has changed.
@@ -206,7 +243,7 @@ def _validator(part: Path) -> Path:
 
 
 def _continue(item: Item, part: Path, timeout: float) -> None:
-    """One attempt to complete `part`; returns when the server says that it has sent all."""
+    """One attempt to complete `part`; returns when the server has sent everything."""
     have = part.stat().st_size if part.exists() else 0
     if have and have == item.bytes:
         return
@@ -230,7 +267,7 @@ def _continue(item: Item, part: Path, timeout: float) -> None:
     except HTTPError as error:
         if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{have}":
             return
-        if error.code == 416:  # we hold more than there is
+        if error.code == 416:  # `part` is longer than the file
             part.unlink()
         elif error.code not in TRY_LATER and error.code < 500:
             raise UserError(
@@ -245,7 +282,7 @@ def _continue(item: Item, part: Path, timeout: float) -> None:
 
 
 def _extent(item: Item, response: HTTPResponse, have: int) -> tuple[int, int | None]:
-    """Where the answer starts in the file, and how long the whole file is (None: not said)."""
+    """Where the response starts in the file, and the length of the whole file (None: unknown)."""
     if response.headers.get_content_type() == "text/html":
         raise UserError(
             f"The address of {item.name} gives a web page instead of the file: the link may have "

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one sentence on stderr and exit code 2, never a traceback."""
+"""Errors that the user can fix: one sentence on stderr and exit code 2, never a traceback."""
 
 import errno
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from util import streams
 
-# Part of what an error says (type and message, in lower case) -> what to do about it.
+# Part of an error's type and message, in lower case -> what to do about it.
 _REMEDIES = {
     "too many open files": "use fewer --num_workers, or raise `ulimit -n`",
     "ancdata": "too many files are open: use fewer --num_workers, or raise `ulimit -n`",
@@ -32,11 +32,11 @@ class UserError(Exception):
 
 
 class WeightsError(UserError, ValueError):
-    """A file of weights or statistics that does not fit; a ValueError for the library's own users."""
+    """A file of weights or statistics that does not fit; also a ValueError, for library users."""
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """What a user should read of an error; None for a defect of ours, which needs its traceback."""
+    """The message for a user, or None for a bug, which needs its traceback."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _REFUSALS:
@@ -53,7 +53,7 @@ def sentence_of(error: BaseException) -> str | None:
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a command with secured streams; an error that sentence_of knows is one line, exit code 2."""
+    """Run a command with robust streams; an error that sentence_of knows becomes one line, exit code 2."""
     streams.secure()
     try:
         main()

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writing, digests, JSON."""
+"""Atomic file writing, digests, JSON."""
 
 import hashlib
 import json
@@ -38,16 +38,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def beside_code(path: str) -> str:
-    """A relative path as it is, or below the folder of the code if only there is such a file."""
+    """A relative path, or the path below the folder of the code if the file exists only there."""
     other = Path(__file__).parents[1] / path
     return str(other) if other.exists() and not Path(path).exists() else path
 
 
 def files_below(folder: Path, closed: Iterable[Path] = ()) -> Iterator[tuple[str, int]]:
-    """Path and bytes of each file in a folder and its folders; hidden ones do not count.
+    """Path and size of each file below a folder, hidden ones excluded.
 
-    Links are followed and each folder is entered once, so a loop ends. A link to nothing has 0 bytes.
-    `closed`: resolved folders that are not entered.
+    Links are followed and each folder is entered once, so a loop ends. A broken link has 0 bytes.
+    closed: resolved folders that are not entered.
     """
     seen = set(closed)
     folders = [folder]
@@ -86,6 +86,26 @@ def read_json(path: Path, kind: type[Document], remedy: str) -> Document:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): {remedy}") from error
     return found
+
+
+def hub_weights(folder: Path) -> list[Path]:
+    """The files of weights of a model's folder as the Hugging Face Hub has them, safetensors first.
+
+    UserError if the folder holds none, or a part is missing.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            parts = read_json(index, dict, "download it again").get("weight_map", {})
+            names = sorted(set(parts.values()))
+        else:
+            names = [name]
+        missing = [part for part in names if not (folder / part).is_file()]
+        if index.is_file() and missing:
+            raise UserError(f"{folder} lacks {missing[0]}: download it again")
+        if not missing:
+            return [folder / part for part in names]
+    raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

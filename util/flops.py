@@ -1,9 +1,9 @@
-"""The operations that LazyMAR's paper states, counted: all models and modes, by part and by cache.
+"""Counts the operations that LazyMAR's paper states, for all models and modes, by part and by cache.
 
     python -m util.flops
 
-No weights are needed. `published` counts the algorithm as its authors' code computes it, `executed`
-what is computed here (models/flops.py). The last line is one JSON document of the published count:
+No weights are needed. `published` counts the authors' algorithm, `executed` the operations computed
+here (models/flops.py). The last line is one JSON document of the published count:
 {model: {"plain": TFLOPs per image, "lazy": ..., "balanced": ..., "fast": ..., "ratio": plain / lazy}}.
 """
 
@@ -66,10 +66,10 @@ class Counts:
 
 @dataclass(frozen=True)
 class Share:
-    """What a cache saves, as published: alone, and last (with the others on already).
+    """Savings of one cache, as published: alone, and last (added to the others).
 
-    share: of all that the three save together. The token and the condition cache overlap, which is
-    divided evenly between them: (alone + last) / 2. The head cache overlaps with none.
+    share: of the savings of all three. Token and condition cache overlap; the overlap is divided evenly:
+    (alone + last) / 2. The head cache does not overlap.
     """
 
     alone: float
@@ -78,7 +78,6 @@ class Share:
 
 
 def geometry_of(name: str) -> MARGeometry:
-    """That of a named model."""
     host = cli.named(name).host()
     assert isinstance(host, MARHost)
     with torch.device("meta"):
@@ -95,10 +94,8 @@ def count(geometry: MARGeometry, mode: Mode) -> Counts:
         guidance_start=config.head.guidance_start,
         order=config.order,
     )
-    published, executed = (
-        image_work(geometry, plan, config.lazy, e, config.head) for e in (False, True)
-    )
-    return Counts(published, executed)
+    works = [image_work(geometry, plan, config.lazy, e, config.head) for e in (False, True)]
+    return Counts(*works)
 
 
 def tabulate(num_iter: int) -> dict[str, dict[str, Counts]]:
@@ -111,7 +108,7 @@ def tabulate(num_iter: int) -> dict[str, dict[str, Counts]]:
 
 
 def shares(rows: Mapping[str, Counts]) -> dict[str, Share]:
-    """Cache -> what it saves."""
+    """Savings by cache."""
     total = {row: counts.published.total for row, counts in rows.items()}
     saved = total["MAR"] - total["LazyMAR"]
     found = {}
@@ -150,7 +147,7 @@ def report(table: Mapping[str, Mapping[str, Counts]]) -> str:
 
 
 def beside_the_paper(table: Mapping[str, Mapping[str, Counts]]) -> str:
-    """Markdown: the published totals of 64 steps, and ours as a share of them."""
+    """Markdown: the published totals of 64 steps, and our counts as a share of them."""
     rows = []
     for name, rows_of in table.items():
         if name == "mar_tiny":
@@ -166,7 +163,6 @@ def beside_the_paper(table: Mapping[str, Mapping[str, Counts]]) -> str:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         "python -m util.flops", description="Operations of MAR and LazyMAR for one image."
     )
@@ -174,7 +170,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="also write the tables")
     args = parser.parse_args()
     if args.num_iter < 1:
-        raise UserError(f"--num_iter is {args.num_iter}; it must be a number of at least 1")
+        raise UserError(f"--num_iter is {args.num_iter}; it must be at least 1")
     table = tabulate(args.num_iter)
     text = (beside_the_paper(table) + "\n" if args.num_iter == 64 else "") + report(table)
     if args.output:

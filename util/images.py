@@ -1,8 +1,8 @@
-"""Pictures as files: from the decoder's floats to bytes, PNGs that are whole or absent, sheets.
+"""Images as files: conversion to bytes, reading, atomic PNGs, contact sheets.
 
-A PNG gets its final name only when it is complete, so an interrupted run leaves no half picture
-behind and the same command can continue from the names that exist. Shapes: a picture is uint8
-(H, W, 3) RGB, a batch (B, H, W, 3).
+A PNG gets its final name only when it is complete, so an interrupted run leaves no partial images
+and the same command can continue from the names that exist. An image is uint8 (H, W, 3) RGB, a batch
+(B, H, W, 3).
 """
 
 import io
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ def find_broken(images: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_broken(broken: torch.Tensor) -> None:
-    """UserError if any of (B,) images is broken: it would be written as arbitrary bytes."""
+    """UserError if any of (B,) images is broken: its bytes would be arbitrary."""
     if broken.any():
         raise UserError(
             f"{int(broken.sum())} of {len(broken)} decoded images contain NaN or infinity; "
@@ -86,7 +86,7 @@ def is_complete_png(path: str | os.PathLike) -> bool:
 def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
     """Decode an image file of 8 bits per channel; UserError naming a file that cannot be used.
 
-    The one reader: training, caching, statistics and scores see the same pixels, or the same refusal.
+    Training, caching, statistics and scores all read images with this function.
     """
     try:
         data = Path(path).read_bytes()
@@ -97,10 +97,9 @@ def open_rgb(path: str | os.PathLike[str]) -> Image.Image:
             rgb = None if mode.startswith(("I", "F")) else image.convert("RGB")
     except Exception as error:  # Pillow's decoders raise almost anything for damaged files
         reason = " ".join(str(error).split()) or type(error).__name__
-        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else reason
-        raise UserError(
-            f"{path} cannot be read as an image ({reason}): remove or replace it"
-        ) from error
+        if isinstance(error, UnidentifiedImageError):
+            reason = "its format is unknown"
+        raise UserError(f"{path} cannot be read as an image ({reason}): replace it") from error
     if rgb is None:  # Pillow would clip 16 bits to white
         raise UserError(f"{path} has more than 8 bits per channel (mode {mode}): convert it to RGB")
     return rgb
@@ -116,9 +115,8 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the image folder {folder} does not exist; check its path")
-    return sorted(
-        (f for f in folder.iterdir() if is_image_name(f.name) and not f.is_dir()), key=str
-    )
+    images = (f for f in folder.iterdir() if is_image_name(f.name) and not f.is_dir())
+    return sorted(images, key=str)
 
 
 def is_image_name(name: str) -> bool:
@@ -151,8 +149,8 @@ def check_numbered(images: Sequence[Path], below: int | None = None) -> None:
 def list_numbered_pngs(folder: str | os.PathLike[str], num_images: int) -> list[Path]:
     """The `num_images` generated images 00000.png, 00001.png, ... of a folder, by their number.
 
-    Other image files are refused, because other tools would score them too; files that are no
-    images cannot enter a score and are ignored. Raises UserError with the names or numbers.
+    UserError for other image files, because other tools would score them too. Files that are not images
+    are ignored.
     """
     images = list_images(folder)
     check_numbered(images)
@@ -190,18 +188,13 @@ class PngWriter:
         return self
 
     def write(self, path: str | os.PathLike, image: np.ndarray) -> None:
-        """Queue one picture, uint8 (H, W, 3), which the caller must not change any more."""
+        """Queue one image, uint8 (H, W, 3), which the caller must not change afterwards."""
         self._free.acquire()
         if self._error is not None:
             raise self._error
         self._pool.submit(self._save, path, image)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         self._pool.shutdown()
         if error is None and self._error is not None:
             raise self._error

@@ -1,4 +1,4 @@
-"""Scores and reference statistics of images: what scripts need of util.evaluation, and a command.
+"""Scores and reference statistics of images: the parts of util.evaluation for scripts, and a command.
 
 python -m util.metrics make_stats --data_path DIR --output FILE.npz
 """
@@ -30,7 +30,6 @@ __all__ = [
 
 
 def main() -> None:
-    """Command line of this module."""
     parser = argparse.ArgumentParser(prog="python -m util.metrics", description=__doc__)
     command = parser.add_subparsers(dest="command", required=True).add_parser(
         "make_stats", help="reference statistics of a folder of images, for FID"

@@ -2,8 +2,8 @@
 
     python -m util.report demo/mar_tiny-mar-* demo/mar_tiny-lazy_mar_* --sheet demo/sheet.png
 
-The first run is what the others are compared with: speed-up, and PSNR between images of the same seeds
-(LPIPS too, where the package lpips is installed).
+The others are compared with the first run: speed-up, and PSNR between images of the same seeds (and LPIPS
+if the package lpips is installed).
 """
 
 import argparse
@@ -18,17 +18,11 @@ from util.errors import UserError, run_main
 from util.files import atomic_path, read_json, write_json
 from util.images import png_name, read_image, save_png, side_by_side_sheet
 
-PAIRED = (
-    "weights",
-    "num_images",
-    "class_num",
-    "prompts",
-    "seed",
-    "seed_mode",
-    "model",
-)  # image i: the same task
+# Image i is the same task in runs that agree in these.
+PAIRED = ("weights", "num_images", "class_num", "prompts", "seed", "seed_mode", "model")
 # Settings that a row names if the runs differ in them.
 REPORTED_KEYS = ("num_iter", "cfg", "cfg_schedule", "temperature", "top_k", "top_p")
+FEWEST_FOR_FID = 200  # images; below, FID and IS are noise and the table leaves them out
 SHEET_COLUMNS = 10
 SHEET_SCALE = 2
 # Optional columns, shown if any run has them: key of the results, heading, format.
@@ -39,20 +33,10 @@ ON_REQUEST = (
     ("precision", "precision", ".3f"),
     ("recall", "recall", ".3f"),
 )
-# What is read of every run, and what must be a number where it is there.
+# Entries that every run must have, and entries that must be numbers if present.
 NEEDED = (
-    *(
-        "model",
-        "method",
-        "num_images",
-        "num_iter",
-        "cfg",
-        "dtype",
-        "device",
-        "processes",
-        "threads",
-    ),
-    *("eval_bsz", "torch", "commit", "command", "images_dir"),
+    *("model", "method", "num_images", "num_iter", "cfg", "eval_bsz", "images_dir"),
+    *("dtype", "device", "processes", "threads", "torch", "commit", "command"),
 )
 NUMBERS = (
     *("fid", "is_mean", "is_std", "accuracy", "sec_per_image", "num_images", "cfg"),
@@ -83,9 +67,7 @@ def load_run(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is not a finished run of eval.py: {error}") from error
     manifest, results = parts
     if not isinstance(manifest.get("config"), dict):
-        raise UserError(
-            f"{path} is not a finished run of eval.py: manifest.json has no configuration"
-        )
+        raise UserError(f"{path} is not a finished run of eval.py: manifest.json has no config")
     run = {"path": path, **manifest["config"], **results}
     for name in NEEDED:
         if name not in run:
@@ -115,8 +97,8 @@ def image_pairs(run: Json, first: Json) -> Iterator[tuple[np.ndarray, np.ndarray
 
 
 def closeness(run: Json, first: Json) -> dict[str, float | None]:
-    """psnr: mean over the images of two paired runs that differ, None if none does; identical: the
-    share of those that do not."""
+    """psnr: mean over the images of two paired runs that differ, None if none does; identical: share of
+    the others."""
     values = [None if np.array_equal(a, b) else psnr(a, b) for a, b in image_pairs(run, first)]
     differing = [value for value in values if value is not None]
     mean = float(np.mean(differing)) if differing else None
@@ -138,9 +120,9 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def make_lpips() -> Callable[[np.ndarray, np.ndarray], float] | None:
-    """LPIPS (Zhang et al. 2018, AlexNet) of uint8 images, None where it is not available."""
+    """LPIPS (Zhang et al. 2018, AlexNet) of uint8 images, None if it is not available."""
     try:
-        import lpips  # an optional package, which needs seconds and weights of its own
+        import lpips  # optional; takes seconds and needs weights
         import torch
 
         network = lpips.LPIPS(net="alex", verbose=False).eval()
@@ -157,7 +139,7 @@ def make_lpips() -> Callable[[np.ndarray, np.ndarray], float] | None:
 
 
 def cells(run: Json) -> list[str]:
-    """What a table tells of one run: method, FID, IS, accuracy, seconds per image."""
+    """Cells of one run: method, FID, IS, accuracy, seconds per image."""
     inception = "-"
     if run.get("is_mean") is not None:
         inception = f"{run['is_mean']:.2f} ± {run['is_std']:.2f}"
@@ -171,7 +153,6 @@ def cells(run: Json) -> list[str]:
 
 
 def row(run: Json) -> str:
-    """One line of a Markdown table."""
     return f"| {' | '.join(cells(run))} |"
 
 
@@ -210,6 +191,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         more = [_number(run["speedup"], ".2f"), closeness_text(run, ".1f")]
         more += [_number(run.get(key), form) for key, _, form in extra]
         body.append([*cells(run), *more])
+    if all(int(run["num_images"]) < FEWEST_FOR_FID for run in rows):
+        headings, *body = ([name, *others] for name, _, _, *others in (headings, *body))
     about = (
         f"{first['model']}, {first['num_images']} images, {first['num_iter']} steps, "
         f"guidance {first['cfg']:g}, {first['dtype']} on {first['device']}, "
@@ -219,7 +202,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     )
     references = {run["reference"] for run in rows if run.get("reference")}
     if len(references) > 1:
-        about = f"The scores do not compare: {' and '.join(sorted(references))}.\n\n{about}"
+        about = f"The scores are not comparable: {' and '.join(sorted(references))}.\n\n{about}"
     return f"{markdown_table(headings, body)}\n{about}"
 
 
@@ -243,19 +226,14 @@ def sheet(runs: list[dict[str, Any]]) -> np.ndarray:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         "python -m util.report",
         description="Compare finished runs of eval.py; the first is the base.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="DIR", help="run folders")
-    parser.add_argument(
-        "--sheet", type=Path, metavar="FILE.png", help="write the images side by side"
-    )
+    parser.add_argument("--sheet", type=Path, metavar="FILE.png", help="write images side by side")
     parser.add_argument("--table", type=Path, metavar="FILE.md", help="write the table")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE.json", help="write all of the runs' numbers"
-    )
+    parser.add_argument("--json", type=Path, metavar="FILE.json", help="write all numbers")
     args = parser.parse_args()
     runs = compare([load_run(path) for path in args.runs])
     text = table(runs)

@@ -1,9 +1,9 @@
-"""A data set made by arithmetic: one of ten flat shapes on a flat ground, 64x64 RGB.
+"""A synthetic data set: one of ten flat shapes on a flat ground, 64x64 RGB.
 
-Picture n is a function of the integer n alone (label n % 10), so a training set needs no download
-and held-out pictures are simply other integers. Few things vary (two colours, a centre, a radius,
-a small rotation): a model of two million parameters, trained for an hour on a CPU, can learn it.
-A shape is a signed distance (negative inside), and a pixel's coverage is that distance clipped.
+Picture n is a function of the integer n alone (label n % 10), so nothing has to be downloaded, and
+held-out pictures are other integers. Only two colours, a centre, a radius and a small rotation vary,
+so a model of two million parameters learns it in an hour on a CPU. A shape is a signed distance
+(negative inside), and a pixel's coverage is that distance clipped.
 
     python -m util.shapes --output_dir data/shapes --num_images 10000     # an ImageFolder
 """
@@ -150,36 +150,21 @@ def coverage(
     pixel = IMAGE_SIZE / size
     axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(pixel)
     x, y = axis[None, :] - np.float32(middle[0]), axis[:, None] - np.float32(middle[1])
-    x, y = (
-        x * math.cos(angle) + y * math.sin(angle),
-        y * math.cos(angle) - x * math.sin(angle),
-    )  # (size, size): the shape's own axes
+    cos, sin = math.cos(angle), math.sin(angle)
+    x, y = x * cos + y * sin, y * cos - x * sin  # (size, size): the shape's own axes
     return np.clip(0.5 - SHAPES[shape](x, y, radius) / (EDGE * pixel), 0, 1)[..., None]
 
 
-class ShapesDataset(torch.utils.data.Dataset):
-    """Pictures start .. start + length - 1, each as (uint8 (3, 64, 64), label)."""
-
-    def __init__(self, start: int, length: int) -> None:
-        if start < 0 or length < 1:
-            raise ValueError(f"need start >= 0 and length >= 1, got {start} and {length}")
-        self.start, self.length = start, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, int]:
-        if not 0 <= position < self.length:
-            raise IndexError(f"picture {position} of {self.length}")
-        index = self.start + position
-        return torch.from_numpy(render(index)).permute(2, 0, 1).contiguous(), label_of(index)
+def pictures(start: int, count: int) -> torch.Tensor:
+    """Pictures start .. start + count - 1, uint8 (count, 3, 64, 64)."""
+    stacked = np.stack([render(index) for index in range(start, start + count)])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
 
 
 def export(output_dir: Path, num_images: int, start: int = 0) -> None:
     """Write pictures start .. start + num_images - 1 as output_dir/train/NN_name/IIIIIII.png.
 
-    Pictures that are there already are written again, byte for byte the same. Raises UserError
-    when the folder holds anything that is not such a data set.
+    Existing pictures are written again with the same bytes. UserError if the folder holds anything else.
     """
     if num_images < 1 or start < 0:
         raise UserError(
@@ -211,9 +196,7 @@ def main() -> None:
     parser.add_argument("--start", type=int, default=0, help="index of the first picture")
     args = parser.parse_args()
     export(args.output_dir, args.num_images, args.start)
-    print(
-        f"{args.num_images} pictures of {len(CLASSES)} classes are in {args.output_dir / 'train'}"
-    )
+    print(f"{args.num_images} pictures of {len(CLASSES)} classes: {args.output_dir / 'train'}")
 
 
 if __name__ == "__main__":

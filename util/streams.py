@@ -1,7 +1,7 @@
-"""Standard streams that never cost work: closed, full, piped away, or unable to encode a character.
+"""Standard streams that do not fail when they are closed, full, or cannot encode a character.
 
-A command may run for days after its terminal, pipe or disk is gone. So what cannot be written is
-dropped, after one note on stderr, and what cannot be encoded is escaped.
+A command may run for days after its terminal, pipe or disk is gone. So output that cannot be written
+is dropped, after one note on stderr, and characters that cannot be encoded are escaped.
 """
 
 import io
@@ -49,7 +49,7 @@ class _Dropping(io.RawIOBase):
 def secure() -> None:
     """Replace sys.stdout and sys.stderr by streams that do not raise; call it first in a command.
 
-    Streams that something else has put in their place (a test, a notebook) stay as they are.
+    Streams that were already replaced (by a test or a notebook) stay as they are.
     """
     for descriptor in range(3):  # else the next file opened would be taken for a standard stream
         try:

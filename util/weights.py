@@ -1,8 +1,8 @@
-"""Weights on disk: the one safe reader of the project, and the writer of safetensors.
+"""Weights on disk: the project's only reader, which is safe, and the writer of safetensors.
 
 A file holds weights by name: a state dict, or a dict with one under `model_ema` or `ema` (averages),
-`model`, `module` or `state_dict`. Nothing is unpickled but tensors, plain containers, numpy's scalars
-and arrays, and `argparse.Namespace`, in which the official checkpoints keep their flags.
+`model`, `module` or `state_dict`. It unpickles only tensors, plain containers, numpy's scalars and
+arrays, and `argparse.Namespace`, in which the official checkpoints keep their flags.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from util.download import name_of
 from util.errors import WeightsError
-from util.files import atomic_path, sha256_of
+from util.files import atomic_path, hub_weights, sha256_of
 
 LAST = "checkpoint-last.pth"
 AVERAGES = "model_ema"
@@ -68,7 +68,7 @@ def _alias(function: Callable[..., Any], module: str) -> Callable[..., Any]:
 
 
 def _safe_globals() -> list[Any]:
-    """What may be unpickled beyond torch's own list: flags, numpy's scalars and arrays of numbers."""
+    """Names allowed beyond torch's own list: flags, numpy's scalars and arrays of numbers."""
     # numpy's own way to unpickle a scalar and an array, private functions in every version
     makers: list[Any] = [value.__reduce__()[0] for value in (np.int64(0), np.zeros(0))]
     modules = ("numpy.core.multiarray", "numpy._core.multiarray")  # numpy 1, numpy 2
@@ -81,7 +81,7 @@ SAFE_GLOBALS = _safe_globals()
 
 
 def read_pickle(path: Path, mmap: bool = True) -> Any:
-    """Tensors and plain containers of a .pth file, on the CPU; nothing else is ever unpickled.
+    """Tensors and plain containers of a .pth file, on the CPU; nothing else is unpickled.
 
     With mmap the tensors are views of the file, which must not be overwritten in place meanwhile.
     """
@@ -104,7 +104,7 @@ def read_pickle(path: Path, mmap: bool = True) -> Any:
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, on the CPU, and the metadata of a safetensors file. WeightsError if it is none."""
+    """Tensors by name, on the CPU, and metadata of a safetensors file. WeightsError if damaged."""
     path = Path(path)
     _refuse_foreign(path)
     try:
@@ -113,6 +113,18 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path} is damaged, truncated or not a safetensors file") from error
+
+
+def read_hub_folder(folder: str | Path) -> dict[str, Tensor]:
+    """All tensors of a model's folder as the Hugging Face Hub has it, under their names there.
+
+    UserError if the folder holds no weights, or a file is damaged.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in hub_weights(Path(folder)):
+        safe = path.suffix == ".safetensors"
+        weights |= read_safetensors(path)[0] if safe else _named(read_pickle(path), path)
+    return weights
 
 
 def load_state_dict_file(
@@ -139,9 +151,7 @@ def load_state_dict_file(
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
         if use_ema and metadata.get("weights") == "model":
-            raise WeightsError(
-                f"{path} holds the weights of the last step, not the averaged ones (EMA)"
-            )
+            raise WeightsError(f"{path} holds weights of the last step, not averaged ones (EMA)")
         weights = _unwrap(tensors)
     else:
         weights = weights_in(read_pickle(path), path, use_ema, like)
@@ -171,9 +181,13 @@ def weights_in(
 
 
 def _by_name(weights: Mapping[Any, Any], source: str | Path) -> dict[str, Tensor]:
-    if not weights:
+    return _unwrap(_named(weights, source))
+
+
+def _named(weights: object, source: str | Path) -> dict[str, Tensor]:
+    if not isinstance(weights, Mapping) or not weights:
         raise WeightsError(f"{source} holds no weights by name")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in weights.items():
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
             value = torch.from_numpy(value)
@@ -182,7 +196,7 @@ def _by_name(weights: Mapping[Any, Any], source: str | Path) -> dict[str, Tensor
                 f"{source} holds no weights by name: '{name}' is a {type(value).__name__}"
             )
         tensors[name] = value
-    return _unwrap(tensors)
+    return tensors
 
 
 def _unwrap(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -190,7 +204,7 @@ def _unwrap(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = [name.replace(COMPILED, "") for name in weights]
     while names and any(all(name.startswith(prefix) for name in names) for prefix in PREFIXES):
         names = [name.partition(".")[2] for name in names]
-    if len(set(names)) < len(names):  # two weights of one name: whoever compares them will say so
+    if len(set(names)) < len(names):  # two weights of one name: check_weights reports it
         names = list(weights)
     return dict(zip(names, weights.values(), strict=True))
 
@@ -201,7 +215,7 @@ def _name_averages(
     plain: Mapping[str, Tensor] | None,
     like: nn.Module | None,
 ) -> dict[str, Tensor]:
-    """Averages stored as a list, in the order of the parameters of whoever wrote them."""
+    """Averages stored as a list, in the parameter order of the code that wrote them."""
     for names in _orders(plain, like):
         if len(names) == len(averages) and all(
             isinstance(average, Tensor) and average.shape == parameter.shape
@@ -238,9 +252,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in weights:
-            raise WeightsError(
-                f"{source} lacks '{name}', which the model has: it is of another model"
-            )
+            raise WeightsError(f"{source} lacks '{name}': it is of another model")
         if weights[name].shape != tensor.shape:
             theirs, ours = tuple(weights[name].shape), tuple(tensor.shape)
             raise WeightsError(
@@ -248,9 +260,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
             )
     for name in weights:
         if name not in own:
-            raise WeightsError(
-                f"{source} has '{name}', which the model lacks: it is of another model"
-            )
+            raise WeightsError(f"{source} has a surplus '{name}': it is of another model")
 
 
 def load_into(
@@ -280,7 +290,7 @@ def digest_of(model: nn.Module) -> str:
 
 
 def write_whole(path: Path, save: Callable[[BinaryIO], object]) -> None:
-    """Atomically, and on the disk before the old file goes. WeightsError if it cannot be written."""
+    """Write a file atomically and flush it to disk before it replaces the old one. UserError: cannot."""
     with atomic_path(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -1,12 +1,14 @@
 """Ablations: rows are runs that go on, tables and sentences say what the numbers say."""
 
 import json
-import sys
+from dataclasses import fields
 
 import pytest
 
 from benchmarks import ablations, frontier
-from benchmarks.ablation_rows import Row, changed, frontier_series, groups, scaled
+from benchmarks.ablation_rows import Row, beyond_rows, changed, frontier_series, groups, scaled
+from models.fast_mar import FastMARConfig
+from models.head_config import HeadConfig
 from models.lazy_mar import KEEP_SCHEDULE, LazyMARConfig
 from tests.support.runs import NUM_IMAGES, flags_for, snapshot
 from util.errors import UserError
@@ -22,7 +24,7 @@ SERIES = {"MAR": SHORT["frontier"][:2], "LazyMAR": [LAZY]}
 
 
 @pytest.fixture
-def ablate(one_thread, monkeypatch, weights, tmp_path, capsys):
+def ablate(one_thread, monkeypatch, weights, tmp_path, document_of):
     """Calls the command with rows of two steps; returns the last line, parsed, and measured peaks."""
     measured = []
 
@@ -42,10 +44,7 @@ def ablate(one_thread, monkeypatch, weights, tmp_path, capsys):
         at = flags.index("--num_iter")  # the rows decide it
         del flags[at : at + 2]
         results = ["--results", str(tmp_path / "results"), "--timing_bsz", "2", "--repeats", "2"]
-        monkeypatch.setattr(sys, "argv", ["ablations.py", *flags, *results])
-        capsys.readouterr()
-        ablations.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1]), measured
+        return document_of(ablations, *flags, *results), measured
 
     return call
 
@@ -139,8 +138,9 @@ def test_the_frontier_has_all_rows_of_its_lines():
     assert {row.task for row in rows} == tasks
     assert sum(len(line) for line in series.values()) > len(rows)
     head = BASE.with_caches(["head"])
-    assert {(head, 20), (head, 16), (None, 16)} < tasks
-    assert (None, 20) not in tasks
+    assert {Row("", *task).task for task in ((head, 20), (head, 16), (None, 16))} < tasks
+    assert Row("", None, 20).task not in tasks
+    assert {FastMARConfig.balanced(), FastMARConfig.fast()} < tasks
 
 
 def test_steps_at_equal_cost_cost_the_same(one_thread):
@@ -157,7 +157,27 @@ def test_steps_at_equal_cost_cost_the_same(one_thread):
 def result(name, fid, cost, config=None, steps=64):
     config = None if config is None else ablations.asdict(config)
     costs = {"tflops_executed": cost, "s_per_image": cost}
-    return {"name": name, "fid": fid, "num_iter": steps, "lazy_mar": config, **costs}
+    published = {"head": ablations.asdict(HeadConfig()), "order": "random"}
+    return {"name": name, "fid": fid, "num_iter": steps, "lazy_mar": config, **published, **costs}
+
+
+def test_every_technique_has_a_row_that_differs_from_fast_in_it_alone():
+    rows = {row.name: row.task for row in beyond_rows()}
+    fast = rows["fast"]
+    assert fast == FastMARConfig.fast() and rows["balanced"] == FastMARConfig.balanced()
+    for name, task in rows.items():
+        if name.startswith("fast, "):
+            assert sum(getattr(task, f.name) != getattr(fast, f.name) for f in fields(fast)) == 1, (
+                name
+            )
+
+
+def test_a_row_with_a_shorter_head_costs_less_and_has_its_own_run(one_thread):
+    ablation = ablations.Ablation(ablations.parse(["--model", "mar_tiny", "--device", "cpu"]))
+    plain, short = (Row("", None, head=HeadConfig(steps=steps)) for steps in (None, 20))
+    assert ablation.tflops(short, executed=True) < 0.7 * ablation.tflops(plain, executed=True)
+    assert ablation.host_of(plain).sampling == ablation.host_of(Row("", None)).sampling
+    assert ablation.folder(short) != ablation.folder(plain)
 
 
 def test_the_conclusion_compares_at_equal_cost_and_names_the_undominated():

@@ -38,7 +38,7 @@ def command(monkeypatch):
     return set_command
 
 
-def test_a_folder_that_cannot_be_made_is_told_at_the_start(tmp_path):
+def test_a_folder_that_cannot_be_made_is_reported_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="result cannot be written"):
         prepare_output(tmp_path / "file" / "result")
@@ -61,9 +61,7 @@ def test_a_dot_in_the_name_of_a_result_stays(command, tmp_path):
 
 
 @pytest.mark.parametrize("script", BUNDLED)
-def test_committed_results_are_written_only_where_a_flag_names_them(
-    command, monkeypatch, tmp_path, script
-):
+def test_committed_results_are_written_only_on_request(command, monkeypatch, tmp_path, script):
     monkeypatch.chdir(tmp_path)
     command(script)
     parsed = script.parse()  # redundancy gives a selection of eval.py's flags beside it
@@ -79,17 +77,18 @@ def test_committed_results_are_written_only_where_a_flag_names_them(
         (latency, "--num_iter 0", "--num_iter is 0; it must be at least 1"),
         (latency, "--threads 0", "--threads is 0; it must be at least 1"),
         (latency, "--warmup -1", "--warmup is -1; it must be at least 0"),
-        (latency, "--batches 8,0", "--batches 8,0 are no numbers of images"),
-        (latency, "--models gpt_b", "--models gpt_b is no model; use some of mar_base"),
+        (latency, "--batches 8,0", "--batches 8,0 must be numbers of images"),
+        (latency, "--models gpt_b", "--models gpt_b is unknown; use some of mar_base"),
         (waterfall, "--repeats 0", "--repeats is 0; it must be at least 1"),
         (waterfall, "--num_iter 0", "--num_iter is 0; it must be at least 1"),
         (waterfall, "--batch 0", "--batch is 0; it must be at least 1"),
         (training, "--repeats 0", "--repeats is 0; it must be at least 1"),
         (training, "--batch 0", "--batch is 0; it must be at least 1"),
+        (line_latency, "--model gpt_xl_t2i_256", "gpt_xl_t2i_256 cannot be measured: use gpt_b to"),
         (line_latency, "--method x", "--method x is unknown; use one of linear, "),
         (line_latency, "--lines 0", "--lines is 0; it must be at least 1"),
         (line_latency, "--repeats 0", "--repeats is 0; it must be at least 1"),
-        (line_latency, "--batches x", "--batches x are no numbers of images"),
+        (line_latency, "--batches x", "--batches x must be numbers of images"),
         (line_latency, "--budgets 1/0", "--budgets 1/0: "),
         (line_quality, "--num_images 0", "--num_images is 0; it must be at least 1"),
         (line_quality, "--batch 0", "--batch is 0; it must be at least 1"),
@@ -132,7 +131,7 @@ def quality(command, monkeypatch, tmp_path):
     return run
 
 
-def test_the_same_command_goes_on_with_the_rows_of_its_file(quality, monkeypatch, tmp_path):
+def test_the_same_command_continues_with_the_rows_of_its_file(quality, monkeypatch, tmp_path):
     every = ["full cache", "h2o 1/2", "h2o 1/4"]
     assert quality() == every
     path = tmp_path / "quality.json"

@@ -96,41 +96,46 @@ def test_tables_show_three_digits():
 
 @pytest.mark.parametrize("script", [latency, waterfall])
 def test_a_benchmark_ends_in_one_json_document_and_writes_its_results(
-    one_thread, monkeypatch, capsys, tmp_path, script
+    one_thread, document_of, tmp_path, script
 ):
     model = "--models" if script is latency else "--model"
     flags = [model, "mar_tiny", "--num_iter", "1", "--device", "cpu", "--repeats", "1"]
-    monkeypatch.setattr(sys, "argv", ["script.py", *flags, "--output", str(tmp_path / "result")])
-    script.main()
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    document = document_of(script, *flags, "--output", tmp_path / "result")
     assert document == json.loads((tmp_path / "result.json").read_text())
     assert len(document["rows"]) == (2 if script is latency else 7)
     row = "| mar_tiny |" if script is latency else "| + head cache |"
     assert row in (tmp_path / "result.md").read_text()
 
 
-def test_the_training_benchmark_compares_its_rows(monkeypatch, capsys, tmp_path):
+def test_the_training_benchmark_compares_its_rows(document_of, tmp_path):
     output = tmp_path / "training"
-    command = ["training", "--model", "mar_tiny", "--batch", "1", "--repeats", "1", "--warmup", "0"]
-    command += ["--rows", "eager,ours", "--device", "cpu", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", command)
-    training.main()
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    words = "--model mar_tiny --batch 1 --repeats 1 --warmup 0 --rows eager,ours --device cpu"
+    document = document_of(training, *words.split(), "--output", output)
     assert document == json.loads(output.with_suffix(".json").read_text())
     assert [row["step"] for row in document["rows"]] == ["eager", "ours"]
     assert all(row["images_per_s"] > 0 for row in document["rows"])
 
 
-def test_cache_sizes_follow_from_shapes_alone(monkeypatch, capsys):
-    command = "line_latency --model gpt_xl --batches 4 --budgets 1,1/4,3 --sizes_only"
-    monkeypatch.setattr(sys, "argv", command.split())
-    line_latency.main()
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+def test_cache_sizes_follow_from_shapes_alone(document_of):
+    words = "--model gpt_xl --batches 4 --budgets 1,1/4,3 --sizes_only"
+    rows = document_of(line_latency, *words.split())["rows"]
     assert [row["slots"] for row in rows] == [576, 1 + 6 * 24 + 24, 1 + 3 * 24 + 24]
     for row in rows:  # keys and values, bytes of bf16, width, layers, sequences with guidance
         assert row["cache_gb"] * 1e9 == 2 * 2 * 1280 * 36 * row["slots"] * 4 * 2
         assert "images_per_s" not in row
     assert rows[0]["workspace_gb"] == 0 < rows[1]["workspace_gb"]
+
+
+def test_cache_sizes_of_janus_pro_are_those_of_its_shapes(monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    command = "line_latency --model janus_pro_1b --batches 128 --sizes_only"
+    monkeypatch.setattr(sys, "argv", command.split())
+    line_latency.main()
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["budget"] for row in rows] == ["dynamic", "static", "1", "1/4", "1/6"]
+    slots = [round(row["cache_gb"] * 1e9 / (2 * 128 * 196_608), 6) for row in rows]
+    assert slots == [20 + 575, 20 + 576, 20 + 576 + 24, 20 + 144 + 24, 20 + 96 + 24]
+    assert rows[4]["cache_over_theory"] == 1
 
 
 def test_a_benchmark_that_samples_nothing_finds_no_largest_batch(monkeypatch):
@@ -139,23 +144,36 @@ def test_a_benchmark_that_samples_nothing_finds_no_largest_batch(monkeypatch):
         line_latency.main()
 
 
-def test_the_cache_benchmark_measures_its_budgets(one_thread, monkeypatch, capsys):
-    command = "line_latency --model gpt_tiny --lines 8 --batches 1 --budgets 1,1/2 --repeats 1"
-    monkeypatch.setattr(sys, "argv", [*command.split(), "--device", "cpu"])
+def test_the_caches_of_transformers_are_measured_beside_ours(one_thread, monkeypatch, capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from models import janus_original
+
+    tiny = janus_original.published(64, 2, 4, 128)
+    monkeypatch.setitem(janus_original.PUBLISHED, "janus_pro_1b", tiny)
+    monkeypatch.setattr(janus_original, "VQ_CHANNELS", {"base_channels": 32, "latent_channels": 32})
+    command = "line_latency --model janus_pro_1b --lines 4 --batches 1,2 --method streaming"
+    command += " --budgets dynamic,static,1,1/2 --repeats 1 --device cpu"
+    monkeypatch.setattr(sys, "argv", command.split())
     line_latency.main()
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["budget"] for row in document["rows"]] == ["dynamic", "static", "1", "1/2"] * 2
+    assert all(row["images_per_s"] > 0 for row in document["rows"])
+    assert (document["about"]["condition"], document["about"]["cfg"]) == (20, 5.0)
+
+
+def test_the_cache_benchmark_measures_its_budgets(one_thread, document_of):
+    words = "--model gpt_tiny --lines 8 --batches 1 --budgets 1,1/2 --repeats 1 --device cpu"
+    document = document_of(line_latency, *words.split())
     assert [row["budget"] for row in document["rows"]] == ["1", "1/2"]
     assert all(row["images_per_s"] > 0 for row in document["rows"])
 
 
-def test_the_references_see_damage(monkeypatch, capsys, tmp_path):
+def test_the_references_see_damage(monkeypatch, document_of, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(tiny_references.DEFAULT_IMAGES, "tokenizer", 100)
     monkeypatch.setattr(tiny_references, "psnr", lambda tokenizer: 30.0)
-    command = ["tiny_references", "--num_images", "200", "--output", str(tmp_path / "result")]
-    monkeypatch.setattr(sys, "argv", command)
-    tiny_references.main()
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    words = ["--num_images", 200, "--output", tmp_path / "result"]
+    document = document_of(tiny_references, *words)
     fid = {row["name"]: row["fid"] for row in document["rows"]}
     assert fid["no triangles"] > 2 * fid["as rendered"]
     assert fid["3% of the 4x4 patches from another picture"] > 1.5 * fid["as rendered"]

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import fid_difference
 from engine.mar import PRESETS
@@ -48,20 +47,9 @@ def runs(tmp_path) -> list[Path]:
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(one_thread, document_of):
     """Calls the command; returns the document of its last line."""
-    monkeypatch.chdir(Path(fid_difference.__file__).parent.parent)
-    threads = torch.get_num_threads()
-
-    def call(*words: object) -> dict:
-        argv = ["fid_difference.py", *map(str, words), "--resamples", "20"]
-        monkeypatch.setattr(sys, "argv", argv)
-        capsys.readouterr()
-        fid_difference.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    yield call
-    torch.set_num_threads(threads)
+    return partial(document_of, fid_difference, "--resamples", 20)
 
 
 def test_fids_are_those_of_eval_and_noise_is_worse(command, runs):
@@ -74,7 +62,7 @@ def test_fids_are_those_of_eval_and_noise_is_worse(command, runs):
     assert row["low"] < row["high"]
 
 
-def test_features_are_kept_so_that_the_images_may_go(command, runs, tmp_path):
+def test_features_are_kept_so_that_images_can_be_deleted(command, runs, tmp_path):
     rows = command(*runs, "--output", tmp_path / "out")["rows"]
     assert "| noise 20 | " in (tmp_path / "out.md").read_text()
     for run in runs:
@@ -96,11 +84,11 @@ def test_features_of_another_run_in_the_same_folder_are_made_again(command, runs
     assert command(*runs)["rows"][0]["difference"] > 0
 
 
-def test_runs_that_are_no_pairs_are_refused_in_a_sentence(command, runs, tmp_path):
+def test_runs_that_are_not_paired_are_refused_in_a_sentence(command, runs, tmp_path):
     third = make_run(tmp_path / "c", 5, seed=2)
     with pytest.raises(UserError, match=r"c has seed 2, .*a has 1: runs to compare share"):
         command(runs[0], third)
-    with pytest.raises(UserError, match="one run has nothing to be compared with"):
+    with pytest.raises(UserError, match="a single run cannot be compared"):
         command(runs[0])
     (runs[1] / "features.npz").write_bytes(b"none")
     with pytest.raises(UserError, match="is not a file of features .*: delete it"):

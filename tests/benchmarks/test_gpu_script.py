@@ -28,12 +28,8 @@ def script(tmp_path):
         python.chmod(0o755)
         log.write_text("")
         settings = {"DEVICE": device, "PYTHON": str(python), "RESULTS": str(tmp_path / "results")}
-        result = subprocess.run(
-            ["bash", SCRIPT, *stages],
-            env={**os.environ, **settings},
-            capture_output=True,
-            text=True,
-        )
+        command, env = ["bash", SCRIPT, *stages], {**os.environ, **settings}
+        result = subprocess.run(command, env=env, capture_output=True, text=True)
         assert result.returncode == code, result.stderr
         return [line.split() for line in log.read_text().splitlines()], result
 
@@ -53,7 +49,7 @@ def test_every_stage_is_a_command_that_its_benchmark_accepts(script, monkeypatch
         assert module.parse()
 
 
-def test_a_stage_with_a_result_is_skipped_and_one_that_failed_comes_again(script):
+def test_a_stage_with_a_result_is_skipped_and_a_failed_one_repeated(script):
     first, result = script(fails="benchmarks.waterfall", code=1)
     assert result.stdout.count("failed") == 2
     again, _ = script()

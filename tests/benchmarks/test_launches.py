@@ -7,7 +7,7 @@ from models.fast_mar import FastMARConfig
 from models.lazy_mar import LazyMARConfig
 
 
-def test_views_and_allocations_are_no_launches():
+def test_views_and_allocations_are_not_launches():
     x = torch.empty(4, 6, device="meta")
     with counting() as launches:
         x.view(6, 4).t()[1:].unflatten(0, (1, -1))
@@ -19,7 +19,7 @@ def test_views_and_allocations_are_no_launches():
     assert launches.count == 3
 
 
-def test_a_call_that_comes_again_counts_again_without_being_made():
+def test_a_repeated_call_is_counted_without_running_it():
     x, made = torch.empty(4, device="meta"), []
     with counting() as launches:
         calls = Calls(launches)

@@ -1,14 +1,12 @@
 """The three numbers of line_locality are what they are said to be."""
 
-import json
-
 import pytest
 import torch
 
 from benchmarks import line_locality
 from benchmarks.line_locality import Shares, WatchedLayer
 from models.line_config import LineARConfig
-from util.errors import UserError, run_main
+from util.errors import UserError
 
 GRID, CONDITION, GROUPS = (7, 3), 4, 2
 
@@ -67,17 +65,7 @@ def test_coverage_is_the_share_of_what_the_line_before_would_have_kept():
         assert row["coverage"] <= row["best"] + 1e-6
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def call(*flags: object) -> dict:
-        monkeypatch.setattr("sys.argv", ["line_locality.py", *map(str, flags)])
-        run_main(line_locality.main)
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return call
-
-
-def test_a_janus_of_transformers_is_measured(call, tmp_path):
+def test_a_janus_of_transformers_is_measured(document_of, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     from tests.support.transformers_data import tiny_janus, tiny_processor
 
@@ -85,7 +73,7 @@ def test_a_janus_of_transformers_is_measured(call, tmp_path):
     tiny_processor().save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a red disc\n\ngreen star a red star\n")
     flags = ("--model", tmp_path / "model", "--prompts", tmp_path / "prompts.txt")
-    document = call(*flags, "--num_images", 3, "--device", "cpu")
+    document = document_of(line_locality, *flags, "--num_images", 3, "--device", "cpu")
     assert len(document["rows"]) == 8
     assert all(0 < row["condition"] < 1 for row in document["rows"])
     assert 0 < document["rows"][-1]["coverage"] <= document["rows"][-1]["best"] < 1

@@ -6,18 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.measures import (
-    Estimate,
-    energy_distance,
-    frechet_distance,
-    paired_fid,
-    patch_gaussian,
-    path_kl,
-    path_kl_weights,
-    relative_error,
-    steps_of_positions,
-    tear_ratio,
-)
+from benchmarks import measures
 from diffusion import create_diffusion
 from models.plan import DecodingPlan
 from util.evaluation import scores
@@ -31,7 +20,7 @@ def gaussian_of(x: np.ndarray) -> Gaussian:
 def test_an_error_of_a_tenth_is_a_relative_squared_error_of_a_hundredth():
     z = torch.randn(3, 5, 7)
     factors = torch.tensor([1.0, 1.1, 0.0])[:, None, None]
-    assert relative_error(factors * z, z).tolist() == pytest.approx([0, 0.01, 1], abs=1e-6)
+    assert measures.relative_error(factors * z, z).tolist() == pytest.approx([0, 0.01, 1], abs=1e-6)
 
 
 def test_path_kl_of_two_fixed_predictions_is_their_distance_times_the_gain_of_signal():
@@ -45,7 +34,7 @@ def test_path_kl_of_two_fixed_predictions_is_their_distance_times_the_gain_of_si
         signal, noise = abar.sqrt()[:, None], (1 - abar).sqrt()[:, None]
         return (states - signal * x0) / noise
 
-    nats = path_kl(path_kl_weights(diffusion), epsilons(a), epsilons(b))
+    nats = measures.path_kl(measures.path_kl_weights(diffusion), epsilons(a), epsilons(b))
     q = abar / (1 - abar)
     expected = 0.5 * (q[-1] - q[0]) * ((a - b) ** 2).sum()
     assert nats.shape == (4, 50)
@@ -54,7 +43,7 @@ def test_path_kl_of_two_fixed_predictions_is_their_distance_times_the_gain_of_si
 
 def test_a_step_of_the_path_kl_is_that_of_the_samplers_two_normal_distributions():
     diffusion = create_diffusion("ddim50")
-    weights = path_kl_weights(diffusion).flip(0).numpy()
+    weights = measures.path_kl_weights(diffusion).flip(0).numpy()
     error = 0.1  # in one channel of epsilon
     moved = diffusion.posterior_mean_coef_x0 * diffusion.sqrt_recipm1_alphas_cumprod * error
     expected = 0.5 * moved**2 / np.exp(diffusion.posterior_log_variance)
@@ -64,12 +53,14 @@ def test_a_step_of_the_path_kl_is_that_of_the_samplers_two_normal_distributions(
 
 def test_windows_of_shifted_latents_are_as_far_as_the_shift():
     latents = torch.randn(30, 2, 6, 6)
-    first = patch_gaussian(latents)
+    first = measures.patch_gaussian(latents)
     assert first.mu.shape == (18,)
-    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
-    assert frechet_distance(patch_gaussian(latents + 0.5), first) == pytest.approx(18 * 0.25)
-    twice = patch_gaussian(2 * latents)  # tr (4 S + S - 2 * 2 S) = tr S
-    assert frechet_distance(twice, first) == pytest.approx(
+    assert measures.frechet_distance(first, first) == pytest.approx(0, abs=1e-9)
+    assert measures.frechet_distance(
+        measures.patch_gaussian(latents + 0.5), first
+    ) == pytest.approx(18 * 0.25)
+    twice = measures.patch_gaussian(2 * latents)  # tr (4 S + S - 2 * 2 S) = tr S
+    assert measures.frechet_distance(twice, first) == pytest.approx(
         np.trace(first.sigma) + (first.mu**2).sum()
     )
 
@@ -78,27 +69,27 @@ def test_windows_see_a_seam_that_single_tokens_do_not():
     smooth = torch.randn(400, 2, 1, 1).expand(-1, -1, 4, 4)
     torn = torch.randn(400, 2, 4, 4)
     # Per channel: eigenvalues 9, 0, ... against 1, ...: tr = 9 + 9 - 2 sqrt(9)
-    windows = frechet_distance(*map(patch_gaussian, (torn, smooth)))
+    windows = measures.frechet_distance(*map(measures.patch_gaussian, (torn, smooth)))
     assert windows == pytest.approx(2 * (9 + 9 - 2 * 3), rel=0.1)
-    single = (patch_gaussian(x, size=1) for x in (torn, smooth))
-    assert frechet_distance(*single) < 0.1
+    single = (measures.patch_gaussian(x, size=1) for x in (torn, smooth))
+    assert measures.frechet_distance(*single) < 0.1
 
 
 def test_the_tear_ratio_of_four_tokens_is_that_by_hand():
     tokens = torch.tensor([[[[0.0], [3.0]], [[1.0], [1.0]]]])  # rows 0 3 / 1 1
     steps = torch.tensor([[[0, 0], [1, 2]]])
     # together: 0-3 (9); apart: 1-1 (0), 0-1 (1), 3-1 (4)
-    assert tear_ratio(tokens, steps) == pytest.approx(9 / (5 / 3))
-    assert math.isnan(tear_ratio(tokens, torch.arange(4).view(1, 2, 2)))
+    assert measures.tear_ratio(tokens, steps) == pytest.approx(9 / (5 / 3))
+    assert math.isnan(measures.tear_ratio(tokens, torch.arange(4).view(1, 2, 2)))
 
 
 def test_tokens_that_do_not_depend_on_the_order_have_a_tear_ratio_of_one():
     plan = DecodingPlan.create(64, 8)
     orders = torch.stack([torch.randperm(64) for _ in range(300)])
-    steps = steps_of_positions(plan, orders).view(300, 8, 8)
-    assert tear_ratio(torch.randn(300, 8, 8, 2), steps) == pytest.approx(1, abs=0.05)
+    steps = measures.steps_of_positions(plan, orders).view(300, 8, 8)
+    assert measures.tear_ratio(torch.randn(300, 8, 8, 2), steps) == pytest.approx(1, abs=0.05)
     by_step = torch.randn(300, 8, 2).gather(1, steps.view(300, 64, 1).expand(-1, -1, 2))
-    assert tear_ratio(by_step.view(300, 8, 8, 2), steps) == 0
+    assert measures.tear_ratio(by_step.view(300, 8, 8, 2), steps) == 0
 
 
 def test_steps_of_positions_are_those_of_the_decoding_order():
@@ -106,29 +97,29 @@ def test_steps_of_positions_are_those_of_the_decoding_order():
     orders = torch.tensor([[3, 1, 0, 2]])  # 2 first, then 0, 1, 3
     first = plan.steps[0].stop
     expected = [0 if rank < first else 1 for rank in (1, 2, 0, 3)]  # of tokens 0, 1, 2, 3
-    assert steps_of_positions(plan, orders).tolist() == [expected]
+    assert measures.steps_of_positions(plan, orders).tolist() == [expected]
 
 
 def test_energy_distance_of_two_points_is_twice_their_distance():
     x = torch.zeros(5, 2)
-    assert energy_distance(x, x + torch.tensor([3.0, 4.0])) == pytest.approx(10)
+    assert measures.energy_distance(x, x + torch.tensor([3.0, 4.0])) == pytest.approx(10)
 
 
 def test_energy_distance_is_zero_for_the_same_samples_and_unbiased_for_the_same_distribution():
     x = torch.randn(200, 30, 1)
-    assert energy_distance(x[0], x[0]) == pytest.approx(0, abs=1e-12)
-    values = torch.tensor([energy_distance(x[i], x[i + 100]) for i in range(100)])
+    assert measures.energy_distance(x[0], x[0]) == pytest.approx(0, abs=1e-12)
+    values = torch.tensor([measures.energy_distance(x[i], x[i + 100]) for i in range(100)])
     error = values.std() / 10
     assert abs(values.mean()) < 4 * error
     with pytest.raises(ValueError, match="30 and 29 samples"):
-        energy_distance(x[0], x[1, 1:])
+        measures.energy_distance(x[0], x[1, 1:])
 
 
 def test_fids_are_those_of_the_evaluation():
     random = np.random.default_rng(0)
     reference = gaussian_of(random.normal(size=(400, 6)) @ random.normal(size=(6, 6)))
     a, b = random.normal(size=(2, 300, 6)).astype(np.float32)
-    found = paired_fid(a, b, reference, resamples=20)
+    found = measures.paired_fid(a, b, reference, resamples=20)
     assert found.base == pytest.approx(scores._frechet(gaussian_of(a), reference), rel=1e-6)
     assert found.fid == pytest.approx(scores._frechet(gaussian_of(b), reference), rel=1e-6)
     assert found.difference == found.fid - found.base
@@ -138,9 +129,9 @@ def test_a_known_shift_lies_in_the_interval_and_no_shift_gives_no_interval():
     random = np.random.default_rng(1)
     reference = Gaussian(np.zeros(4), np.eye(4))
     a = random.normal(size=(2000, 4))
-    same = paired_fid(a, a, reference, resamples=50)
+    same = measures.paired_fid(a, a, reference, resamples=50)
     assert (same.difference, same.low, same.high) == (0, 0, 0)
-    shifted = paired_fid(a, a + [0.3, 0, 0, 0], reference, resamples=200)
+    shifted = measures.paired_fid(a, a + [0.3, 0, 0, 0], reference, resamples=200)
     assert shifted.low < 0.09 < shifted.high  # |shift|^2
     assert 0 < shifted.high - shifted.low < 0.06
 
@@ -151,12 +142,12 @@ def test_common_seeds_make_the_interval_narrow():
     a, other = random.normal(size=(2, 1000, 4))
     close = a + 0.1 * random.normal(size=a.shape)
     widths = [
-        (found := paired_fid(a, b, reference, resamples=200)).high - found.low
+        (found := measures.paired_fid(a, b, reference, resamples=200)).high - found.low
         for b in (close, other)
     ]
     assert widths[0] < widths[1] / 3
     with pytest.raises(ValueError, match="both sets need the same"):
-        paired_fid(a, other[1:], reference)
+        measures.paired_fid(a, other[1:], reference)
 
 
 def test_the_interval_covers_a_difference_of_zero_about_as_often_as_it_says():
@@ -165,14 +156,14 @@ def test_the_interval_covers_a_difference_of_zero_about_as_often_as_it_says():
     for seed in range(60):
         random = np.random.default_rng(seed)
         common, a, b = random.normal(size=(3, 200, 2))
-        found = paired_fid(common + a, common + b, reference, resamples=80, seed=seed)
+        found = measures.paired_fid(common + a, common + b, reference, resamples=80, seed=seed)
         covered += found.low <= 0 <= found.high
     assert covered > 51  # 57 expected; 51 or fewer have probability 0.003
 
 
 def test_a_ratio_of_proportional_values_is_exact():
     base = torch.tensor([1.0, 2.0, 4.0])
-    found = Estimate.ratio(3 * base, base)
+    found = measures.Estimate.ratio(3 * base, base)
     assert (found.mean, found.error) == pytest.approx((3, 0), abs=1e-6)
-    assert Estimate.of(base).mean == pytest.approx(7 / 3)
-    assert Estimate.of(base).error == pytest.approx(base.std().item() / math.sqrt(3))
+    assert measures.Estimate.of(base).mean == pytest.approx(7 / 3)
+    assert measures.Estimate.of(base).error == pytest.approx(base.std().item() / math.sqrt(3))

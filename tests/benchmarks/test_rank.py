@@ -1,7 +1,6 @@
 """benchmarks.rank: rows are measured once, written as they are done, and not mixed with others."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -15,23 +14,17 @@ from util.errors import UserError
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, tmp_path):
+def command(one_thread, monkeypatch, document_of, tmp_path):
     """Calls the command with two rows of one group; returns the document of its last line."""
-    monkeypatch.chdir(rank.Path(rank.__file__).parent.parent)
     rows = rank.rows_of("token_selection")[:2]
     monkeypatch.setattr(rank, "rows_of", lambda group: rows)
-    threads = torch.get_num_threads()
 
     def call(*flags: object) -> dict:
         short = ["--images", 2, "--kl_images", 2, "--num_iter", 8, "--device", "cpu"]
         words = [*short, "--group", "token_selection", "--results", tmp_path, *flags]
-        monkeypatch.setattr(sys, "argv", ["rank.py", *map(str, words)])
-        capsys.readouterr()
-        rank.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        return document_of(rank, *words)
 
-    yield call
-    torch.set_num_threads(threads)
+    return call
 
 
 def test_groups_isolate_the_caches_that_they_are_about():
@@ -39,16 +32,12 @@ def test_groups_isolate_the_caches_that_they_are_about():
         rows = rank.rows_of(group)
         assert rank.default_of(group) in [row.config for row in rows]
         if group != "caches":
-            on = {
-                name for row in rows for name in rank.CACHES if getattr(row.config, f"{name}_cache")
-            }
+            on = {k for row in rows for k in rank.CACHES if getattr(row.config, f"{k}_cache")}
             assert on == set(rank.ISOLATED[group])
         assert len({row.config for row in rows}) == len(rows) >= 4
 
 
-def test_a_table_and_a_document_are_written_and_rows_are_not_measured_again(
-    command, monkeypatch, tmp_path
-):
+def test_results_are_written_and_rows_are_not_measured_again(command, monkeypatch, tmp_path):
     torch.manual_seed(0)
     shape = {"encoder_depth": 1, "decoder_depth": 5, "diffloss_d": 2, "diffloss_w": 16}
     shape["num_sampling_steps"] = "ddim20"

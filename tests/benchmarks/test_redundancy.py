@@ -121,25 +121,14 @@ def test_numbers_are_measured_for_every_step_layer_and_age():
 @pytest.fixture
 def script(one_thread, monkeypatch, tmp_path):
     def call(*flags: object) -> None:
-        words = [
-            "--num_images",
-            1,
-            "--num_iter",
-            12,
-            "--device",
-            "cpu",
-            "--output",
-            tmp_path / "red",
-        ]
-        monkeypatch.setattr(sys, "argv", ["redundancy.py", *map(str, [*words, *flags])])
+        words = f"redundancy.py --num_images 1 --num_iter 12 --device cpu --output {tmp_path}/red"
+        monkeypatch.setattr(sys, "argv", [*words.split(), *map(str, flags)])
         redundancy.main()
 
     return call
 
 
-def test_the_script_writes_three_figures_beside_their_numbers(
-    script, monkeypatch, capsys, tmp_path
-):
+def test_the_script_writes_three_figures_and_their_numbers(script, monkeypatch, capsys, tmp_path):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(plots, "DPI", 50)
     script("--num_sampling_steps", "ddim10")

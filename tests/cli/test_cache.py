@@ -99,7 +99,7 @@ def test_latents_of_another_tokenizer_are_neither_mixed_in_nor_trained_on(root):
         train(root, "--use_cached", "--output_dir", root / "out")
 
 
-def test_the_scale_that_makes_the_deviation_one_is_told(root, capsys):
+def test_the_scale_that_makes_the_deviation_one_is_printed(root, capsys):
     cache(root)
     scale = float(capsys.readouterr().out.split("--latent_scale ")[1].split()[0])
     data = CachedFolder(root / "cached")
@@ -132,9 +132,7 @@ def small_model(monkeypatch):
         monkeypatch.setitem(mar.SIZES, name, WIDTHS)
 
 
-def test_a_picture_that_breaks_off_is_named_when_it_comes_and_the_last_checkpoint_stays(
-    root, small_model, capsys
-):
+def test_a_truncated_picture_is_named_and_the_last_checkpoint_stays(root, small_model, capsys):
     dogs = root / "data" / "train" / "dog"
     for i in range(10, 47):
         shutil.copy(dogs / "0.png", dogs / f"{i}.png")
@@ -186,9 +184,7 @@ def test_512_pixels_train_from_latents_without_a_tokenizer(root, small_model):
         (root / "cached" / name).mkdir(parents=True)
         for i in range(2):
             moments = np.random.default_rng(i).normal(0, 0.1, (32, 32, 32)).astype(np.float32)
-            np.savez(
-                root / "cached" / name / f"{i}.JPEG.npz", moments=moments, moments_flip=moments
-            )
+            np.savez(root / f"cached/{name}/{i}.JPEG.npz", moments=moments, moments_flip=moments)
     flags = [*LARGE, "--img_size", "512", "--use_cached", "--vae_path", "none.ckpt"]
     flags += ["--output_dir", str(root / "out")]
     train(root, *flags)

@@ -20,12 +20,13 @@ from engine import cli
 from models import mar
 from models.linear_tokenizer import LinearTokenizer
 from tests.support import ROOT
-from util.checkpoint import load_into
 from util.errors import UserError
 from util.images import to_uint8
+from util.weights import load_into
 
 HOST = cli.named("mar_tiny", lazy_mar=True).host()
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+REQUEST = demo.Request(label=0, seed=0, num_iter=12, cfg=3.0)
 PICTURES = """[...document.querySelectorAll("img[src*='/file=']")]"""
 
 
@@ -51,7 +52,7 @@ def side(bundled):
 def test_the_pictures_are_those_of_sample_tokens_for_the_same_seed(bundled, schedule, temperature):
     model, tokenizer = bundled
     side = side_by_side(bundled, schedule, temperature)
-    pictures = side.pair(label=4, seed=7, num_iter=10, cfg=3.0)
+    pictures = side.pair(demo.Request(label=4, seed=7, num_iter=10, cfg=3.0))
     for picture, lazy_mar in zip(pictures, (None, side.sampling.lazy_mar), strict=True):
         latents = model.sample_tokens(
             1, 10, 3.0, schedule, [4], temperature, noise=model.image_noise([7]), lazy_mar=lazy_mar
@@ -68,15 +69,65 @@ def test_the_pictures_are_those_of_sample_tokens_for_the_same_seed(bundled, sche
 )
 def test_what_cannot_be_drawn_is_named(side, change, reason):
     with pytest.raises(ValueError, match=reason):
-        side.pair(**{"label": 0, "seed": 0, "num_iter": 2, "cfg": 3.0, **change})
+        side.pair(replace(REQUEST, **change))
+
+
+@pytest.mark.parametrize("preset", [{}, {"preset": "fast"}], ids=str)
+def test_an_image_grows_to_the_picture_of_the_pair(bundled, preset):
+    model, tokenizer = bundled
+    sampling = cli.named(
+        "mar_tiny", lazy_mar=True, diff_upper_steps=8, diff_lower_steps=4, **preset
+    )
+    sampling = sampling.host().sampling
+    side = demo.SideBySide(model, tokenizer, tokenizer.latent_scale, sampling, torch.float32)
+    frames = list(side.grow(REQUEST))
+    _, lazy = side.pair(REQUEST)
+    assert np.array_equal(frames[-1].image, lazy.image)
+    grey = [(frame.image == demo.UNKNOWN).all(axis=2).sum() for frame in frames]
+    assert grey == sorted(grey, reverse=True) and grey[0] > 3000
+    now = [(frame.tokens == demo.COLOURS["n"]).all(axis=2).sum() for frame in frames]
+    assert sum(now) == model.seq_len
+    assert any((frame.tokens == demo.COLOURS["."]).all(axis=2).any() for frame in frames)
+
+
+def test_editing_keeps_what_is_not_painted(side):
+    _, lazy = side.pair(REQUEST)
+    painted = np.zeros((384, 384), bool)
+    painted[:96, 200:] = True
+    pictures = side.edit(replace(REQUEST, seed=9), demo.enlarged(lazy.image), painted)
+    for picture in pictures:
+        change = np.abs(picture.image.astype(int) - lazy.image).max(axis=2)
+        assert change[24:].max() <= 16 and change[:, :28].max() <= 16  # the tokenizer's own error
+        assert change[:16, 33:].max() > 16
+    with pytest.raises(ValueError, match="nothing is painted"):
+        side.edit(REQUEST, lazy.image, np.zeros((64, 64), bool))
+
+
+def test_the_page_streams_frames_and_then_both_pictures(side):
+    *frames, last = demo.Page(side).sample(2, 3, 6, 3.0)
+    assert len(frames) == 6 and all(frame[0] is None for frame in frames)
+    assert last[0].shape == last[1].shape == last[4].shape == (384, 384, 3)
+    assert "times as fast" in last[3]
+    (refused,) = demo.Page(side).sample(None, 3, 6, 3.0)
+    assert refused[3] == "Cannot draw this: class and seed are whole numbers from 0"
+
+
+def test_the_editor_hands_over_its_layers(side):
+    background = np.full((128, 128, 4), 200, np.uint8)
+    layer = np.zeros((128, 128, 4), np.uint8)
+    actions, controls = demo.Page(side), (2, 3, 6, 3.0)
+    nothing = actions.edit({"background": background, "layers": [layer]}, *controls)
+    assert nothing[2].startswith("Cannot draw this: nothing is painted")
+    layer[:40, :40, 3] = 255
+    plain, _, text = actions.edit({"background": background, "layers": [layer]}, *controls)
+    assert plain.shape == (384, 384, 3) and "PSNR" in text
+    assert actions.edit(None, *controls)[2].startswith("Cannot draw this: there is no picture")
 
 
 def test_the_caption_compares_seconds_and_pixels():
     image = np.full((2, 2, 3), 100, np.uint8)
     plain, lazy = demo.Picture(image, 3.0), demo.Picture(image + np.uint8(10), 1.5)
-    assert (
-        demo.caption(plain, lazy) == "MAR 3.00 s, LazyMAR 1.50 s: 2.00 times as fast; PSNR 28.1 dB"
-    )
+    assert "LazyMAR 1.50 s: 2.00 times as fast; PSNR 28.1 dB" in demo.caption(plain, lazy)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +137,7 @@ def test_the_caption_compares_seconds_and_pixels():
         (["--port", "x"], "--port"),
         (["--port", "99999"], "--port is 99999"),
         (["--num_imges", "4"], "unrecognized arguments: --num_imges 4"),
-        (["--top_k", "5"], "--top_k is for GPT and Janus models"),
+        (["--top_k", "5"], "--top_k is for GPT, Janus and Lumina models"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(monkeypatch, flags, reason):
@@ -149,9 +200,7 @@ def browser():
             pytest.fail(f"{package} is missing: pip install '.[demo,browser]'", pytrace=False)
     path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUM)), None)
     if path is None:
-        pytest.fail(
-            "no Chromium found: apt-get install chromium, or name one in CHROMIUM", pytrace=False
-        )
+        pytest.fail("no Chromium: apt-get install chromium, or set CHROMIUM", pytrace=False)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -184,9 +233,7 @@ def address(tmp_path):
 
 
 @pytest.mark.browser
-def test_a_visitor_draws_a_star_with_both_methods_and_learns_what_is_wrong(
-    browser, address, tmp_path
-):
+def test_a_visitor_draws_with_both_methods_and_sees_errors(browser, address, tmp_path):
     page = browser.new_page(viewport={"width": 1100, "height": 820})
     page.set_default_timeout(60_000)
     page.goto(address)
@@ -198,9 +245,33 @@ def test_a_visitor_draws_a_star_with_both_methods_and_learns_what_is_wrong(
     said.wait_for()
     assert "MAR" in said.inner_text()
     page.wait_for_function(f"{PICTURES}.every(picture => picture.naturalWidth == {demo.SHOWN})")
-    assert len(set(page.evaluate(f"{PICTURES}.map(picture => picture.src)"))) == 2
+    assert len(set(page.evaluate(f"{PICTURES}.map(picture => picture.src)"))) == 3  # and the map
     page.screenshot(path=tmp_path / "pair.png")
     page.get_by_label("seed").fill("-1")
     page.get_by_role("button", name="Sample").click()
     page.get_by_text("seed -1 is negative").wait_for()
     page.screenshot(path=tmp_path / "refused.png")
+
+
+@pytest.mark.browser
+def test_a_visitor_paints_over_a_part_and_has_it_drawn_again(browser, address, tmp_path):
+    page = browser.new_page(viewport={"width": 1300, "height": 900})
+    page.set_default_timeout(60_000)
+    page.goto(address)
+    page.get_by_label("number input for steps").fill("16")
+    page.get_by_role("button", name="Sample").click()
+    page.get_by_text("times as fast").wait_for()
+    page.get_by_role("tab", name="Edit").click()
+    canvas = page.locator("canvas").first
+    canvas.wait_for()
+    page.wait_for_timeout(5000)  # the editor fits its picture
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.4 * box["height"])
+    page.mouse.down()
+    for share in (0.4, 0.5, 0.6, 0.7):
+        page.mouse.move(box["x"] + share * box["width"], box["y"] + 0.5 * box["height"])
+        page.wait_for_timeout(200)
+    page.mouse.up()
+    page.get_by_role("button", name="Draw the painted part").click()
+    page.get_by_text("times as fast").filter(visible=True).wait_for()
+    page.screenshot(path=tmp_path / "edited.png")

@@ -114,12 +114,10 @@ def test_where_classes_cannot_share_the_images_equally_they_differ_by_one():
 
 
 def test_the_same_command_again_generates_nothing_and_gives_the_same_score(
-    scored, result, monkeypatch, capsys
+    scored, result, document_of
 ):
     before = written_at(result)
-    monkeypatch.setattr(sys, "argv", ["eval.py", *scored[0]])
-    eval_script.main()
-    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    again = document_of(eval_script, *scored[0])
     assert written_at(again) == before
     assert again["generated"] == result["generated"] == NUM_IMAGES
     for name in ("fid", "is_mean", "is_std"):
@@ -149,31 +147,13 @@ def test_averaged_weights_are_used_unless_no_ema_asks_for_the_others(run, weight
     assert all(a != b for a, b in zip(images_of(averaged), images_of(plain), strict=True))
 
 
-def test_main_mar_with_evaluate_makes_the_images_of_eval(
-    run, weights, tmp_path, monkeypatch, capsys
-):
+def test_main_mar_evaluate_makes_the_images_of_eval(run, weights, tmp_path, document_of):
     expected = run("--no_score")
     argv = flags_for(weights / "official", tmp_path / "main_mar", "--no_score", "--evaluate")
-    monkeypatch.setattr(sys, "argv", ["main_mar.py", *argv])
-    main_mar.main()
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert images_of(result) == images_of(expected)
+    assert images_of(document_of(main_mar, *argv)) == images_of(expected)
 
 
 # ---- the run's folder --------------------------------------------------------------------------------
-
-
-def test_a_missing_and_a_truncated_image_are_made_again_and_no_other(run):
-    first = run("--no_score", "--num_images", 4)
-    images, times = images_of(first), written_at(first)
-    missing, truncated = (Path(first["images_dir"]) / f"{i:05d}.png" for i in (1, 2))
-    missing.unlink()
-    truncated.write_bytes(images[2][: len(images[2]) // 2])
-    second = run("--no_score", "--num_images", 4)
-    assert second["generated"] - first["generated"] == 2
-    assert images_of(second) == images
-    kept = ("00000.png", "00003.png")
-    assert [written_at(second)[name] for name in kept] == [times[name] for name in kept]
 
 
 def test_a_folder_refuses_the_images_of_another_configuration(run, refused, tmp_path):
@@ -219,7 +199,7 @@ def test_generation_alone_needs_neither_statistics_nor_a_feature_extractor(run, 
     assert result["fid"] is result["is_mean"] is result["is_std"] is None
 
 
-def test_bf16_is_said_and_stays_near_float32(run, tmp_path):
+def test_bf16_is_reported_and_stays_near_float32(run, tmp_path):
     exact = run("--no_score", out=tmp_path / "float32")
     half = run("--no_score", "--dtype", "bf16", out=tmp_path / "bf16")
     assert (exact["dtype"], half["dtype"]) == ("float32", "bfloat16")
@@ -257,11 +237,3 @@ def test_every_field_of_lazymar_is_a_flag_that_takes_effect(run, tmp_path):
     for name, value in others.items():
         changed = run(*SHORT_LAZY, name, value, out=tmp_path / name)
         assert images_of(changed) != images_of(on), name
-
-
-def test_lazymar_that_caches_nothing_is_mar(run, tmp_path):
-    plain = run("--no_score", "--num_iter", 6, out=tmp_path / "plain")
-    flags = ["--lazy_mar", "--interval", 1, "--no_head_cache"]
-    lazy = run("--no_score", "--num_iter", 6, *flags, out=tmp_path / "lazy")
-    assert (plain["lazy_mar"], lazy["lazy_mar"]) == (False, True)
-    assert np.abs(pixels_of(plain) - pixels_of(lazy)).max() <= 1

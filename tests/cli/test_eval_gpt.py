@@ -10,15 +10,15 @@ import torch
 
 from engine import cli
 from models import llamagen
-from models.gpt_images import GPTSampling, generate
+from models.gpt_images import GPTGenerator, GPTSampling
 from models.line_cache import LineARConfig
 from models.vq import vq_tiny
 from tests.support import ROOT
 from tests.support.llamagen_data import recipe_gpt
-from util.checkpoint import load_into, save_safetensors
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
 from util.images import read_image, to_uint8
+from util.weights import load_into, save_safetensors
 
 TINY = {"dim": 128, "n_layer": 6, "n_head": 4, "num_classes": 10, "vocab_size": 512}
 
@@ -67,12 +67,12 @@ def test_the_images_are_those_of_their_labels_and_seeds_in_any_batch(sample):
     load_into(tokenizer, ROOT / cli.named("gpt_tiny").host().images.vae_path, use_ema=False)
     for i, image in enumerate(images_of(result)):
         label, seed = image_label(i, 3, 10), image_seed(1, i)
-        one = generate(model, tokenizer, [label], [seed], GPTSampling(2.0), 32)
+        one = GPTGenerator(model, tokenizer, GPTSampling(2.0), 32).generate(([label], [seed]))
         difference = to_uint8(one)[0].astype(int) - image
         assert abs(difference).max() <= 1
 
 
-def test_a_run_resumes_and_a_compressed_one_has_a_folder_of_its_own(sample):
+def test_a_run_resumes_and_a_compressed_one_has_its_own_folder(sample):
     full = sample()
     assert full["generated"] == 3
     assert full["method"] == "full cache"
@@ -135,10 +135,11 @@ def test_a_mistake_is_one_sentence(refused, files, flags, sentence):
 
 
 def test_flags_of_a_gpt_are_refused_for_mar(refused):
-    assert "--line_ar is for GPT and Janus models; --model mar_tiny is a MAR model" in refused(
-        "--line_ar"
+    assert (
+        "--line_ar is for GPT, Janus and Lumina models; --model mar_tiny is a MAR model"
+        in refused("--line_ar")
     )
-    assert "--top_k is for GPT and Janus models" in refused("--top_k", 5)
+    assert "--top_k is for GPT, Janus and Lumina models" in refused("--top_k", 5)
 
 
 @pytest.mark.parametrize("name", ["gpt_b", "gpt_xl"])
@@ -150,7 +151,7 @@ def test_a_missing_file_is_named_before_gigabytes_are_made_for_it(refused, name,
     assert f"python -m util.download {name}`" in sentence
 
 
-def test_a_missing_tokenizer_is_named_with_the_command_that_brings_it(refused, files):
+def test_a_missing_tokenizer_is_named_with_the_command_that_fetches_it(refused, files):
     flags = ("--vae_path", "none.pt", "--no_score")
     sentence = refused("--model", "gpt_tiny", *flags, resume=files / "bare.pt")
     assert "--vae_path: the tokenizer none.pt is missing" in sentence

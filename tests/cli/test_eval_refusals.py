@@ -1,28 +1,14 @@
 """What eval.py refuses: one sentence, exit code 2, and no image made."""
 
-import numpy as np
 import pytest
 import torch
 
 
-def test_a_damaged_or_foreign_checkpoint_is_never_replaced_by_random_weights(
-    refused, weights, tmp_path
-):
+def test_a_damaged_checkpoint_is_never_replaced_by_random_weights(refused, weights, tmp_path):
     whole = (weights / "official" / "checkpoint-last.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "page.pth").write_text("<!DOCTYPE html><p>Sign in</p>")
-    (tmp_path / "empty.pth").write_bytes(b"")
-    whole = (weights / "ema.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
-    cases = {
-        "none": "no checkpoint at",
-        "cut.pth": "truncated",
-        "cut.safetensors": "truncated",
-        "page.pth": "HTML page",
-        "empty.pth": "is empty",
-        "other.pth": "of another model",
-    }
+    cases = {"none": "no checkpoint at", "cut.pth": "truncated", "other.pth": "of another model"}
     for name, words in cases.items():
         assert words in refused("--no_score", resume=tmp_path / name), name
 
@@ -54,7 +40,7 @@ def test_a_damaged_or_foreign_checkpoint_is_never_replaced_by_random_weights(
         (["--seed", -1], "seed"),
         (["--cfg", "nan"], "cfg is nan"),
         (["--latent_scale", 0], "--latent_scale is 0.0"),
-        (["--device", "gpu"], "--device gpu is not a device name"),
+        (["--device", "gpu"], "--device gpu is unknown"),
         (["--vae_path", "none.safetensors"], "none.safetensors"),
         (["--tokenizer", "kl16", "--vae_path", "none.ckpt"], "none.ckpt"),
         (["--vae_path", "pyproject.toml"], "pyproject.toml is damaged"),
@@ -85,32 +71,12 @@ def test_cuda_where_there_is_none_is_refused(refused, monkeypatch):
     assert "PyTorch sees no CUDA device here" in refused("--no_score", "--device", "cuda")
 
 
-def test_missing_statistics_are_reported_before_anything_is_generated(refused, tmp_path):
-    message = refused("--fid_stats", tmp_path / "none.npz")
-    assert "none.npz are missing" in message
-    assert "python -m util.download fid_stats" in message
-
-
-def test_missing_weights_of_inception_are_reported_before_anything_is_generated(refused, tmp_path):
-    stats = tmp_path / "stats.npz"
-    np.savez(stats, mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32))
-    flags = ["--features", "inception-v3-compat", "--features_path", tmp_path / "none.pth"]
-    message = refused(*flags, "--fid_stats", stats)
-    assert "none.pth are missing" in message
-    assert "python -m util.download inception" in message
-
-
 def test_a_damaged_file_for_scoring_is_reported_before_anything_is_generated(refused, tmp_path):
     (tmp_path / "page").write_text("<!DOCTYPE html><p>Sign in</p>")
     assert "page is not a shape classifier's file" in refused("--features_path", tmp_path / "page")
     assert "page is not a file of FID statistics" in refused("--fid_stats", tmp_path / "page")
     assert "none is missing" in refused("--features_path", tmp_path / "none")
     assert "unknown feature extractor" in refused("--features", "resnet")
-
-
-def test_statistics_of_another_extractor_are_refused(refused, tmp_path):
-    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3))
-    assert "holds 3-d statistics" in refused("--fid_stats", tmp_path / "stats.npz")
 
 
 def test_too_few_images_for_a_score_are_reported_before_they_are_generated(refused):

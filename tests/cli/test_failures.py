@@ -17,13 +17,13 @@ from models import mar
 from tests.support import ROOT
 from tests.support.assertions import assert_same
 from tests.support.train_small import WIDTHS
-from util import dist
-from util.checkpoint import read_pickle
+from util import checkpoint, dist
 from util.data import datasets
 from util.errors import UserError
 from util.evaluation.run_folder import RunFolder
 from util.training import step as training
 from util.training.signals import StopRequest
+from util.weights import read_pickle
 
 GEOMETRY = ["--model", "mar_tiny", "--img_size", "16", "--vae_embed_dim", "4", "--class_num", "2"]
 GEOMETRY += ["--buffer_size", "2", "--diffloss_d", "1", "--diffloss_w", "16", "--latent_scale", "1"]
@@ -125,7 +125,7 @@ def test_a_failure_before_the_first_step_leaves_the_checkpoint_alone(train, tmp_
 
 def test_a_disk_that_refuses_the_rescue_does_not_hide_what_failed(train, tmp_path, monkeypatch):
     fail_at(monkeypatch, training, "train_step", 3, UserError("a.npz is not a cached latent"))
-    monkeypatch.setattr(main_mar.checkpoint, "save_checkpoint", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", lambda *_, **__: 1 / 0)
     with pytest.raises(UserError, match=r"a\.npz"):
         train()
 
@@ -148,7 +148,7 @@ def test_a_signal_stops_at_the_next_step_and_only_term_and_int_insist(number):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_nohup_keeps_a_run_going(monkeypatch):
+def test_nohup_keeps_a_run_alive(monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopRequest() as request:
@@ -276,7 +276,7 @@ def tokenizer(monkeypatch):
     "error", [UserError("2 of 2 decoded images contain NaN"), MemoryError(), ValueError("svd")]
 )
 @pytest.mark.usefixtures("tokenizer")
-def test_a_failed_evaluation_is_a_note_and_training_and_resume_go_on(
+def test_a_failed_evaluation_is_a_note_and_training_continues(
     train, tmp_path, monkeypatch, capsys, error
 ):
     whole = train(out="whole")
@@ -306,7 +306,7 @@ def test_an_evaluation_that_failed_once_succeeds_after_a_resume(train, tmp_path,
 
 
 @pytest.mark.usefixtures("tokenizer")
-def test_an_evaluation_alone_still_refuses(train, tmp_path, monkeypatch):
+def test_an_evaluation_alone_raises_its_error(train, tmp_path, monkeypatch):
     train("--max_steps", 1)
     monkeypatch.setattr(Tokenizer, "decode", lambda self, x: torch.full((2, 3, 16, 16), torch.nan))
     with pytest.raises(UserError, match="contain NaN"):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,15 +11,14 @@ import pytest
 
 import main_mar
 from models import mar
-from tests.support import ROOT
 from tests.support.assertions import assert_same
-from tests.support.processes import free_port
+from tests.support.processes import train_in_two_processes
 from tests.support.train_small import WIDTHS
-from util.checkpoint import read_pickle
 from util.errors import run_main
 from util.evaluation import generation
 from util.images import read_image
 from util.shapes import export
+from util.weights import read_pickle
 
 FLAGS = ["--model", "mar_tiny", "--device", "cpu", "--diffloss_d", "1", "--diffloss_w", "16"]
 FLAGS += ["--num_sampling_steps", "ddim5", "--num_iter", "2", "--num_images", "12"]
@@ -64,7 +62,7 @@ def results_of(out: Path) -> dict[str, dict]:
 NAMES = [f"epoch000{epoch}/mar_tiny-mar-iter2-cfg{cfg}-12" for epoch in (2, 3) for cfg in (1, 2)]
 
 
-def test_each_evaluation_scores_with_and_without_guidance_and_leaves_a_sheet_but_no_images(train):
+def test_an_evaluation_scores_with_and_without_guidance_and_keeps_a_sheet(train):
     out, _ = train()
     results = results_of(out)
     assert list(results) == NAMES  # every second epoch, and the last
@@ -87,9 +85,7 @@ def test_an_evaluation_changes_nothing_in_the_training_around_it(train):
         assert_same(a[key], b[key])
 
 
-def test_sigterm_in_an_evaluation_ends_it_and_resume_completes_it_exactly(
-    train, tmp_path, monkeypatch
-):
+def test_after_sigterm_in_an_evaluation_resume_completes_it_exactly(train, tmp_path, monkeypatch):
     whole, _ = train(out="whole")
     take, taken = generation.PngSink.take, []
 
@@ -138,7 +134,7 @@ def test_a_finished_run_says_so_and_evaluates_nothing_again(train, tmp_path):
     assert {p.name for p in after if after[p] != before[p]} <= {"classes.json", "out"}
 
 
-def test_without_saving_or_scoring_there_is_what_remains(train):
+def test_without_saving_or_scoring_the_rest_is_reported(train):
     out, _ = train("--epochs", "2", "--no_save", out="a")
     assert list(results_of(out)) == NAMES[:2]
     assert not list(out.rglob("*.png"))
@@ -148,18 +144,8 @@ def test_without_saving_or_scoring_there_is_what_remains(train):
 
 
 def test_two_processes_evaluate_together(pictures, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [
-        f"--master_port={free_port()}",
-        "tests/support/train_small.py",
-        *FLAGS,
-        "--data_path",
-        str(pictures),
-    ]
-    command += ["--output_dir", str(tmp_path), "--epochs", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
+    flags = ["--data_path", pictures, "--output_dir", tmp_path, "--epochs", 2]
+    train_in_two_processes(*FLAGS, *flags)
     results = results_of(tmp_path)
     assert list(results) == NAMES[:2]
     assert [r["processes"] for r in results.values()] == [2, 2]

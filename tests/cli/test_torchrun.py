@@ -39,9 +39,7 @@ def test_two_processes_make_and_score_the_images_of_one(alone, weights, tmp_path
 
 
 @pytest.mark.skipif(shutil.which("ps") is None, reason="looks for the processes by ps")
-def test_a_machine_that_dies_hangs_nobody_and_two_machines_complete_the_run(
-    alone, weights, tmp_path
-):
+def test_after_a_machine_dies_nobody_hangs_and_two_machines_finish(alone, weights, tmp_path):
     argv = flags_for(weights / "official", tmp_path, *FLAGS, "--patience", 5)
     port = free_port()
     machines = [agent(2, 1, port, argv, hosts) for hosts in (True, False)]
@@ -84,14 +82,8 @@ def test_slurm_starts_one_torchrun_per_machine_which_all_meet_at_the_first(tmp_p
         "SLURM_GPUS_ON_NODE": "4",
         "PATH": f"{folder}:{os.environ['PATH']}",
     }
-    command = [
-        "bash",
-        str(ROOT / "scripts" / "eval_slurm.sh"),
-        "--num_images",
-        "10",
-        "--resume",
-        "a b",
-    ]
+    script = str(ROOT / "scripts" / "eval_slurm.sh")
+    command = ["bash", script, "--num_images", "10", "--resume", "a b"]
     done = subprocess.run(command, env=slurm, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     words = done.stdout.splitlines()

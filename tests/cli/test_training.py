@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,17 +11,16 @@ from torch import nn
 
 import main_mar
 from models import mar
-from tests.support import ROOT
 from tests.support.assertions import assert_same
-from tests.support.processes import free_port
+from tests.support.processes import train_in_two_processes
 from tests.support.train_small import WIDTHS
 from util import dist
-from util.checkpoint import read_pickle
 from util.errors import UserError
 from util.training import step as training
 from util.training.ema import EMA
 from util.training.log import RunLog
 from util.training.optimizer import LRSchedule, make_optimizer
+from util.weights import read_pickle
 
 GEOMETRY = ["--img_size", "16", "--vae_stride", "4", "--vae_embed_dim", "4", "--class_num", "2"]
 GEOMETRY += ["--buffer_size", "2", "--diffloss_d", "1", "--diffloss_w", "16"]
@@ -68,9 +65,7 @@ RUN_KEYS = ("model", "model_ema", "optimizer", "epoch", "progress")
 
 
 @pytest.mark.parametrize("stop", [5, 7], ids=["between epochs", "inside an epoch"])
-def test_a_run_stopped_anywhere_and_resumed_equals_the_unbroken_one_bit_for_bit(
-    train, tmp_path, stop
-):
+def test_a_stopped_and_resumed_run_equals_the_unbroken_one_exactly(train, tmp_path, stop):
     whole, log = train(out="whole")
     train("--max_steps", stop, out="parts")
     resumed, log_of_parts = train("--resume", tmp_path / "parts", out="parts")
@@ -83,16 +78,11 @@ def test_a_run_stopped_anywhere_and_resumed_equals_the_unbroken_one_bit_for_bit(
 def test_a_stop_inside_an_epoch_leaves_a_checkpoint_of_the_epochs_before_it(train):
     content, _ = train("--max_steps", "7")
     assert content["epoch"] == 0  # one epoch of five steps is complete
-    assert content["progress"] == {
-        "step_in_epoch": 2,
-        "step": 7,
-        "images_per_step": 8,
-        "images": 40,
-        "skipped": 0,
-    }
+    progress = {"step_in_epoch": 2, "step": 7, "images_per_step": 8, "images": 40, "skipped": 0}
+    assert content["progress"] == progress
 
 
-def test_a_checkpoint_of_the_original_goes_on_with_the_next_epoch(train, tmp_path):
+def test_a_checkpoint_of_the_original_continues_with_the_next_epoch(train, tmp_path):
     content, _ = train("--max_steps", "10")
     del content["progress"]
     torch.save(content, tmp_path / "out" / "checkpoint-last.pth")
@@ -130,7 +120,7 @@ def test_the_loss_falls_and_the_averages_lag_behind(train):
     assert not torch.equal(content["model"]["z_proj.bias"], content["model_ema"]["z_proj.bias"])
 
 
-def test_the_log_follows_the_warm_up(train):
+def test_the_log_shows_the_warm_up(train):
     _, log = train("--max_steps", "6")
     peak = 0.3 * 8 / 256
     assert [r["lr"] for r in log] == pytest.approx([0, *(peak * i / 5 for i in range(1, 5)), peak])
@@ -142,7 +132,7 @@ def test_without_a_checkpoint_resume_is_an_error_and_not_a_fresh_start(train, tm
         train("--resume", tmp_path / "nowhere")
 
 
-def test_another_batch_size_cannot_go_on_inside_an_epoch(train, tmp_path):
+def test_another_batch_size_cannot_continue_inside_an_epoch(train, tmp_path):
     train("--max_steps", "7")
     with pytest.raises(UserError, match="8 images per step, this run has 4"):
         train("--resume", tmp_path / "out", "--batch_size", "4")
@@ -217,7 +207,7 @@ def test_gradients_are_clipped_but_reported_as_they_were(line):
     assert result.grad_norm.item() == pytest.approx(100 * 2**0.5)
 
 
-def test_sigterm_saves_and_the_run_goes_on_exactly(train, tmp_path, monkeypatch):
+def test_sigterm_saves_and_the_run_continues_exactly(train, tmp_path, monkeypatch):
     whole, _ = train(out="whole")
     write = RunLog.write
 
@@ -249,31 +239,19 @@ def assert_follows(run, other):
             assert torch.allclose(weight, other_content["model_ema"][name], atol=2e-5), name
 
 
-@pytest.mark.parametrize("accum_iter", [2, 4])
-def test_accumulated_batches_follow_the_whole_batch(train, accum_iter):
+@pytest.mark.parametrize("count", [2, 4])
+def test_accumulated_batches_follow_the_whole_batch(train, count):
     whole = train(*NO_DROPOUT, out="whole")
-    parts = train(
-        *NO_DROPOUT, "--batch_size", 8 // accum_iter, "--accum_iter", accum_iter, out="parts"
-    )
+    parts = train(*NO_DROPOUT, "--batch_size", 8 // count, "--accum_iter", count, out="parts")
     assert_follows(whole, parts)
     assert parts[0]["progress"]["images_per_step"] == 8
 
 
 def test_two_processes_with_half_the_batch_follow_one_with_the_whole(train, latents, tmp_path):
     whole = train(*NO_DROPOUT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += [
-        f"--master_port={free_port()}",
-        "tests/support/train_small.py",
-        *GEOMETRY,
-        *NO_DROPOUT,
-    ]
-    command += ["--model", "mar_tiny", "--use_cached", "--cached_path", str(latents)]
-    command += ["--output_dir", str(tmp_path / "2")]
-    command += ["--batch_size", "2", "--accum_iter", "2", *SCHEDULE]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    flags = ["--model", "mar_tiny", "--use_cached", "--cached_path", latents]
+    flags += ["--output_dir", tmp_path / "2", "--batch_size", 2, "--accum_iter", 2]
+    train_in_two_processes(*GEOMETRY, *NO_DROPOUT, *SCHEDULE, *flags)
     content = read_pickle(tmp_path / "2" / "checkpoint-last.pth")
     assert not any(name.startswith("module.") for name in content["model"])
     log = [json.loads(line) for line in (tmp_path / "2" / "log.jsonl").read_text().splitlines()]

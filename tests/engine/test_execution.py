@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engine import llamagen, mar
-from engine.base import ComputeConfig, Loaded
+from engine import base, llamagen, mar
+from engine.base import ComputeConfig, Execution, Loaded
 from engine.mar import MarGenerator, SamplingConfig
 from models.gpt_images import GPTSampling
 from models.gpt_sampler import GPTSampler
@@ -19,7 +19,7 @@ CUDA = torch.device("cuda", 0)
 
 def generator_of(family, compute, monkeypatch, compiles):
     """That of a small model on a card where torch.compile works, or does not."""
-    monkeypatch.setattr(family, "can_compile", lambda device, show: compiles)
+    monkeypatch.setattr(base, "can_compile", lambda device, show: compiles)
     if family is mar:
         host = mar.MARHost(
             "mar_tiny", small_mar().config, mar.TokenizerConfig(), SamplingConfig(), "", False
@@ -28,7 +28,7 @@ def generator_of(family, compute, monkeypatch, compiles):
     else:
         host = llamagen.LlamaGenHost("gpt_tiny", llamagen.GPTImageConfig(), GPTSampling(), "")
         loaded = Loaded(small_gpt((4, 4)).to("cuda"), vq_tiny().to("cuda"), "")
-    return host.generator(loaded, compute, CUDA, torch.bfloat16, show=False)
+    return host.generator(loaded, Execution(CUDA, torch.bfloat16, compute))
 
 
 @pytest.mark.parametrize("family", [mar, llamagen])

@@ -1,7 +1,5 @@
 """A family is one file and one line: a toy that paints plain colours from prompts, defined here."""
 
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +58,7 @@ class ToyHost(Host):
     def load(self, device):
         return Loaded(nn.Identity(), nn.Identity(), "no weights")
 
-    def generator(self, loaded, compute, device, dtype, show):
+    def generator(self, loaded, execution):
         return Painter(self.paint)
 
     def config(self, loaded, dtype):
@@ -95,7 +93,7 @@ class ToyFamily(Family):
 
 
 @pytest.fixture
-def paint(one_thread, monkeypatch, capsys, tmp_path):
+def paint(one_thread, monkeypatch, document_of, tmp_path):
     """Calls eval.py with the toy registered; returns its last line, parsed."""
     monkeypatch.setitem(engine.FAMILIES, "Toy", ToyFamily())
     prompts = tmp_path / "walls.txt"
@@ -104,9 +102,7 @@ def paint(one_thread, monkeypatch, capsys, tmp_path):
     def call(*flags: object, model: str = "toy", out: Path = tmp_path / "out") -> dict:
         words = ["--model", model, "--prompts", prompts, "--num_images", 10, "--eval_bsz", 4]
         words += ["--device", "cpu", "--threads", 1, "--output_dir", out, *flags]
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
-        eval_script.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        return document_of(eval_script, *words)
 
     return call
 
@@ -137,7 +133,7 @@ def test_deleted_images_come_back_with_the_same_bits_and_no_other_is_made(paint)
     assert sorted(rewritten) == ["00002.png", "00005.png"]
 
 
-def test_a_run_is_scored_at_once_later_and_without_being_saved(paint, monkeypatch, capsys):
+def test_a_run_is_scored_at_once_later_and_without_being_saved(paint, document_of):
     result = paint("--save_npz")
     assert result["fid"] > 1
     assert 1 <= result["is_mean"] <= 10
@@ -149,10 +145,7 @@ def test_a_run_is_scored_at_once_later_and_without_being_saved(paint, monkeypatc
     expected = {name: result[name] for name in names}
     streamed = paint("--no_save", out=folder_of(result).parent / "streamed")
     assert {name: streamed[name] for name in names} == pytest.approx(expected, rel=1e-6)
-    argv = ["eval.py", "--device", "cpu", "--score_only", str(folder_of(result))]
-    monkeypatch.setattr(sys, "argv", argv)
-    eval_script.main()
-    later = json.loads(capsys.readouterr().out.splitlines()[-1])
+    later = document_of(eval_script, "--device", "cpu", "--score_only", folder_of(result))
     assert {name: later[name] for name in names} == pytest.approx(expected, rel=1e-6)
     assert report.load_run(folder_of(result))["prompts"] == result["config"]["prompts"]
 

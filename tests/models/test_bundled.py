@@ -8,10 +8,10 @@ import torch
 from engine import cli
 from engine.llamagen import LlamaGenHost
 from engine.mar import MARHost
-from models.gpt_images import generate
+from models.gpt_images import GPTGenerator
 from tests.support import ROOT
 from util.images import to_uint8
-from util.shapes import HELD_OUT_START, ShapesDataset
+from util.shapes import HELD_OUT_START, pictures
 from util.tiny.classifier import ShapeClassifier
 
 CPU = torch.device("cpu")
@@ -52,15 +52,15 @@ def test_shapes_of_the_gpt_are_recognised(line_ar):
     assert isinstance(host, LlamaGenHost)
     loaded = host.load(CPU)
     size = host.images.img_size
-    images = generate(loaded.model, loaded.tokenizer, LABELS, LABELS, host.sampling, size)
+    generator = GPTGenerator(loaded.model, loaded.tokenizer, host.sampling, size)
+    images = generator.generate((LABELS, LABELS))
     assert recognised(images) >= 8
 
 
 @torch.no_grad()
 def test_held_out_pictures_survive_the_tokenizer_of_the_gpt():
     tokenizer = cli.named("gpt_tiny").host().open_tokenizer(CPU)
-    data = ShapesDataset(HELD_OUT_START, 20)
-    images = torch.stack([data[i][0] for i in range(20)]).float() / 127.5 - 1
+    images = pictures(HELD_OUT_START, 20).float() / 127.5 - 1
     error = ((tokenizer.decode(tokenizer.encode(images)) - images) / 2).square().mean()
     assert -10 * error.log10() > 33  # dB
 

@@ -34,9 +34,8 @@ def test_a_compressed_cache_on_cuda_gives_the_logits_of_the_oracle():
     codes = random_codes(model, 3)
     oracle = Oracle(model, 3, budget=21, anchors=2, recent=7)
     config = LineARConfig(budget=3, anchors=2, recent=1)
-    ours = (
-        copy.deepcopy(model).to("cuda").cached_logits(codes.to("cuda"), labels.to("cuda"), config)
-    )
+    ours = copy.deepcopy(model).to("cuda")
+    ours = ours.cached_logits(codes.to("cuda"), labels.to("cuda"), config)
     torch.testing.assert_close(ours.cpu(), oracle.logits(codes, labels), rtol=1e-3, atol=1e-3)
 
 

@@ -46,9 +46,8 @@ def pixels(decoded: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 def test_the_rotary_factors_are_the_recorded_ones(tok, part):
-    assert (
-        relative_error(getattr(tok, part).rope_tensor, recorded()[f"tok_out/rope_{part}"]) < EXACT
-    )
+    rope = getattr(tok, part).rope_tensor
+    assert relative_error(rope, recorded()[f"tok_out/rope_{part}"]) < EXACT
 
 
 def test_encoding_equals_the_recorded_moments_and_latents(tok):
@@ -85,7 +84,7 @@ def test_moments_that_are_stored_give_the_same_draws(tok):
     assert torch.equal(again.sample(noise=noise), posterior.sample(noise=noise))
 
 
-def test_keys_shapes_and_their_order_are_those_of_the_published_tokenizer():
+def test_names_shapes_and_their_order_are_those_of_the_published_tokenizer():
     with torch.device("meta"):
         model = DeTok()
     ours = [(key, tuple(tensor.shape)) for key, tensor in model.state_dict().items()]

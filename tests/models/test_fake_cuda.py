@@ -74,10 +74,7 @@ MARS = {
     "constant guidance": {"cfg_schedule": "constant"},
     "no guidance": {"cfg": 1.0, "lazy_mar": ALL},
 }
-GPTS = {
-    "full": None,
-    **{m: LineARConfig(budget=2, anchors=1, recent=1, method=m) for m in METHODS},
-}
+GPTS = {"full": None, **{m: LineARConfig(budget=2, anchors=1, recent=1, method=m) for m in METHODS}}
 
 
 @pytest.fixture

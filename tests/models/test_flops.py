@@ -1,7 +1,6 @@
 """The count of operations equals what torch counts, for MAR and LazyMAR, as published and as executed."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
@@ -254,18 +253,14 @@ def test_shares_of_the_caches_add_up_to_all_that_is_saved():
         shares = flops.shares(modes)
         saved = modes["MAR"].published.total - modes["LazyMAR"].published.total
         assert sum(share.share for share in shares.values()) == pytest.approx(1), name
-        assert shares["head"].alone == pytest.approx(
-            shares["head"].last
-        )  # independent of the others
+        assert shares["head"].alone == pytest.approx(shares["head"].last)  # independent
         assert shares["token"].alone + shares["condition"].alone > saved - shares["head"].alone
 
 
-def test_every_model_and_mode_has_its_row(printed, monkeypatch, capsys):
+def test_every_model_and_mode_has_its_row(printed, document_of):
     text, document = printed
     for name in document:
         for mode in flops.modes(64):
             assert sum(line.startswith(f"| {name} | {mode} |") for line in text.splitlines()) == 1
-    monkeypatch.setattr(sys, "argv", ["flops", "--num_iter", "32"])
-    flops.main()
-    fewer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    fewer = document_of(flops, "--num_iter", 32)
     assert fewer["mar_base"]["plain"] < document["mar_base"]["plain"]

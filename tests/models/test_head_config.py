@@ -14,7 +14,7 @@ from models.plan import DecodingPlan
 from tests.support import ROOT
 from tests.support.golden_data import relative_error
 from tests.support.sampling import CLOSE, CONFIGS, noise_of, sample, small_mar
-from util.checkpoint import load_into
+from util.weights import load_into
 
 OWN = create_diffusion("100")
 DISA = HeadConfig(steps=(50, 5), t_start=950)
@@ -101,7 +101,7 @@ def test_impossible_settings_are_named(arguments, named):
 
 def test_more_steps_than_the_image_has_noise_for_are_refused():
     with pytest.raises(
-        ValueError, match="39 denoising steps needs noise of as many, and there is noise of 25"
+        ValueError, match="39 denoising steps needs noise of 39 steps, but there is noise of 25"
     ):
         sample(small_mar(), head=HeadConfig(steps=40))
 
@@ -197,7 +197,7 @@ def test_every_cache_works_with_guidance_that_starts_late_and_stops_early(name):
     assert 1e-5 < relative_error(lazy, plain) < 1.0
 
 
-def test_guidance_that_never_starts_is_none():
+def test_guidance_that_never_starts_is_no_guidance():
     model = small_mar()
     never = sample(model, head=HeadConfig(guidance_start=1.0))
     assert torch.equal(never, sample(model, cfg=1.0))

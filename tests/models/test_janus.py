@@ -1,4 +1,4 @@
-"""Janus draws what the library draws; the draws belong to the image; original files load."""
+"""Janus draws what the library draws; the draws belong to the image."""
 
 import pytest
 import torch
@@ -7,14 +7,11 @@ from models.gpt_images import GPTSampling
 from models.line_config import LineARConfig
 from models.line_methods import METHODS
 from models.token_sampling import TokenSampler
-from models.vq import VQModel
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 from models.janus import (  # noqa: E402
     JanusGenerator,
-    from_original,
-    load_original,
     sample_tokens,
     unconditional,
 )
@@ -65,6 +62,15 @@ def test_compressed_codes_are_those_of_the_librarys_generate(librarys):
         cache = {cache_argument(model): LineARCache(LINEAR, GRID)}
         assert torch.equal(codes, librarys(model, **cache))
     assert not torch.equal(codes, librarys(model))
+
+
+def test_another_cache_of_the_library_draws_the_same():
+    model = tiny_janus()
+    cache = transformers.StaticCache(config=model.config.text_config, max_cache_len=7 + 48)
+    settings = {"grid": GRID, "seeds": SEEDS}
+    codes = sample_tokens(model, **padded(PROMPTS), **settings, cache=cache)
+    assert cache.get_seq_length() == 7 + 47
+    assert torch.equal(codes, sample_tokens(model, **padded(PROMPTS), **settings))
 
 
 @pytest.mark.parametrize("cfg", [2.0, 5.0])
@@ -133,55 +139,3 @@ def test_prompts_become_pictures_whatever_their_batch(template):
     codes = sample_tokens(model, **inputs, seeds=seeds, line_ar=sampling.line_ar)
     pixels = model.decode_image_tokens(codes).movedim(-1, 1)  # 16 pixels: stride 2
     torch.testing.assert_close(images, pixels)
-
-
-# ---- the original files ---------------------------------------------------------------------------------
-
-
-def original_weights(model, tokenizer: VQModel) -> dict[str, torch.Tensor]:
-    """What deepseek-ai's file of this model would hold, written down by module."""
-    parts = {
-        "language_model.model": model.model.language_model,
-        "language_model.lm_head": model.lm_head,
-        "gen_embed": model.model.generation_embeddings,
-        "gen_aligner.layers.0": model.model.generation_aligner.fc1,
-        "gen_aligner.layers.2": model.model.generation_aligner.hidden_layers[0],
-        "gen_head.output_mlp_projector": model.model.generation_head.proj_out,
-        "gen_head.vision_head": model.model.generation_head.vision_head,
-        "gen_vision_model": tokenizer,
-    }
-    weights = {
-        f"{name}.{key}": tensor
-        for name, part in parts.items()
-        for key, tensor in part.state_dict().items()
-    }
-    unused = ("vision_model.vision_tower.norm.weight", "aligner.layers.0.bias")
-    return weights | {key: torch.zeros(3) for key in unused}
-
-
-def small_vq(z_channels: int = 32) -> VQModel:
-    torch.manual_seed(5)
-    return VQModel(64, 8, ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=z_channels).eval()
-
-
-def test_the_original_files_load_and_draw_the_same():
-    source, model, vq = tiny_janus((8, 8)), tiny_janus((8, 8), seed=3), small_vq()
-    load_original(model, original_weights(source, vq))
-    codes = sample_tokens(source, **padded(PROMPTS), seeds=SEEDS)
-    assert torch.equal(sample_tokens(model, **padded(PROMPTS), seeds=SEEDS), codes)
-    pixels = vq.decode(codes.unflatten(1, (8, 8)))
-    torch.testing.assert_close(
-        model.decode_image_tokens(codes).movedim(-1, 1), pixels, rtol=1e-4, atol=1e-4
-    )
-
-
-def test_original_files_that_do_not_fit_are_refused():
-    model = tiny_janus((8, 8))
-    weights = original_weights(model, small_vq())
-    with pytest.raises(ValueError, match="decoder.what is not a key of deepseek-ai's"):
-        from_original({**weights, "decoder.what": torch.zeros(1)})
-    del weights["gen_embed.weight"]
-    with pytest.raises(ValueError, match="1 tensors are missing.*generation_embeddings.weight"):
-        load_original(model, weights)
-    with pytest.raises(ValueError, match="of another shape"):
-        load_original(model, original_weights(model, small_vq(64)))

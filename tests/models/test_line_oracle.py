@@ -90,7 +90,7 @@ def test_greedy_codes_of_the_golden_model_equal_those_of_the_oracle():
 
 
 @pytest.mark.parametrize("method", ["linear", "snapkv", "h2o_last"])
-def test_of_tokens_worth_the_same_the_oldest_goes(method):
+def test_of_tokens_with_the_same_score_the_oldest_is_evicted(method):
     model, labels = small_gpt((9, 2)), torch.tensor([0, 3])
     for layer in model.layers:
         layer.attention.wqkv.weight[: 2 * model.n_head * model.head_dim].zero_()  # queries, keys

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from models.linear_tokenizer import LinearTokenizer
-from util.shapes import HELD_OUT_START, ShapesDataset
-from util.tiny.assets import save_module
+from util.shapes import HELD_OUT_START, pictures
+from util.tiny.training import save_weights
 
 BUNDLED = Path(__file__).parents[2] / "pretrained_models" / "mar_tiny" / "tokenizer.safetensors"
 
 
 def shapes(start: int, length: int) -> torch.Tensor:
-    dataset = ShapesDataset(start, length)
-    return torch.stack([dataset[n][0] for n in range(length)]).float() / 127.5 - 1
+    return pictures(start, length).float() / 127.5 - 1
 
 
 def psnr(restored: torch.Tensor, images: torch.Tensor) -> float:
@@ -118,7 +117,7 @@ def test_an_impossible_number_of_channels_is_refused(channels):
 
 def test_a_saved_tokenizer_comes_back_the_same(tmp_path, images):
     tokenizer = LinearTokenizer.fit(images, channels=4, stride=8)
-    save_module(tokenizer, tmp_path / "t.safetensors", metadata_of(tokenizer))
+    save_weights(tmp_path / "t.safetensors", tokenizer.state_dict(), metadata_of(tokenizer))
     again = LinearTokenizer.from_file(tmp_path / "t.safetensors")
     assert torch.equal(again.encode(images).mode(), tokenizer.encode(images).mode())
     assert again.latent_scale == tokenizer.latent_scale
@@ -145,6 +144,8 @@ def test_the_file_of_another_model_is_refused_in_one_line():
 
 
 def test_weights_that_contradict_the_metadata_are_refused(tmp_path, bundled):
-    save_module(bundled, tmp_path / "t.safetensors", metadata_of(bundled) | {"channels": 4})
+    save_weights(
+        tmp_path / "t.safetensors", bundled.state_dict(), metadata_of(bundled) | {"channels": 4}
+    )
     with pytest.raises(ValueError, match="not a linear tokenizer"):
         LinearTokenizer.from_file(tmp_path / "t.safetensors")

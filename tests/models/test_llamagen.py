@@ -10,12 +10,7 @@ from tests.support.golden_data import golden
 from tests.support.golden_recipe import load_shapes
 from tests.support.llamagen_data import golden_gpt, random_codes, small_gpt
 
-PUBLISHED = {
-    "gpt_b": "GPT-B",
-    "gpt_l": "GPT-L",
-    "gpt_xl": "GPT-XL",
-    "gpt_xxl": "GPT-XXL",
-}
+PUBLISHED = {"gpt_b": "GPT-B", "gpt_l": "GPT-L", "gpt_xl": "GPT-XL", "gpt_xxl": "GPT-XXL"}
 FROZEN = [6866841, 8090049, 16628172]
 MILLIONS = {"gpt_b": 110.9, "gpt_l": 342.9, "gpt_xl": 774.7, "gpt_xxl": 1411.3, "gpt_3b": 3096.7}
 
@@ -60,7 +55,7 @@ def test_greedy_codes_are_the_recorded_ones(cfg):
     torch.testing.assert_close(last, recorded, rtol=1e-4, atol=1e-4)
 
 
-def test_the_class_token_has_no_angle_but_a_rotation_of_zero():
+def test_the_rotation_of_the_class_token_is_zero():
     rope = rope_table((3, 5), 8, torch.device("cpu"))
     assert rope.shape == (16, 4, 2)
     assert (rope[0] == 0).all()
@@ -136,7 +131,7 @@ def test_an_image_that_cannot_be_computed_has_no_codes_and_spoils_no_other(greed
     assert (codes[0] >= 0).all()
 
 
-def test_without_guidance_the_unconditional_branch_has_no_say():
+def test_without_guidance_the_unconditional_branch_has_no_effect():
     model, labels = small_gpt((4, 4)), torch.tensor([1, 2])
     plain = model.sample_tokens(labels, cfg=1.0, seeds=[0, 1])
     changed = small_gpt((4, 4))
@@ -148,7 +143,7 @@ def test_without_guidance_the_unconditional_branch_has_no_say():
     )
 
 
-def test_guidance_ends_behind_its_interval():
+def test_guidance_ends_after_its_interval():
     model, labels = small_gpt((4, 4)), torch.tensor([1, 2, 3])
     run = lambda **kwargs: model.sample_tokens(labels, greedy=True, **kwargs)  # noqa: E731
     always, never, half = run(cfg=4.0), run(), run(cfg=4.0, cfg_interval=6)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from models.line_config import LineARConfig
 from models.line_methods import METHODS
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from models.lumina import ImageVocabulary, expand_norms, load_lumina, sample_tokens  # noqa: E402
+from models.lumina import ImageVocabulary, expand_norms, open_lumina, sample_tokens  # noqa: E402
 from models.transformers_cache import cache_argument  # noqa: E402
 from tests.support.transformers_data import BOS, MaskingOracle, padded, tiny_chameleon  # noqa: E402
 
@@ -115,6 +116,7 @@ def test_without_guidance_there_is_one_branch(monkeypatch):
 def test_the_vocabulary_is_found_by_name():
     vocabulary = ImageVocabulary.from_model(tiny_chameleon())
     assert (vocabulary.begin, vocabulary.newline, vocabulary.size) == (68, 69, 70)
+    assert vocabulary.turn == 79
     assert vocabulary.codes[:3] == (67, 66, 65)
     assert vocabulary.head(GRID) == HEAD
     with pytest.raises(ValueError, match="8 x 5 codes; both must be even"):
@@ -125,7 +127,7 @@ def test_the_vocabulary_is_found_by_name():
         draw(model)
 
 
-def test_norms_of_a_shard_serve_all_its_heads():
+def test_norms_of_a_shard_serve_all_its_heads(tmp_path):
     source, model = tiny_chameleon(), tiny_chameleon(seed=1)
     weights = {k: v for k, v in source.state_dict().items() if not k.startswith("model.vqmodel.")}
     for key in [k for k in weights if "_norm." in k]:
@@ -133,7 +135,11 @@ def test_norms_of_a_shard_serve_all_its_heads():
         weights[key] = shards
         source.state_dict()[key].copy_(shards[[0, 0, 1, 1]])
     assert expand_norms(weights, model.config)[key].shape == (4, 16)
-    load_lumina(model, weights)
+    model.config.save_pretrained(tmp_path)
+    save_file(weights, tmp_path / "model.safetensors")
+    model = open_lumina(tmp_path)
     assert torch.equal(draw(model), draw(source))
     with pytest.raises(ValueError, match="1 tensors are missing.*lm_head.weight"):
-        load_lumina(model, {k: v for k, v in weights.items() if k != "lm_head.weight"})
+        del weights["lm_head.weight"]
+        save_file(weights, tmp_path / "model.safetensors")
+        open_lumina(tmp_path)

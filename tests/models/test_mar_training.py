@@ -118,7 +118,7 @@ def test_impossible_models_are_refused(argument, named):
         small_mar(**argument)
 
 
-def test_the_noise_of_a_step_is_a_function_of_its_seed_and_can_be_dealt_out():
+def test_the_noise_of_a_step_is_a_function_of_its_seed_and_can_be_split():
     model = small_mar(diffusion_batch_mul=2, attn_dropout=0.0, proj_dropout=0.0).train()
     latents, labels = torch.randn(LATENTS), torch.arange(6) % 5
     noise = model.training_noise(6, seed=3)

@@ -33,10 +33,7 @@ MARS = {
 }
 BATCHES = (((3, 4), (1, 2)), ((5, 6), (0, 1)), ((7, 8), (4, 4)))  # as it is, recorded, replayed
 GRID = (6, 4)
-GPTS = {
-    "full": None,
-    **{m: LineARConfig(budget=3, anchors=2, recent=1, method=m) for m in METHODS},
-}
+GPTS = {"full": None, **{m: LineARConfig(budget=3, anchors=2, recent=1, method=m) for m in METHODS}}
 
 
 @pytest.fixture
@@ -75,14 +72,9 @@ def test_replayed_batches_of_a_gpt_are_those_of_a_fresh_sampler(monkeypatch, kin
     replayed = GPTSampler(model)
     replayed.graphs = True
     for seeds, labels in BATCHES:
-        arguments = {
-            "cfg": 2.0,
-            "cfg_interval": cfg_interval,
-            "seeds": seeds,
-            "line_ar": GPTS[kind],
-        }
-        codes = replayed.sample_tokens(labels, top_k=40, **arguments)
-        assert torch.equal(codes, model.sample_tokens(labels, top_k=40, **arguments))
+        arguments = {"cfg_interval": cfg_interval, "seeds": seeds, "line_ar": GPTS[kind]}
+        codes = replayed.sample_tokens(labels, 2.0, top_k=40, **arguments)
+        assert torch.equal(codes, model.sample_tokens(labels, 2.0, top_k=40, **arguments))
     graphs = replayed._last[1].run
     assert graphs.replays > len(BATCHES) * GRID[0] * GRID[1] // 2
 
@@ -101,7 +93,7 @@ def test_the_steps_of_a_gpt_are_one_program_per_bucket_and_one_per_full_line(mon
         assert len(lines) == line_programs  # of 1, 2, 3 lines, and of the full buffer
 
 
-def test_other_settings_are_recorded_anew(monkeypatch):
+def test_other_settings_are_recorded_again(monkeypatch):
     monkeypatch.setattr(gpt_sampler, "CudaGraphs", CpuGraphs)
     model = small_gpt(GRID)
     sampler = GPTSampler(model)
@@ -112,7 +104,7 @@ def test_other_settings_are_recorded_anew(monkeypatch):
         assert torch.equal(codes, model.sample_tokens((1, 2), **arguments))
 
 
-def test_an_image_that_broke_does_not_break_the_next_batch(monkeypatch):
+def test_a_broken_image_does_not_break_the_next_batch(monkeypatch):
     monkeypatch.setattr(gpt_sampler, "CudaGraphs", CpuGraphs)
     model = small_gpt(GRID)
     model.cls_embedding.embedding_table.weight.data[3] = torch.nan

@@ -12,6 +12,7 @@ from tests.support.golden_recipe import load_shapes
 from util import checkpoint
 from util.training.ema import EMA
 from util.training.optimizer import make_optimizer
+from util.weights import read_pickle
 
 # MAR, table 1 of the paper's repository: parameters in millions, tensors
 SIZES = {"mar_base": (207.9, 364), "mar_large": (478.3, 476), "mar_huge": (942.4, 604)}
@@ -40,9 +41,7 @@ def test_keys_and_shapes_are_those_of_the_published_checkpoint(name):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_the_file_of_a_training_run_has_exactly_the_official_names_in_the_official_order(
-    name, tmp_path
-):
+def test_a_training_checkpoint_has_the_official_names_in_that_order(name, tmp_path):
     model, published = build(name, **head_of(name)), load_shapes(name)
     optimizer = make_optimizer(model, 1e-4, 0.02)
     for parameter in model.parameters():
@@ -58,7 +57,7 @@ def test_the_file_of_a_training_run_has_exactly_the_official_names_in_the_offici
         args=argparse.Namespace(),
         progress={},
     )
-    content = checkpoint.read_pickle(tmp_path / "x.pth")
+    content = read_pickle(tmp_path / "x.pth")
     assert set(content) - {"progress"} == {
         *("model", "model_ema", "optimizer", "epoch", "scaler", "args")
     }

@@ -1,7 +1,6 @@
 """KL-16: the published architecture, its file, and the Gaussian that the encoder returns."""
 
 import argparse
-import pickle
 
 import numpy as np
 import pytest
@@ -37,7 +36,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def test_keys_shapes_and_their_order_are_those_of_the_published_file(kl16):
+def test_names_shapes_and_their_order_are_those_of_the_published_file(kl16):
     ours = [(key, tuple(tensor.shape)) for key, tensor in kl16.state_dict().items()]
     assert ours == list(load_shapes("vae_kl16").items())
     assert len(ours) == 312
@@ -125,54 +124,3 @@ def test_the_weights_come_from_the_model_entry_of_the_file(small, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.ckpt not found: .*util\.download vae"):
         AutoencoderKL(**SMALL, ckpt_path=tmp_path / "none.ckpt")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda w: w.pop("encoder.conv_in.bias"), r"lacks 'encoder\.conv_in\.bias'"),
-        (lambda w: w.update(surplus=torch.zeros(1)), r"has 'surplus'"),
-        (
-            lambda w: w.update({"decoder.conv_in.bias": torch.zeros(3)}),
-            r"'decoder\.conv_in\.bias' is \(3,\) in .* but \(64,\)",
-        ),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused_with_the_difference(small, tmp_path, change, message):
-    weights = small.state_dict()
-    change(weights)
-    torch.save({"model": weights}, tmp_path / "kl.ckpt")
-    with pytest.raises(ValueError, match=message):
-        AutoencoderKL(**SMALL, ckpt_path=tmp_path / "kl.ckpt")
-
-
-def test_a_file_of_bare_weights_is_read_too(small, tmp_path):
-    torch.save(small.state_dict(), tmp_path / "kl.ckpt")
-    loaded = AutoencoderKL(**SMALL, ckpt_path=tmp_path / "kl.ckpt").state_dict()
-    assert all(torch.equal(loaded[key], tensor) for key, tensor in small.state_dict().items())
-
-
-class _Code:
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        return (open, (self.marker, "w"))
-
-
-def test_code_inside_a_file_is_refused_and_never_runs(tmp_path):
-    path, marker = tmp_path / "kl.ckpt", tmp_path / "ran"
-    torch.save({"model": {"weight": _Code(str(marker))}}, path, pickle_module=pickle)
-    with pytest.raises(
-        ValueError, match=r"holds _?io\.open, and unpickling that could run any code"
-    ):
-        AutoencoderKL(**SMALL, ckpt_path=path)
-    assert not marker.exists()
-
-
-def test_a_truncated_file_is_refused(small, tmp_path):
-    path = tmp_path / "kl.ckpt"
-    torch.save({"model": small.state_dict()}, path)
-    path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(ValueError, match=r"is truncated, damaged"):
-        AutoencoderKL(**SMALL, ckpt_path=path)

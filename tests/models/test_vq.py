@@ -25,7 +25,7 @@ def small() -> VQModel:
     return VQModel(**SMALL).eval().requires_grad_(False)
 
 
-def test_keys_shapes_and_their_order_are_those_of_the_published_file(vq16):
+def test_names_shapes_and_their_order_are_those_of_the_published_file(vq16):
     ours = [(key, tuple(tensor.shape)) for key, tensor in vq16.state_dict().items()]
     assert ours == list(load_shapes("VQ-16", "llamagen_state_dicts.json").items())
 
@@ -58,7 +58,7 @@ def test_a_code_is_the_nearest_on_the_unit_sphere_whatever_the_lengths(small):
     torch.testing.assert_close(small.decode(codes), image)
 
 
-def test_forms_that_are_not_square_come_back_in_their_form(small):
+def test_images_that_are_not_square_keep_their_shape(small):
     x = torch.rand(1, 3, 8, 20)
     assert small.stride == 2
     assert small.decode(small.encode(x)).shape == x.shape

@@ -1,6 +1,9 @@
 """Comparisons that several tests make."""
 
+import pytest
 import torch
+
+from util.errors import UserError
 
 
 def assert_same(a, b):
@@ -17,6 +20,14 @@ def assert_same(a, b):
             assert_same(x, y)
     else:
         assert a == b
+
+
+def refusal(call) -> str:
+    """The message of the UserError that call() raises; it must be one line."""
+    with pytest.raises(UserError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def is_one_sentence(error):

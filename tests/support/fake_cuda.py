@@ -18,14 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 COPIES = ("copy_", "_to_copy")
-WAITS = (
-    "_local_scalar_dense",
-    "is_nonzero",
-    "equal",
-    "nonzero",
-    "masked_select",
-    "unique_consecutive",
-)
+WAITS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
+WAITS += ("unique_consecutive",)
 
 
 class FakeCuda(TorchDispatchMode):
@@ -98,9 +92,7 @@ def _attention(
     del dropout_p, is_causal, kwargs
     for other in (k, v) if attn_mask is None else (k, v, attn_mask):
         if (other.dtype, other.device) != (q.dtype, q.device):
-            raise RuntimeError(
-                f"attention of {q.dtype} on {q.device} with {other.dtype}, {other.device}"
-            )
+            raise RuntimeError(f"attention of {q.dtype}, {q.device}, {other.dtype}, {other.device}")
     assert k.shape == v.shape and k.shape[-1] == q.shape[-1]
     return torch.add(q, 0.0)
 

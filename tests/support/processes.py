@@ -54,6 +54,15 @@ def result_of(*outputs: tuple[int, str, str]) -> dict:
     return json.loads(last)
 
 
+def train_in_two_processes(*flags: object) -> None:
+    """main_mar.py with the small model of train_small.py, under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += [f"--master_port={free_port()}", "tests/support/train_small.py", *map(str, flags)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr
+
+
 def workers_of(process: subprocess.Popen) -> list[int]:
     """Process ids of an agent's children."""
     listing = subprocess.run(

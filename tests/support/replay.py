@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 Operation = tuple[
     Any, tuple[Any, ...], dict[str, Any], list[Tensor]
-]  # function, arguments, results
+]  # function, args, kwargs, results
 
 
 def _memory(value: object) -> list[int]:

@@ -67,6 +67,7 @@ def tiny_chameleon(kv_heads: int = 4, seed: int = 0):
     names = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<image>": 3}
     names |= {code_name(63 - i): 4 + i for i in range(64)}
     specials = ("<racm3:break>", "<reserved08799>", *(f"<reserved{8800 + i:05}>" for i in range(9)))
+    specials += ("<reserved08706>",)
     names |= {name: 68 + i for i, name in enumerate(specials)}
     config = transformers.ChameleonConfig(
         vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -163,7 +164,7 @@ class MaskingOracle:
     def end_line(self, layer: int, key: Tensor) -> None:
         queries = torch.stack(
             self.queries[layer][-self.plan.line :], 2
-        )  # (rows, kv, line, groups, d)
+        )  # (rows, kv, line, group, d)
         for row, seen in enumerate(self.seen[layer]):
             for head, alive in enumerate(seen):
                 slots = [i for i, kept in enumerate(alive.tolist()) if kept]

@@ -40,9 +40,7 @@ def in_two_threads(pair, work):
 
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("rounds", [0, 1, 2], ids="before round {}".format)
-def test_a_failure_in_one_process_ends_the_attempt_in_both_and_the_next_succeeds(
-    pair, failing, rounds
-):
+def test_a_failure_in_one_process_ends_the_attempt_in_both(pair, failing, rounds):
     def work(rendezvous):
         with pytest.raises(UserError) as error, rendezvous.attempt():
             for number in range(3):

@@ -172,11 +172,7 @@ def test_help_shows_groups_and_the_defaults_that_hold(capsys):
     assert exit_info.value.code == 0
     text = capsys.readouterr().out
     assert "kitchen:" in text
-    for line in (
-        "cups on the table [5]",
-        "100% at most [0.75]",
-        "what is cooked [model]",
-        "width, height [2,3]",
-    ):
+    lines = "cups on the table [5]", "100% at most [0.75]", "what is cooked [model]"
+    for line in (*lines, "width, height [2,3]"):
         assert line in text
     assert "hidden" not in text

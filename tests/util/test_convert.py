@@ -10,10 +10,11 @@ from safetensors import safe_open
 from torch import nn
 
 from util import checkpoint
-from util.checkpoint import convert, load_into, load_state_dict_file, read_pickle, save_safetensors
+from util.checkpoint import convert, main
 from util.errors import UserError, run_main
 from util.files import sha256_of
 from util.training.ema import EMA
+from util.weights import LAST, load_into, load_state_dict_file, read_pickle, save_safetensors
 
 ARGS = {"model": "mar_tiny", "diffloss_w": 16, "num_sampling_steps": "100", "lr": None}
 PRIVATE = {"data_path": "/home/someone/data", "output_dir": "out", "keep": [1]}
@@ -28,7 +29,7 @@ def run(tmp_path):
     for average in ema.averages:
         average += torch.randn_like(average)
     checkpoint.save_checkpoint(
-        tmp_path / "run" / checkpoint.LAST,
+        tmp_path / "run" / LAST,
         model=model,
         ema=ema,
         optimizer=torch.optim.AdamW(model.parameters()),
@@ -45,9 +46,9 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
-def test_there_and_back_is_the_same_bits_in_a_dict_that_the_original_loads(run, tmp_path, use_ema):
+def test_converting_back_gives_the_same_bits_in_the_official_dict(run, tmp_path, use_ema):
     key = "model_ema" if use_ema else "model"
-    expected = read_pickle(run / checkpoint.LAST)[key]
+    expected = read_pickle(run / LAST)[key]
     shared = tmp_path / "shared" / "a.safetensors"
     convert(run, shared, use_ema)
     assert same(load_state_dict_file(shared, use_ema), expected)
@@ -62,10 +63,8 @@ def test_there_and_back_is_the_same_bits_in_a_dict_that_the_original_loads(run, 
 
 
 def test_the_json_says_what_the_weights_are_and_names_no_folder(run, tmp_path):
-    assert convert(run, tmp_path / "a.safetensors", True) == [
-        tmp_path / "a.safetensors",
-        tmp_path / "a.json",
-    ]
+    written = [tmp_path / "a.safetensors", tmp_path / "a.json"]
+    assert convert(run, written[0], True) == written
     about = json.loads((tmp_path / "a.json").read_text())
     assert about == {
         "weights": "model_ema",
@@ -79,7 +78,7 @@ def test_the_json_says_what_the_weights_are_and_names_no_folder(run, tmp_path):
         assert file.metadata() == {"weights": "model_ema"}
 
 
-def test_averaged_or_not_is_said_by_the_file_or_by_the_user_and_by_nobody_else(run, tmp_path):
+def test_the_file_or_the_user_says_whether_weights_are_averaged(run, tmp_path):
     bare = tmp_path / "bare.safetensors"
     save_safetensors(bare, load_state_dict_file(run))
     for source, words in ((run, "say --ema or --no_ema"), (bare, "does not say whether")):
@@ -88,7 +87,7 @@ def test_averaged_or_not_is_said_by_the_file_or_by_the_user_and_by_nobody_else(r
     convert(bare, tmp_path / "bare.pth", True)
     convert(run, tmp_path / "plain.safetensors", False)
     convert(run, tmp_path / "ema.safetensors", True)
-    with pytest.raises(UserError, match="not the averaged ones"):
+    with pytest.raises(UserError, match="not averaged ones"):
         convert(tmp_path / "plain.safetensors", tmp_path / "x.pth", True)
     with pytest.raises(UserError, match="holds model_ema: leave out --no_ema"):
         convert(tmp_path / "ema.safetensors", tmp_path / "x.pth", False)
@@ -103,26 +102,11 @@ def test_plain_weights_are_not_evaluated_in_the_place_of_averages(run, tmp_path)
             load_into(nn.Linear(3, 2), tmp_path / name)
 
 
-def test_what_is_shared_cannot_be_resumed_and_says_so(run, tmp_path):
-    model = nn.Linear(3, 2)
-    convert(run, tmp_path / "shared" / checkpoint.LAST, True)
-    with pytest.raises(UserError, match="no 'optimizer', so it is no training checkpoint"):
-        checkpoint.restore_checkpoint(
-            tmp_path / "shared",
-            model=model,
-            ema=EMA(model, 0.9),
-            optimizer=torch.optim.AdamW(model.parameters()),
-            scaler=torch.amp.GradScaler("cpu", enabled=False),
-        )
-
-
-def test_the_command_writes_both_files_and_overwrites_nothing_unasked(
-    run, tmp_path, monkeypatch, capsys
-):
+def test_the_command_writes_both_files_and_keeps_existing_ones(run, tmp_path, monkeypatch, capsys):
     def call(*words):
-        command = ["checkpoint.py", "convert", str(run), *map(str, words)]
+        command = ["py", "convert", str(run), *map(str, words)]
         monkeypatch.setattr(sys, "argv", command)
-        run_main(checkpoint.main)
+        run_main(main)
 
     target = tmp_path / "a.safetensors"
     call(target, "--ema")

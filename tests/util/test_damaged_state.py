@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from tests.support.assertions import refusal
 from util import report
 from util.data.checks import check_same_classes
 from util.data.latents import check_note, write_note
-from util.errors import UserError
 from util.evaluation.run_folder import RunFolder
 from util.files import read_json
 from util.training.log import RunLog
@@ -16,13 +16,6 @@ DAMAGED = [
     b"", b"{", b"null", b"7", b'"text"', b"\x00\xff\xfe\x80", b"\x00" * 64, b"[" * 100_000,
     b'{"a": 1} x', "ä".encode("latin-1"),
 ]  # fmt: skip
-
-
-def refusal(call) -> str:
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("content", [*DAMAGED, b"[]"], ids=range(len(DAMAGED) + 1))
@@ -108,7 +101,7 @@ LINE = b'{"step": 1, "loss": 0.5}\n'
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("after", [b"", b'{"step": 2, "loss": 0.25}\n'], ids=["last", "middle"])
-def test_damaged_lines_of_the_log_are_dropped_and_the_run_goes_on(tmp_path, capsys, tail, after):
+def test_damaged_lines_of_the_log_are_dropped_and_the_run_continues(tmp_path, capsys, tail, after):
     path = tmp_path / "log.jsonl"
     path.write_bytes(LINE + tail + (b"\n" if after and not tail.endswith(b"\n") else b"") + after)
     if after and tail == b'{"step": 2}':
@@ -120,7 +113,7 @@ def test_damaged_lines_of_the_log_are_dropped_and_the_run_goes_on(tmp_path, caps
     assert f"damaged line(s) of {path} are dropped" in capsys.readouterr().err
 
 
-def test_a_whole_log_is_told_nothing_of(tmp_path, capsys):
+def test_a_complete_log_gets_no_note(tmp_path, capsys):
     (tmp_path / "log.jsonl").write_bytes(LINE)
     RunLog(tmp_path, tmp_path, step=1).close()
     assert capsys.readouterr().err == ""

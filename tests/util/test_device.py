@@ -43,5 +43,5 @@ def test_a_missing_compiler_is_one_sentence(monkeypatch, capsys):
     assert not can_compile(torch.device("cuda"), show=False)
     assert (
         capsys.readouterr().err
-        == "torch.compile does not work here (no C compiler); going on without\n"
+        == "torch.compile does not work here (no C compiler); running without it\n"
     )

@@ -23,7 +23,7 @@ def pair(monkeypatch):
     return [dist.Rendezvous(dist.World(rank, 2), patience=0.5) for rank in range(2)]
 
 
-def test_one_process_hears_its_own_messages():
+def test_one_process_receives_its_own_messages():
     with dist.Rendezvous() as rendezvous:
         rendezvous.next_round()
         rendezvous.publish("made", {"images": 3})
@@ -66,7 +66,7 @@ def test_the_sentence_of_a_process_that_failed_reaches_the_others(pair):
             first.wait("made", ranks=[1])
 
 
-def test_a_failed_collective_is_blamed_on_the_process_that_stopped(pair, monkeypatch):
+def test_a_failed_collective_names_the_process_that_stopped(pair, monkeypatch):
     monkeypatch.setattr(dist, "_FAILURE_WITHIN", 0.2)
     first, second = pair
     error = RuntimeError("connection closed by peer")

@@ -200,7 +200,7 @@ def test_another_length_than_the_published_one_is_refused_before_the_transfer(se
     assert not part_of(item).exists()
 
 
-def test_a_wrong_digest_is_refused_and_the_next_call_starts_anew(server, make):
+def test_a_wrong_digest_is_refused_and_the_next_call_starts_again(server, make):
     item = make()
     server.content = CONTENT[::-1]
     with pytest.raises(UserError, match=r"has sha256 \w{64} instead of \w{64} and was deleted"):
@@ -282,7 +282,7 @@ def test_a_missing_file_is_not_asked_for_again(server, make):
     assert len(server.requests) == 1
 
 
-def test_a_file_that_is_there_is_left_alone_unless_told_otherwise(server, make):
+def test_an_existing_file_is_kept_without_overwrite(server, make):
     item = make(bytes=3)
     Path(item.path).parent.mkdir()
     Path(item.path).write_bytes(b"own")
@@ -326,6 +326,8 @@ def test_the_manifest_puts_every_file_where_the_presets_look_for_it(monkeypatch,
         assert targets[name] == Path(host.resume)
         assert targets["vq16"] == Path(host.images.vae_path)
         assert targets["fid_stats"] == Path(cli.named(name).request().stats_path)
+    for name in ("janus_pro_1b", "janus_pro_7b"):
+        assert targets[name] == Path(cli.named(name).host().resume)
     assert targets["adm_batch"].parent == targets["fid_stats"].parent
     hub = tmp_path / "hub" / "checkpoints"
     assert targets["inception"] == hub / "weights-inception-2015-12-05-6726825d.pth"
@@ -349,10 +351,8 @@ def test_the_command_prints_where_each_file_is(monkeypatch, capsys):
     monkeypatch.setattr(download, "fetch", lambda item, overwrite: item.target)
     monkeypatch.setattr(sys, "argv", ["download", "vae", "fid_stats"])
     download.main()
-    assert capsys.readouterr().out.split() == [
-        "pretrained_models/vae/kl16.ckpt",
-        "fid_stats/adm_in256_stats.npz",
-    ]
+    paths = ["pretrained_models/vae/kl16.ckpt", "fid_stats/adm_in256_stats.npz"]
+    assert capsys.readouterr().out.split() == paths
 
 
 def test_an_unknown_name_ends_the_command_with_one_sentence(monkeypatch, capsys):

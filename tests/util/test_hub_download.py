@@ -26,7 +26,18 @@ def hub(monkeypatch, tmp_path):
         Path(local_dir).mkdir(parents=True, exist_ok=True)
         (Path(local_dir) / filename).write_bytes(b"weights")
 
-    module.hf_hub_download = hf_hub_download
+    def snapshot_download(repo_id, *, allow_patterns, local_dir=None, force_download=False):
+        module.calls.append((repo_id, tuple(allow_patterns), local_dir, force_download))
+        if module.fails:
+            raise module.fails
+        folder = Path(local_dir or "cache")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in module.found:
+            (folder / name).write_bytes(b"weights")
+        return str(folder)
+
+    module.hf_hub_download, module.snapshot_download = hf_hub_download, snapshot_download
+    module.found = ["config.json", "model.safetensors"]
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     return module
 
@@ -39,12 +50,10 @@ def test_a_file_of_the_hub_lands_at_its_path(hub, name):
     assert hub.calls[-1] == ("jjiaweiyang/l-DeTok", path.name, "main", False)
 
 
-def test_the_tokenizer_brings_the_statistics_that_it_needs(hub):
+def test_the_tokenizer_fetches_the_statistics_that_it_needs(hub):
     download.download("detok_tokenizer", overwrite=True)
-    assert [call[1] for call in hub.calls] == [
-        "stats.pkl",
-        "detok-BB-gamm3.0-m0.7-decoder_tuned.pth",
-    ]
+    files = ["stats.pkl", "detok-BB-gamm3.0-m0.7-decoder_tuned.pth"]
+    assert [call[1] for call in hub.calls] == files
     assert all(call[3] for call in hub.calls)
 
 
@@ -54,11 +63,30 @@ def test_a_file_that_is_there_is_not_fetched_again(hub):
     assert len(hub.calls) == 1
 
 
+def test_a_folder_of_the_hub_comes_without_pickles_and_what_is_there_stays(hub):
+    path = download.download("janus_pro_1b")
+    assert path == Path("pretrained_models/janus/Janus-Pro-1B")
+    assert (path / "model.safetensors").read_bytes() == b"weights"
+    patterns = ("*.safetensors", "*.json", "*.jinja")
+    assert hub.calls == [("deepseek-community/Janus-Pro-1B", patterns, path, False)]
+    download.download("janus_pro_1b")  # a cut transfer leaves a folder, so its client looks again
+    assert len(hub.calls) == 2
+    assert download.hub_folder("someone/Janus") == Path("cache")
+    assert hub.calls[-1] == ("someone/Janus", patterns, None, False)
+
+
+def test_a_folder_that_came_without_its_weights_is_refused(hub):
+    hub.found = ["config.json"]
+    with pytest.raises(UserError, match=r"Janus-Pro-7B holds neither model\.safetensors nor"):
+        download.download("janus_pro_7b")
+    hub.fails = RuntimeError("offline")
+    with pytest.raises(UserError, match=r"janus_pro_7b could not be fetched \(offline\)"):
+        download.download("janus_pro_7b")
+
+
 def test_a_failure_of_the_hub_is_one_sentence_with_another_way(hub):
     hub.fails = RuntimeError("404 Client Error\nEntry Not Found")
-    with pytest.raises(
-        UserError, match=r"fetched \(404 Client Error\).*by hand from https"
-    ) as caught:
+    with pytest.raises(UserError, match=r"fetched \(404 Client Error\).*https") as caught:
         download.download("detok_stats")
     assert "\n" not in str(caught.value)
 
@@ -66,7 +94,7 @@ def test_a_failure_of_the_hub_is_one_sentence_with_another_way(hub):
 def test_without_the_client_its_package_is_named(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(UserError, match="pip install huggingface_hub, or get it by hand"):
+    with pytest.raises(UserError, match="pip install huggingface_hub, or get https"):
         download.download("detok_mar_base")
 
 

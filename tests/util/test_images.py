@@ -145,13 +145,6 @@ def test_a_wrong_number_of_images_is_an_error_with_both_numbers(tmp_path):
             list_numbered_pngs(tmp_path, wanted)
 
 
-def test_an_image_that_is_not_numbered_is_refused_by_name(tmp_path):
-    save_png(tmp_path / png_name(0), picture())
-    save_png(tmp_path / "sheet.png", picture())
-    with pytest.raises(UserError, match=r"\(sheet\.png\)"):
-        list_numbered_pngs(tmp_path, 1)
-
-
 def test_the_images_of_a_folder_are_listed_without_those_of_folders_in_it(tmp_path):
     (tmp_path / "cat").mkdir()
     save_png(tmp_path / "cat" / "a.png", picture())

@@ -96,9 +96,7 @@ def test_a_reference_batch_of_adm_serves_for_all_metrics(tmp_path):
 @pytest.mark.parametrize(
     ("wanted", "missing"), [("kid", "images"), ("pr", "images"), ("sfid", "mu_s")]
 )
-def test_statistics_that_are_too_little_for_a_metric_are_refused_before_anything_is_generated(
-    tmp_path, wanted, missing
-):
+def test_statistics_without_what_a_metric_needs_are_refused_first(tmp_path, wanted, missing):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(8), sigma=np.eye(8))
     with pytest.raises(UserError, match=missing) as error:
         metrics.check_ready(request(tmp_path / "stats.npz", "fid", wanted))
@@ -190,15 +188,6 @@ def test_accuracy_is_the_share_of_images_that_show_their_label(tmp_path):
     assert "accuracy" not in toy_score(images, 10, stats)
 
 
-def test_another_number_of_images_than_asked_is_refused_with_both(tmp_path):
-    stats = toy_stats(tmp_path / "stats.npz", pictures(30, seed=2))
-    folder = write_pictures(tmp_path / "images", pictures(12))
-    for source in (folder, Pictures(pictures(12))):
-        with pytest.raises(UserError, match="12 images, but 50 are") as error:
-            toy_score(source, 50, stats)
-        assert is_one_sentence(error)
-
-
 def test_a_truncated_image_is_named(tmp_path):
     stats = toy_stats(tmp_path / "stats.npz", pictures(30, seed=2))
     folder = write_pictures(tmp_path / "images", pictures(12))
@@ -234,11 +223,8 @@ def test_missing_statistics_are_an_error_that_names_both_commands(tmp_path):
     [
         ({"mu": np.zeros(8)}, "sigma"),
         ({"mu": np.zeros(8), "sigma": np.eye(7)}, r"\(8,\) and sigma \(7, 7\)"),
-        ({"mu": np.zeros((8, 1)), "sigma": np.eye(8)}, r"\(8, 1\)"),
-        ({"mu": np.full(8, np.nan), "sigma": np.eye(8)}, "NaN"),
         ({"mu": np.zeros(9), "sigma": np.eye(9)}, "9-d.*toy has 8 features"),
         ({"mu": np.zeros(8), "sigma": np.eye(8), "features": "shapes"}, "statistics of shapes"),
-        ({"mu": np.array([print] * 8), "sigma": np.eye(8)}, "not a file of FID statistics"),
     ],
 )
 def test_wrong_statistics_are_refused_before_anything_is_generated(tmp_path, arrays, message):
@@ -246,19 +232,6 @@ def test_wrong_statistics_are_refused_before_anything_is_generated(tmp_path, arr
     with pytest.raises(UserError, match=message) as error:
         metrics.check_ready(request(tmp_path / "stats.npz"))
     assert is_one_sentence(error)
-
-
-def test_a_file_that_is_no_npz_is_refused_as_statistics(tmp_path):
-    stats = toy_stats(tmp_path / "stats.npz", pictures(30))
-    data = stats.read_bytes()
-    for wrong in (data[:100], b"", b"<html>not found</html>"):
-        stats.write_bytes(wrong)
-        with pytest.raises(UserError, match="not a file of FID statistics"):
-            metrics.check_ready(request(stats))
-    with open(stats, "wb") as file:
-        np.save(file, np.zeros(8))
-    with pytest.raises(UserError, match="not a file of FID statistics"):
-        metrics.check_ready(request(stats))
 
 
 def test_an_unknown_extractor_is_refused_with_the_known_names(tmp_path):

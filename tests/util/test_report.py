@@ -46,13 +46,19 @@ def test_paired_runs_get_speed_up_and_psnr(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert table.read_text().strip() in printed
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
-    assert rows[1] == "| MAR | 1.250 | 9.00 ± 0.50 | 99.0% | 2.000 | 1.00 | - |"
-    assert rows[2] == "| LazyMAR | 1.250 | 9.00 ± 0.50 | 99.0% | 0.500 | 4.00 | 28.1 |"
+    assert rows[1] == "| MAR | 99.0% | 2.000 | 1.00 | - |"
+    assert rows[2] == "| LazyMAR | 99.0% | 0.500 | 4.00 | 28.1 |"
     assert read_image(sheet).shape[1] > 3 * 8
     first, second = json.loads(numbers.read_text())["rows"]
     assert (first["speedup"], first["psnr"], first["lpips"]) == (1.0, None, None)
     assert (second["speedup"], second["fid"], second["lazy_mar"]) == (4.0, 1.25, True)
     assert second["psnr"] == pytest.approx(28.13, abs=0.01)
+
+
+def test_fid_is_shown_where_there_are_enough_images(tmp_path, monkeypatch):
+    plain = make_run(tmp_path / "a", False, 2.0, 100)
+    monkeypatch.setattr(report, "FEWEST_FOR_FID", 3)
+    assert "| MAR | 1.250 | 9.00 ± 0.50 | 99.0% | 2.000 | 1.00 | - |" in table_of(plain)
 
 
 def test_rows_name_the_settings_in_which_they_differ(tmp_path):
@@ -65,7 +71,7 @@ def test_rows_name_the_settings_in_which_they_differ(tmp_path):
     assert table_of(plain, plain).splitlines()[2].startswith("| MAR | ")
 
 
-def test_identical_images_are_told_and_do_not_lift_the_mean(tmp_path):
+def test_identical_images_are_reported_and_not_in_the_mean(tmp_path):
     plain, lazy = (
         make_run(tmp_path / "a", False, 2.0, 100),
         make_run(tmp_path / "b", True, 1.0, 100),
@@ -103,12 +109,12 @@ def test_metrics_on_request_are_columns_of_those_that_have_them(tmp_path):
     assert (rows[2][-9:], rows[3][-17:]) == ("| - | - |", "| 0.500 | 0.250 |")
 
 
-def test_scores_against_different_references_are_said_not_to_compare(tmp_path):
+def test_scores_against_different_references_are_marked_as_not_comparable(tmp_path):
     runs = [make_run(tmp_path / name, False, 1.0, 100, reference=f"toy {name}") for name in "ab"]
-    assert "do not compare: toy a and toy b." in table_of(*runs)
+    assert "are not comparable: toy a and toy b." in table_of(*runs)
     assert "compare" not in table_of(runs[0], runs[0])
 
 
-def test_a_folder_that_is_no_finished_run_is_named(tmp_path):
+def test_a_folder_that_is_not_a_finished_run_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         report.load_run(tmp_path)

@@ -11,6 +11,7 @@ from torch import nn
 from util import checkpoint
 from util.errors import UserError
 from util.training.ema import EMA
+from util.weights import LAST, read_pickle
 
 PROGRESS = {"step_in_epoch": 1, "step": 7, "images_per_step": 4, "images": 12, "skipped": 0}
 
@@ -38,14 +39,9 @@ def content(tmp_path) -> dict:
     """What a run wrote after some steps; restore() reads it back from a file."""
     run = Run()
     run.step()
-    checkpoint.save_checkpoint(
-        tmp_path / checkpoint.LAST,
-        **run.parts(),
-        epochs_done=3,
-        args=argparse.Namespace(),
-        progress=PROGRESS,
-    )
-    return copy.deepcopy(checkpoint.read_pickle(tmp_path / checkpoint.LAST))
+    more = {"epochs_done": 3, "args": argparse.Namespace(), "progress": PROGRESS}
+    checkpoint.save_checkpoint(tmp_path / LAST, **run.parts(), **more)
+    return copy.deepcopy(read_pickle(tmp_path / LAST))
 
 
 def restore(content: object, folder, fp16: bool = False) -> tuple[Run, int, dict]:

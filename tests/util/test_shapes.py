@@ -11,9 +11,9 @@ from util.shapes import (
     FOLDERS,
     FOREGROUNDS,
     HELD_OUT_START,
-    ShapesDataset,
     export,
     label_of,
+    pictures,
     render,
 )
 
@@ -75,16 +75,10 @@ def test_a_larger_picture_shows_the_same_scene():
         assert np.abs(average - small).mean() < 3
 
 
-def test_the_dataset_returns_channels_first_bytes_with_the_label():
-    dataset = ShapesDataset(HELD_OUT_START, 20)
-    image, label = dataset[13]
-    assert (len(dataset), label) == (20, 3)
-    assert np.array_equal(image.permute(1, 2, 0).numpy(), render(HELD_OUT_START + 13))
-
-
-def test_the_dataset_ends():
-    with pytest.raises(IndexError):
-        ShapesDataset(0, 5)[5]
+def test_pictures_are_batches_of_channels_first_bytes():
+    images = pictures(HELD_OUT_START, 20)
+    assert images.shape == (20, 3, 64, 64)
+    assert np.array_equal(images[13].permute(1, 2, 0).numpy(), render(HELD_OUT_START + 13))
 
 
 def test_the_alphabetical_order_of_the_folders_is_the_order_of_the_labels():

@@ -8,7 +8,7 @@ from util import device
 
 
 @pytest.mark.parametrize(("bf16", "told"), [(83e9, True), (133e9, False), (400e9, False)])
-def test_a_cpu_that_is_slower_in_bf16_is_told_with_both_rates(monkeypatch, capsys, bf16, told):
+def test_a_cpu_that_is_slower_in_bf16_is_reported_with_both_rates(monkeypatch, capsys, bf16, told):
     rates = {torch.float32: 133e9, torch.bfloat16: bf16}
     monkeypatch.setattr(device, "_matrix_rate", rates.__getitem__)
     threads = torch.get_num_threads()

@@ -73,7 +73,7 @@ def test_a_command_finishes_though_nobody_can_read_it(tmp_path, redirection, env
     assert "Exception ignored" not in done.stderr
 
 
-def test_a_lost_stdout_is_told_once_on_stderr(tmp_path):
+def test_a_lost_stdout_is_reported_once_on_stderr(tmp_path):
     said = run(tmp_path, ">/dev/full").stderr
     assert said.count("note: stdout is lost (No space left on device)") == 1
 

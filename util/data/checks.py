@@ -1,7 +1,7 @@
-"""Training data opened, and looked at before training: what can be known early is said early.
+"""Opens training data and checks it before training starts.
 
-Names, sizes and classes are known of every file. One file of each class is read, and every cached
-latent whose length is unusual; with --check_data all files are.
+Names, sizes and classes of all files are checked. One file of each class is read, and every cached
+latent of unusual length; with --check_data all files are read.
 """
 
 import sys
@@ -23,17 +23,17 @@ from util.dist import World
 from util.errors import UserError
 from util.files import read_json, write_json
 
-IN_MEMORY_BELOW = 4 << 30  # bytes of cached latents that are read into memory without being asked
+IN_MEMORY_BELOW = 4 << 30  # bytes of cached latents that are read into memory by default
 CLASSES = "classes.json"
-UNUSUAL_AT_MOST = 1000  # files read for their length; more than that are no exceptions
-SPREAD = (0.5, 2.0)  # of latents that the noise schedule, made for a deviation of 1, suits
+UNUSUAL_AT_MOST = 1000  # files read for their length; more are not unusual
+SPREAD = (0.5, 2.0)  # deviations of the latents that fit the noise schedule, which is made for 1
 
 TrainingData = ImageFolder | CachedFolder | CachedTensors
 
 
 @dataclass(frozen=True)
 class DataShape:
-    """What a model asks of its data. latent_shape: (C, h, w); tokenizer_files: those of the latents."""
+    """Shape of a model's data. latent_shape: (C, h, w); tokenizer_files: those of the latents."""
 
     img_size: int
     latent_shape: tuple[int, int, int]
@@ -67,7 +67,7 @@ def open_data(config: DataConfig, shape: DataShape, world: World | None = None) 
 
 
 def note(text: str, world: World) -> None:
-    """Something a user should know that is no error, on stderr, once."""
+    """Print a note for the user on stderr, in the main process only."""
     if world.is_main:
         print(f"note: {text}", file=sys.stderr, flush=True)
 
@@ -89,9 +89,9 @@ def _check_classes(data: ImageFolder | CachedFolder, class_num: int, world: Worl
 
 
 def unusual(data: CachedFolder) -> list[int]:
-    """Latents that are not as long as most: moments of one shape make npz files of one length.
+    """Indices of files that are not as long as most: npz files of one shape have one length.
 
-    No index where very many differ, as compressed files do.
+    None if very many differ, as compressed files do.
     """
     lengths, counts = np.unique(data.files.sizes, return_counts=True)
     odd = np.flatnonzero(data.files.sizes != lengths[counts.argmax()])
@@ -113,12 +113,10 @@ def check_files(
         chosen = sorted({*firsts.tolist(), *more})
     mine = chosen[world.rank :: world.size]
     errors = []
-    show = world.is_main and every
+    hide = None if world.is_main and every else True
     with (
         ThreadPoolExecutor(max(1, threads)) as pool,
-        tqdm(
-            total=len(mine), desc="checking data", unit="file", disable=None if show else True
-        ) as bar,
+        tqdm(total=len(mine), desc="checking data", unit="file", disable=hide) as bar,
     ):
         for start in range(0, len(mine), 1024):
             part = mine[start : start + 1024]
@@ -127,7 +125,7 @@ def check_files(
     if len(errors) == 1:
         raise UserError(errors[0][1])
     if len(errors) == len(mine) > 0:
-        raise UserError(f"{errors[0][1]} (so it is with all {len(mine)} files read)")
+        raise UserError(f"{errors[0][1]} (the same holds for all {len(mine)} files read)")
     if errors:
         raise UserError(
             f"{len(errors)} of {len(mine)} files cannot be used: {name_some([p for p, _ in errors])}; "
@@ -138,7 +136,7 @@ def check_files(
 def _error_of(
     data: ImageFolder | CachedFolder, index: int, mirrored: bool
 ) -> tuple[str, str] | None:
-    """Path and complaint of a file that cannot be used."""
+    """Path and error message of a file that cannot be used."""
     try:
         data[(index, False)]
         if mirrored and isinstance(data, CachedFolder):
@@ -149,7 +147,7 @@ def _error_of(
 
 
 def record_classes(folder: str | Path, classes: Sequence[str]) -> None:
-    """Write which class each label is, classes.json, beside the checkpoints."""
+    """Write the class names in the order of their labels to classes.json in the folder."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -158,7 +156,7 @@ def record_classes(folder: str | Path, classes: Sequence[str]) -> None:
 
 
 def check_same_classes(folder: str | Path, classes: Sequence[str]) -> None:
-    """UserError if the run in `folder` was trained on other classes; labels would change their meaning."""
+    """UserError if the run in `folder` was trained on other classes: labels would change their meaning."""
     path = Path(folder) / CLASSES
     if not path.is_file():
         return

@@ -15,10 +15,10 @@ NAMED_AT_MOST = 5  # files in one sentence
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Files (path, label) by class and path; label i belongs to classes[i], in the order of names.
+    """Files (path, label) by class and path; label i belongs to classes[i], in alphabetical order.
 
-    sizes: bytes of each file (N,). skipped: how many files of the class folders have another
-    extension, skipped_path is one of them. outside: files that would count, but are in no class folder.
+    sizes: bytes of each file (N,). skipped: number of files in the class folders with another
+    extension; skipped_path is one of them. outside: files with the extension outside class folders.
     """
 
     root: Path
@@ -31,9 +31,9 @@ class ClassFolders:
 
     @classmethod
     def scan(cls, root: str | Path, extensions: Sequence[str]) -> "ClassFolders":
-        """Look at every name and size, and into no file. Hidden files and folders do not count.
+        """List all names and sizes without opening a file. Hidden files and folders are ignored.
 
-        Links are followed. In a class, each folder counts once; a link back to `root` is no class.
+        Links are followed. In a class, each folder counts once; a link back to `root` is not a class.
         UserError: no such folder, no class folder, a class without files, empty files.
         """
         root = Path(root)
@@ -76,7 +76,7 @@ class ClassFolders:
         return cls(root, tuple(classes), samples, np.array(sizes), len(others), example, outside)
 
     def notes(self) -> list[str]:
-        """Sentences about files that are there and not used."""
+        """Sentences about files that are not used."""
         found = []
         if self.skipped:
             found.append(

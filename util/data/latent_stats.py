@@ -34,9 +34,7 @@ def read_statistics(path: str | Path) -> tuple[Tensor, Tensor]:
         )
     tensors, _ = read_safetensors(path)
     if tensors.keys() != {"mean", "std"}:
-        raise WeightsError(
-            f"{path} holds {', '.join(tensors) or 'nothing'} instead of mean and std"
-        )
+        raise WeightsError(f"{path} holds {', '.join(tensors) or 'nothing'}, not mean and std")
     return _checked(tensors["mean"], tensors["std"], path)
 
 
@@ -75,7 +73,7 @@ def _channels(entry: object, source: str) -> tuple[Tensor, Tensor]:
     for tensor in pair:
         if not isinstance(tensor, Tensor) or tensor.dim() != 1 or len(tensor) % 2:
             raise WeightsError(
-                f"the 'channel' statistics of {source} are no tensors of 2C entries, C of the means "
+                f"the 'channel' statistics of {source} are not tensors of 2C entries, C of the means "
                 "and C of the log variances"
             )
     mean, std = (tensor[: len(tensor) // 2] for tensor in pair)
@@ -88,14 +86,12 @@ def _checked(mean: Tensor, std: Tensor, source: object) -> tuple[Tensor, Tensor]
         shapes = f"{tuple(mean.shape)} and {tuple(std.shape)}"
         raise WeightsError(f"mean and std of {source} are {shapes}; both must be (C,)")
     if not (bool(mean.isfinite().all()) and bool(std.isfinite().all()) and bool((std > 0).all())):
-        raise WeightsError(
-            f"the statistics of {source} are not finite, or a deviation is not positive"
-        )
+        raise WeightsError(f"{source}: the statistics are not finite, or a std is not positive")
     return mean, std
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Builds tensors and plain containers; any other name in the file is refused before it is used."""
+    """Builds tensors and plain containers; any other name in the file is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -113,7 +109,7 @@ class _RefusedError(Exception):
 
 
 def _load_storage(data: bytes) -> Any:
-    """What torch itself pickles a storage by, without its right to unpickle anything; on the CPU."""
+    """torch's function of this name, on the CPU and with weights_only."""
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
@@ -128,6 +124,4 @@ def _read_pickle(path: Path) -> object:
             f"{path} holds {error}, which statistics do not need, and was not read: it is another file"
         ) from error
     except Exception as error:  # a damaged pickle raises almost anything
-        raise WeightsError(
-            f"{path} is truncated, damaged or no pickle of latent statistics"
-        ) from error
+        raise WeightsError(f"{path} is damaged or no pickle of latent statistics") from error

@@ -1,7 +1,7 @@
 """Cached latents on disk: one npz per image, and a note of the tokenizer they were made with.
 
 CACHED/CLASS/NAME.npz holds `moments` and `moments_flip` (2C, h, w); CACHED/tokenizer.json holds the
-digest of the tokenizer's file, because latents of another tokenizer train a model of noise.
+digest of the tokenizer's file, because a model trained on latents of another tokenizer draws noise.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def read_moments(
 ) -> list[Tensor]:
     """Moments (2C, h, w) float32 of one cached image and of its mirror image, or those of `names`.
 
-    UserError for a file that is none, or whose moments are not finite or of another `shape`.
+    UserError for another kind of file, or moments that are not finite or of another `shape`.
     """
     remedy = "write it again with main_cache.py"
     found = read_arrays(Path(path), names, "cached latent", remedy)
@@ -54,7 +54,7 @@ def _describe(tokenizer_files: Sequence[str], img_size: int) -> dict[str, object
 
 
 def write_note(cached_path: str | Path, tokenizer_files: Sequence[str], img_size: int) -> None:
-    """Say in `cached_path` which tokenizer its latents are of; UserError if they are of another."""
+    """Write into `cached_path` which tokenizer made its latents; UserError if another one did."""
     check_note(cached_path, tokenizer_files, img_size)
     note = Path(cached_path) / NOTE
     note.parent.mkdir(parents=True, exist_ok=True)
@@ -64,14 +64,12 @@ def write_note(cached_path: str | Path, tokenizer_files: Sequence[str], img_size
 def check_note(cached_path: str | Path, tokenizer_files: Sequence[str], img_size: int) -> None:
     """UserError if the latents are of another tokenizer or image size.
 
-    A cache without a note (the original writes none), or no tokenizer at hand, passes.
+    It passes if the cache has no note (the original writes none) or the tokenizer's file is missing.
     """
     note = Path(cached_path) / NOTE
     if not note.is_file() or not all(Path(file).is_file() for file in tokenizer_files):
         return
-    remedy = (
-        "remove it if the latents are of this tokenizer, or write them again with main_cache.py"
-    )
+    remedy = "remove it if the latents are of this tokenizer, or run main_cache.py again"
     if read_json(note, dict, remedy) != _describe(tokenizer_files, img_size):
         raise UserError(
             f"{cached_path} holds latents of another tokenizer or image size than {tokenizer_files[0]} "

@@ -1,8 +1,8 @@
 """The batches of a run, fixed by its size.
 
 Batch k holds the same images in the same rows for any number of processes and whatever is missing,
-so every image meets the same kernels on the same shapes. Resuming with any number of processes
-gives identical bits, and processes need not agree on anything.
+so every image is computed by the same kernels on the same shapes. Resuming with any number of
+processes gives identical bits, and processes need no coordination.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ SEED_MODES = ("image", "rank")
 
 @dataclass(frozen=True)
 class BatchGrid:
-    """num_images in batches of `rows` rows; the last is padded with images that are discarded."""
+    """num_images in batches of `rows` images; the last is padded with images that are discarded."""
 
     num_images: int
     rows: int
@@ -36,23 +36,23 @@ class BatchGrid:
         return range(batch * self.rows, (batch + 1) * self.rows)
 
     def images(self, batch: int) -> range:
-        """Indices of the images of a batch: the first rows of it."""
+        """Indices of the images of a batch, without padding."""
         return range(batch * self.rows, min((batch + 1) * self.rows, self.num_images))
 
     def share(self, rank: int, size: int) -> range:
-        """The batches of one of `size` processes, in turn as in MAR."""
+        """The batches of one of `size` processes: every size-th one, as in MAR."""
         return range(rank, len(self), size)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What image i of a run is: its condition and its seed."""
+    """Condition and seed of each image of a run."""
 
     grid: BatchGrid
     all_conditions: Conditions
     seed: int
     seed_mode: str = "image"
-    processes: int = 1  # matters to seed_mode "rank" alone
+    processes: int = 1  # only used by seed_mode "rank"
 
     def conditions(self, indices: Iterable[int]) -> Sequence[Condition]:
         """Class labels or prompts of these images."""
@@ -61,8 +61,8 @@ class Task:
     def seeds(self, batch: int) -> list[int]:
         """Seeds of all rows of a batch.
 
-        Mode "image": each image its own. Mode "rank": from seed + rank and how many batches the
-        process has made before, as in the original, where images change with the number of processes.
+        Mode "image": one per image. Mode "rank": from seed + rank and the number of earlier batches of
+        the process, as in the original, where images depend on the number of processes.
         """
         if self.seed_mode == "image":
             return [image_seed(self.seed, i) for i in self.grid.padded(batch)]
@@ -82,11 +82,11 @@ class Job:
 def jobs_of(
     grid: BatchGrid, rank: int, size: int, missing: Callable[[Sequence[int]], list[int]]
 ) -> list[Job]:
-    """The batches of a process in which something is missing. Looks at its own images alone."""
+    """The batches of a process in which images are missing; checks only its own images."""
     found = (Job(batch, missing(grid.images(batch))) for batch in grid.share(rank, size))
     return [job for job in found if job.wanted]
 
 
 def image_seed(seed: int, index: int) -> int:
-    """The seed of image `index` of the run with --seed `seed`: no two of them share one."""
+    """The seed of image `index` in a run with --seed `seed`; unique for each pair."""
     return (seed << 32) + index

@@ -25,7 +25,7 @@ class Conditions(Protocol):
         """Those of images `indices` in a run of `num_images`."""
 
     def describe(self) -> Mapping[str, object]:
-        """What the manifest records; another description is another run."""
+        """Entries of the manifest's configuration; a different description is a different run."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ClassLabels:
     class_num: int
 
     def of(self, indices: Iterable[int], num_images: int) -> list[int]:
-        last = num_images - 1  # rows that fill up the last batch repeat the last class
+        last = num_images - 1  # padding of the last batch repeats the last class
         return [image_label(min(i, last), num_images, self.class_num) for i in indices]
 
     def describe(self) -> dict[str, object]:
@@ -63,10 +63,10 @@ class Prompts:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Prompts":
-        """Read a text file (a line a prompt), JSON lines ("prompt" or "text"), or COCO captions.
+        """Read a text file (one prompt per line), JSON lines ("prompt" or "text"), or COCO captions.
 
-        Of a COCO captions file, the first caption of each image, in order of image id. Empty lines
-        are skipped. UserError for a file that is none of these, or holds no prompt.
+        A COCO file gives the first caption of each image, in the order of image ids. Empty lines are
+        skipped. UserError for another kind of file, or one without prompts.
         """
         path = Path(path)
         try:

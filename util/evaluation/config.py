@@ -1,4 +1,4 @@
-"""EvaluationConfig: which images a run holds, and what is kept of them."""
+"""EvaluationConfig: which images a run makes, and what it keeps."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,9 @@ class EvaluationConfig:
     num_images: int = setting(50000, "images to generate", least=1)
     eval_bsz: int = setting(64, "images per batch", least=1)
     prompts: str | None = setting(
-        None, "text-to-image: prompts, a line each, or JSON lines, or COCO captions", metavar="FILE"
+        None,
+        "text-to-image: prompts, one per line, or JSON lines, or COCO captions",
+        metavar="FILE",
     )
     seed: int = setting(1, "seed of all random draws", least=0)
     seed_mode: str = setting(

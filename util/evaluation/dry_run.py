@@ -27,15 +27,10 @@ def dry_run(
     to_make = [sum(len(job.wanted) for job in jobs) for jobs in shares]
     flops = flops_per_image * grid.rows * sum(map(len, shares))
     print(f"folder: {folder.path}")
-    print(
-        f"to make: {sum(to_make)} of {run.num_images} images, in batches of {grid.rows} on {device}"
-    )
+    print(f"to make: {sum(to_make)} of {run.num_images} images, batches of {grid.rows} on {device}")
     for rank, jobs in enumerate(shares):
         print(f"process {rank}: {to_make[rank]} images in {len(jobs)} batches")
-    print(
-        f"arithmetic: {flops_per_image:.3g} FLOPs per image, {flops:.3g} in all",
-        flush=True,
-    )
+    print(f"arithmetic: {flops_per_image:.3g} FLOPs per image, {flops:.3g} in all", flush=True)
     seconds = 0.0
     if sum(to_make):
         batch = next(jobs[0].batch for jobs in shares if jobs)

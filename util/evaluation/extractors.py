@@ -6,6 +6,7 @@ A feature extractor turns uint8 images into features and logits, as torch-fideli
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch_fidelity import FeatureExtractorBase, register_feature_extractor
@@ -13,7 +14,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from util.errors import UserError
 from util.evaluation.conditions import Condition
-from util.evaluation.feature_weights import inception_weights, prompts_weights, shapes_weights
+from util.evaluation.feature_weights import PROMPTS, SHAPES, bundled_weights, inception_weights
 from util.evaluation.sums import Judge
 from util.tiny.captions import parse
 from util.tiny.classifier import IMAGE_SIZE, ShapeClassifier
@@ -23,7 +24,7 @@ _SPATIAL_CHANNELS = 7  # ADM's evaluator: the first 7 channels of mixed_6/conv, 
 
 
 class ShapesFeatureExtractor(FeatureExtractorBase):
-    """The small classifier of the bundled 64x64 shapes data, as torch-fidelity wants to see it."""
+    """The classifier of the shapes data set as a feature extractor of torch-fidelity."""
 
     network: type[ShapeClassifier] | type[PromptClassifier] = ShapeClassifier
 
@@ -64,12 +65,11 @@ class ShapesFeatureExtractor(FeatureExtractorBase):
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What a feature extractor offers to the metrics.
+    """Description of a feature extractor.
 
-    `find_weights` maps the user's path, or None, to the file that the extractor loads, or raises
-    UserError that says how to get it.
-    `judge`: says of logits and the images' conditions what is right, which gives an accuracy.
-    `spatial_module`: the module whose output (B, C, h, w) sFID looks at, if there is one.
+    find_weights: maps the user's path, or None, to the file that the extractor loads; UserError if it
+    is missing. judge: compares logits with the images' conditions, which gives an accuracy.
+    spatial_module: the module whose output (B, C, h, w) sFID uses, if there is one.
     """
 
     feature_layer: str
@@ -84,17 +84,13 @@ FEATURES: dict[str, FeatureSpec] = {
     # 1008 outputs in the order of the 2015 TensorFlow graph, not in ImageNet's order; that graph's
     # mixed_6/conv is torchvision's Mixed_6d.branch1x1.
     "inception-v3-compat": FeatureSpec(
-        "2048",
-        2048,
-        "logits_unbiased",
-        inception_weights,
-        spatial_module="Mixed_6d.branch1x1",
-    ),
+        "2048", 2048, "logits_unbiased", inception_weights, spatial_module="Mixed_6d.branch1x1"
+    )
 }
 
 
 def register_features(name: str, spec: FeatureSpec, extractor: type[FeatureExtractorBase]) -> None:
-    """Make an extractor known by name, here and in torch-fidelity."""
+    """Register an extractor by name, here and in torch-fidelity."""
     register_feature_extractor(name, extractor)
     FEATURES[name] = spec
 
@@ -107,12 +103,14 @@ def judge_labels(logits: torch.Tensor, conditions: Sequence[Condition]) -> list[
 
 
 register_features(
-    "shapes", FeatureSpec("64", 64, "logits", shapes_weights, judge_labels), ShapesFeatureExtractor
+    "shapes",
+    FeatureSpec("64", 64, "logits", partial(bundled_weights, SHAPES), judge_labels),
+    ShapesFeatureExtractor,
 )
 
 
 class PromptFeatureExtractor(ShapesFeatureExtractor):
-    """The classifier of the captioned shapes, as torch-fidelity wants to see it."""
+    """The classifier of the captioned shapes as a feature extractor of torch-fidelity."""
 
     network = PromptClassifier
 
@@ -129,7 +127,7 @@ def _judge_prompts(logits: torch.Tensor, conditions: Sequence[Condition]) -> lis
 
 register_features(
     "prompts",
-    FeatureSpec("64", 64, "logits", prompts_weights, _judge_prompts),
+    FeatureSpec("64", 64, "logits", partial(bundled_weights, PROMPTS), _judge_prompts),
     PromptFeatureExtractor,
 )
 
@@ -148,7 +146,7 @@ class Extractor:
     def __init__(
         self, features: str, path: str | None, device: str | torch.device, spatial: bool = False
     ) -> None:
-        """UserError if the weights are missing or wrong, or sFID is asked of one that has none."""
+        """UserError if the weights are missing or wrong, or there are no spatial features for sFID."""
         self.spec, self.device = feature_spec(features), device
         try:
             network = create_feature_extractor(

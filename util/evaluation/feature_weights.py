@@ -1,4 +1,4 @@
-"""Where the weights of the feature extractors are, and what to do when they are not there."""
+"""Files of the feature extractors' weights."""
 
 import os
 from pathlib import Path
@@ -6,11 +6,13 @@ from urllib.error import URLError
 
 import torch
 
-from util.checkpoint import read_pickle
 from util.download import read_manifest
 from util.errors import UserError
 from util.files import beside_code
+from util.weights import read_pickle
 
+SHAPES = "pretrained_models/mar_tiny/classifier.safetensors"
+PROMPTS = "pretrained_models/janus_tiny/prompt_classifier.safetensors"
 _INCEPTION_HASH = "6726825d"  # first digits of the sha256, stated by the file's name
 
 
@@ -39,23 +41,9 @@ def inception_weights(path: str | None) -> str:
     return path
 
 
-def shapes_weights(path: str | None) -> str:
-    """The given file of the shape classifier, else the bundled one. UserError if it is missing."""
-    path = path or beside_code("pretrained_models/mar_tiny/classifier.safetensors")
+def bundled_weights(file: str, path: str | None) -> str:
+    """The given path of a classifier, else its bundled `file`. UserError if it is missing."""
+    path = path or beside_code(file)
     if not os.path.isfile(path):
-        raise UserError(
-            f"the shapes classifier {path} is missing; the repository has it as "
-            "pretrained_models/mar_tiny/classifier.safetensors"
-        )
-    return path
-
-
-def prompts_weights(path: str | None) -> str:
-    """The given file of the prompt classifier, else the bundled one. UserError if it is missing."""
-    path = path or beside_code("pretrained_models/janus_tiny/prompt_classifier.safetensors")
-    if not os.path.isfile(path):
-        raise UserError(
-            f"the prompt classifier {path} is missing; the repository has it as "
-            "pretrained_models/janus_tiny/prompt_classifier.safetensors"
-        )
+        raise UserError(f"the classifier {path} is missing; the repository has it as {file}")
     return path

@@ -1,9 +1,8 @@
-"""Batches of images, made without a pause: host work is done ahead, results are taken away behind.
+"""Generates batches of images while other threads prepare the next batch and save the last one.
 
-While the device works on one batch, a thread prepares the next (noise is drawn by numpy on the CPU) and
-others write the PNGs of the last. On CUDA everything is launched asynchronously, by the main thread
-alone: a call from another one could fall into the recording of a CUDA graph. Nothing here knows a model:
-it is an ImageGenerator with two methods.
+While the device computes a batch, a thread prepares the next (numpy draws the noise on the CPU) and
+others write the PNGs of the last. On CUDA only the main thread launches kernels, asynchronously: a call
+from another thread could disturb the recording of a CUDA graph. A model is an ImageGenerator here.
 """
 
 import time
@@ -13,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +26,7 @@ class ImageGenerator(Protocol):
     """A model that makes images."""
 
     def prepare(self, conditions: Sequence[Any], seeds: Sequence[int], /) -> Any:
-        """Work of the host alone for one batch, in a thread while the last batch is computed.
+        """CPU work for one batch, in a thread while the last batch is computed.
 
         conditions: class labels (int) or prompts (str), whichever the model takes.
         """
@@ -41,7 +39,7 @@ class ImageGenerator(Protocol):
 
 
 class Sink(AbstractContextManager, Protocol):
-    """What takes the images. Leaving the block waits for the last of them, and raises what failed."""
+    """Receives the images. Leaving the block waits for the last one, and raises errors."""
 
     def take(self, job: Job, first: int, images: Tensor) -> None:
         """Images (B, 3, H, W) in [-1, 1]; row r is image first + r, if it is one of job.wanted."""
@@ -49,8 +47,8 @@ class Sink(AbstractContextManager, Protocol):
 
 @dataclass(frozen=True)
 class Production:
-    """What one process has made: files or scored images; images computed; seconds of computing
-    alone, and of everything until the last image was saved."""
+    """Result of one process: images saved or scored, images computed (also those not wanted), seconds
+    of computation, and of everything until the last image was saved."""
 
     images: int = 0
     computed: int = 0
@@ -59,7 +57,7 @@ class Production:
 
 
 class Stopwatch:
-    """Adds up the time a device spends in spans; on CUDA by events, so that nothing waits."""
+    """Adds up the time a device spends in `with` blocks; on CUDA by events, without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self._events: list[tuple[Any, Any]] | None = [] if device.type == "cuda" else None
@@ -101,7 +99,7 @@ def produce(
     device: torch.device,
     after_batch: Callable[[int], None] = lambda images: None,
 ) -> Production:
-    """Make the wanted images of all jobs; `after_batch` is told how many each has brought."""
+    """Make the wanted images of all jobs; `after_batch` gets the number of images of each."""
     grid, watch, began = task.grid, Stopwatch(device), time.perf_counter()
 
     def prepare(job: Job) -> Any:
@@ -125,10 +123,10 @@ def produce(
 
 
 class PngSink:
-    """Writes the wanted images as PNGs, in threads that neither the device nor the model waits for."""
+    """Writes the wanted images as PNGs, in threads."""
 
     def __init__(self, path_of: Callable[[int], Path], rows: int) -> None:
-        """`rows` is the size of a batch: two of them may wait for being written, or 256 images."""
+        """rows: size of a batch. Up to two batches, or 256 images, wait in memory."""
         self._path_of = path_of
         self._writer = PngWriter(capacity=max(256, 2 * rows))
         self._under_way: deque[Callable[[], None]] = deque()
@@ -138,7 +136,7 @@ class PngSink:
         return self
 
     def take(self, job: Job, first: int, images: Tensor) -> None:
-        """See Sink. On CUDA the batch before is handed on, while the device works on this one."""
+        """See Sink. On CUDA the previous batch is written while the device computes this one."""
         fetched = to_host([to_bytes(images), find_broken(images)])
         self._under_way.append(lambda: self._write(job.wanted, first, *fetched()))
         while len(self._under_way) > (images.device.type == "cuda"):
@@ -150,12 +148,7 @@ class PngSink:
         for index in wanted:
             self._writer.write(self._path_of(index), array[index - first])
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         try:
             while error is None and self._under_way:
                 self._under_way.popleft()()
@@ -171,9 +164,7 @@ class FeatureSink:
     def __init__(self, update: Callable[[Sequence[int], Tensor], None]) -> None:
         """`update` takes indices and their images (B, 3, H, W) uint8; jobs want their first rows."""
         self._update = update
-        self._broken: Tensor | None = (
-            None  # of the batch before, looked at when the next is launched
-        )
+        self._broken: Tensor | None = None  # of the last batch, read when the next is launched
 
     def __enter__(self) -> "FeatureSink":
         return self
@@ -184,11 +175,6 @@ class FeatureSink:
         self._broken = find_broken(images)
         self._update(job.wanted, to_bytes(images)[: len(job.wanted)])
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
         if error is None and self._broken is not None:
             refuse_broken(self._broken)

@@ -69,9 +69,9 @@ class Pictures(Dataset):
 
 
 def open_source(source: ImageSource, num_images: int | None = None) -> Dataset:
-    """A folder as a Dataset of its images; with `num_images`, of exactly so many numbered PNGs.
+    """A folder as a Dataset of its images; with `num_images`, of exactly that many numbered PNGs.
 
-    Raises UserError when the number differs or an image file of another name lies there.
+    UserError if the number differs or the folder holds an image file of another name.
     """
     if isinstance(source, Dataset):
         if num_images is not None and (count := image_count(source)) != num_images:
@@ -83,9 +83,9 @@ def open_source(source: ImageSource, num_images: int | None = None) -> Dataset:
 
 
 def open_reference(folder: str | os.PathLike[str], img_size: int | None = None) -> Dataset:
-    """The images of class folders, as training sees them, or of a folder without folders.
+    """The images of class folders, as in training, or of a folder without folders.
 
-    Says on stderr which files are not used. UserError as ClassFolders.scan.
+    Notes on stderr which files are not used. UserError as ClassFolders.scan.
     """
     flat = list_images(folder)
     folder = Path(folder)

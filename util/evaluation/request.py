@@ -30,9 +30,7 @@ def parse_metrics(text: str) -> tuple[str, ...]:
 class ScoreRequest:
     """features: name of the extractor; features_path: its weights; stats_path: the reference's npz."""
 
-    features: str = setting(
-        "inception-v3-compat", "feature extractor of FID and IS", metavar="NAME"
-    )
+    features: str = setting("inception-v3-compat", "extractor for FID and IS", metavar="NAME")
     features_path: str | None = setting(None, "its weights", metavar="FILE")
     stats_path: str | os.PathLike = setting(
         "fid_stats/adm_in256_stats.npz",
@@ -46,11 +44,11 @@ class ScoreRequest:
 
     @property
     def needs_features(self) -> bool:
-        """Whether sums do not suffice."""
+        """Whether a metric needs the features themselves, not only sums."""
         return not {"kid", "pr"}.isdisjoint(self.metrics)
 
     @property
     def reference(self) -> str:
-        """What the scores are relative to: extractor, file and first digits of its sha256."""
+        """Extractor, reference file and first digits of its sha256."""
         path = Path(self.stats_path)
         return f"{self.features} {path.name} {sha256_of(path)[:16]}"

@@ -1,6 +1,6 @@
-"""An evaluation from the first image to the last number: make what is missing, score it, report it.
+"""One evaluation: generate the missing images, score them, write the results.
 
-Processes do not wait for each other while they generate: each makes what is missing of its own
+Processes do not wait for each other while they generate: each makes the missing images of its own
 batches (util/evaluation/batches.py). Then each extracts the features of its share of the images and
 writes its sums into the run folder, and process 0 adds them up. All processes must see that folder.
 """
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,8 +35,8 @@ from util.images import list_images
 class Run:
     """One evaluation.
 
-    config: what decides the images; it must not change in a folder. summary: what results.json says
-    of the model. arguments: the command's flags. request: None generates only.
+    config: everything that decides the images; constant in a folder. summary: the model's entries of
+    results.json. arguments: the command's flags. request: None generates only.
     """
 
     path: Path
@@ -48,7 +49,6 @@ class Run:
 
     @property
     def num_images(self) -> int:
-        """Images of the run."""
         return self.task.grid.num_images
 
     def all_conditions(self) -> Sequence[Condition]:
@@ -57,7 +57,7 @@ class Run:
 
 
 def finished(run: Run) -> dict[str, object]:
-    """The results of a run whose images are all there and scored as requested; {} if they are not."""
+    """The results if all images exist and are scored as requested, else {}."""
     folder = RunFolder(run.path)
     results = folder.results()
     if not results or run.request is None or folder.conflict(run.config):
@@ -71,7 +71,7 @@ def finished(run: Run) -> dict[str, object]:
 def evaluate(
     run: Run, generator: ImageGenerator, rendezvous: dist.Rendezvous, device: torch.device
 ) -> dict[str, object]:
-    """Make what is missing of a run, score it, write and return its results (process 0; others {})."""
+    """Make the missing images of a run, score it, write and return its results (process 0; others {})."""
     world, folder = rendezvous.world, RunFolder(run.path)
     rendezvous.next_round()
     if world.is_main:
@@ -85,14 +85,14 @@ def evaluate(
         assert run.request is not None  # EvaluationConfig refuses no_save without scores
         scorer = Scorer(run.request, run.num_images, device, run.all_conditions())
     rendezvous.publish("made", asdict(_make(run, folder, generator, scorer, world, device)))
-    call = _sum_up([Production(**word) for word in rendezvous.wait("made")])
+    call = _sum_up([Production(**message) for message in rendezvous.wait("made")])
     if world.is_main and not run.settings.no_save:
         folder.amend_call({"made": call})
 
     began = time.perf_counter()
     if not run.settings.no_save and run.request:
         if world.size > 1:
-            _patiently(lambda: len(list_images(folder.images)) >= run.num_images)
+            _wait_until(lambda: len(list_images(folder.images)) >= run.num_images)
         images = open_source(folder.images, run.num_images)
         scorer = Scorer(run.request, run.num_images, device, run.all_conditions())
         scorer.add(images, _part(run.num_images, world))
@@ -108,11 +108,9 @@ def evaluate(
         folder.write_sheet(run.num_images)
     if run.settings.save_npz:
         folder.write_npz(run.all_conditions())
-    calls = (
-        [each["made"] for each in folder.calls() if "made" in each]
-        if not run.settings.no_save
-        else [call]
-    )
+    calls: list[Mapping[str, Any]] = [call]
+    if not run.settings.no_save:
+        calls = [each["made"] for each in folder.calls() if "made" in each]
     results = {
         **run.summary,
         **_timings(calls),
@@ -144,7 +142,7 @@ def _make(
     world: dist.World,
     device: torch.device,
 ) -> Production:
-    """This process's part of the images: those that are missing, or all of them for the scorer."""
+    """Make this process's share of the images: the missing ones, or all of them for the scorer."""
     grid = run.task.grid
     jobs = jobs_of(grid, world.rank, world.size, list if scorer else folder.missing)
     sink = FeatureSink(scorer.update) if scorer else PngSink(folder.image, grid.rows)
@@ -164,7 +162,7 @@ def score_only(
 ) -> dict[str, object]:
     """Score a run's folder, or a folder of numbered PNGs; returns the results (process 0; others {}).
 
-    A run's results.json is brought up to date; a mere folder of images stays as it is.
+    A run's results.json is updated; a folder of images alone is not changed.
     """
     folder, world = RunFolder(path), rendezvous.world
     rendezvous.next_round()
@@ -194,7 +192,7 @@ def _open(
     device: torch.device,
     execution: Mapping[str, object],
 ) -> None:
-    """Claim the folder, and say on stderr what a user should know of it."""
+    """Open the folder and print notes for the user on stderr."""
     call = {
         **provenance(),
         "device_name": device_name(device),
@@ -221,16 +219,16 @@ def _open(
 
 
 def _check_shared(folder: RunFolder, world: dist.World) -> None:
-    """UserError in a process that does not see what process 0 has made (NFS may take a while)."""
-    if not _patiently(lambda: bool(folder.manifest())):
+    """UserError if this process does not see the folder of process 0 (NFS may take a while)."""
+    if not _wait_until(lambda: bool(folder.manifest())):
         raise UserError(
             f"process {world.rank} does not see {folder.path}: give an --output_dir that all "
             "machines share"
         )
 
 
-def _patiently(seen: Callable[[], bool], seconds: int = 30) -> bool:
-    """Whether `seen` comes true in time: a shared folder shows files of other machines late."""
+def _wait_until(seen: Callable[[], bool], seconds: int = 30) -> bool:
+    """Whether `seen` becomes true in time: a shared folder shows files of other machines late."""
     for _ in range(seconds):
         if seen():
             return True
@@ -239,7 +237,7 @@ def _patiently(seen: Callable[[], bool], seconds: int = 30) -> bool:
 
 
 def _comparable(former: Mapping, scores: Mapping) -> dict[str, object]:
-    """Earlier scores of the same images, unless they were relative to something else."""
+    """Earlier scores of the same images, unless they have another reference."""
     if scores and former.get("reference") != scores["reference"]:
         return {}
     return {name: former[name] for name in SCORES if name in former}
@@ -252,7 +250,7 @@ def _part(num_images: int, world: dist.World) -> range:
 
 
 def _merge(scorer: Scorer, folder: Path, rendezvous: dist.Rendezvous) -> None:
-    """Bring the sums of all processes together in process 0, by files in the run's folder."""
+    """Add the sums of all processes in process 0, through files in the run's folder."""
     world = rendezvous.world
     if world.size == 1:
         return
@@ -268,7 +266,7 @@ def _merge(scorer: Scorer, folder: Path, rendezvous: dist.Rendezvous) -> None:
     others = range(1, world.size)
     rendezvous.wait("scored", others)
     for rank in others:
-        if not _patiently(file_of(rank).exists):
+        if not _wait_until(file_of(rank).exists):
             raise UserError(
                 f"process 0 does not see {file_of(rank)}: all machines must share the run's folder"
             )
@@ -277,7 +275,7 @@ def _merge(scorer: Scorer, folder: Path, rendezvous: dist.Rendezvous) -> None:
 
 
 def _sum_up(made: list[Production]) -> dict[str, float]:
-    """What all processes of a call have made, and how long the slowest took."""
+    """Totals of all processes of a call; seconds of the slowest."""
     return {
         "generated": sum(each.images for each in made),
         "computed": sum(each.computed for each in made),
@@ -287,7 +285,7 @@ def _sum_up(made: list[Production]) -> dict[str, float]:
 
 
 def _timings(calls: list[Mapping[str, float]]) -> dict[str, object]:
-    """Seconds per image over all calls that came to their end, rates of the last that made any."""
+    """Seconds per image over all completed calls; rates of the last one that made images."""
     calls = [call for call in calls if call["computed"]]
     whole = {key: sum(call[key] for call in calls) for key in ("generated", "computed", "seconds")}
     if not calls:
@@ -303,7 +301,7 @@ def _timings(calls: list[Mapping[str, float]]) -> dict[str, object]:
 
 
 def _mixed(folder: RunFolder) -> dict[str, list[object]]:
-    """What was not the same in all calls that worked on the folder."""
+    """Entries of MAY_DIFFER that differ between the calls on the folder, with their values."""
     calls = folder.calls()
     values = {name: list(dict.fromkeys(call.get(name) for call in calls)) for name in MAY_DIFFER}
     return {name: found for name, found in values.items() if len(found) > 1}

@@ -37,7 +37,7 @@ from util.images import (
 Json = Mapping[str, Any]
 
 MANIFEST = "manifest.json"
-# What a call may change without changing images, but for rounding; the user is told.
+# Entries of a call that change images only by rounding; a change is noted on stderr.
 MAY_DIFFER = (
     *("commit", "torch", "device_name", "threads"),
     *("compile", "cuda_graphs", "eval_bsz", "vae_bsz"),
@@ -67,7 +67,7 @@ class RunFolder:
         return found
 
     def conflict(self, config: Json) -> str | None:
-        """Why `config` must not continue here, as half a sentence, or None."""
+        """Why a run of `config` cannot continue here, as half a sentence, or None."""
         manifest = self.manifest()
         if not manifest:
             count = len(list_images(self.images)) if self.images.is_dir() else 0
@@ -75,13 +75,11 @@ class RunFolder:
         config, found = json.loads(json.dumps(config)), manifest["config"]  # as both are read back
         for key in {**found, **config}:
             if found.get(key) != config.get(key):
-                return (
-                    f"holds a run with {key} {found.get(key)!r}, this one has {config.get(key)!r}"
-                )
+                return f"holds a run with {key} {found.get(key)!r}, not {config.get(key)!r}"
         return None
 
     def check(self, config: Json, num_images: int, overwrite: bool = False) -> bool:
-        """Whether `overwrite` has images of another configuration to discard.
+        """Whether there are images of another configuration, which `overwrite` discards.
 
         UserError: another configuration without `overwrite`, or images that are not of this run.
         """
@@ -119,29 +117,28 @@ class RunFolder:
         ]
 
     def calls(self) -> list[Json]:
-        """The calls that have worked on the folder, the last one last."""
+        """The calls on this folder, oldest first."""
         return self.manifest().get("calls", [])
 
     def amend_call(self, more: Json) -> None:
-        """Add to what the manifest says of the last call."""
+        """Add entries to the last call of the manifest."""
         manifest = self.manifest()
         manifest["calls"][-1] |= more
         write_json(self.path / MANIFEST, manifest)
 
     def _discard(self) -> None:
-        """Delete what this project put there, and nothing else."""
+        """Delete the files that this class writes, and no others."""
         self.delete_images()
         for name in ("results.json", "sheet.png", "samples.npz", MANIFEST):
             (self.path / name).unlink(missing_ok=True)
 
     def delete_images(self) -> None:
-        """Delete the numbered images."""
         for file in self.images.glob("*.png"):
             if file.stem.isdigit():
                 file.unlink(missing_ok=True)
 
     def image(self, index: int) -> Path:
-        """Where image `index` lies."""
+        """Path of image `index`."""
         return self.images / png_name(index)
 
     def results(self) -> dict[str, Any]:
@@ -154,7 +151,7 @@ class RunFolder:
         return [i for i in indices if not is_complete_png(self.image(i))]
 
     def sweep(self) -> None:
-        """Delete the temporary files that a killed process has left. Only when nobody writes."""
+        """Delete temporary files of killed processes; call it only while no process writes."""
         for file in (*self.path.glob(".*.part"), *self.images.glob(".*.part")):
             file.unlink(missing_ok=True)
 
@@ -170,13 +167,13 @@ class RunFolder:
         return np.stack([read_image(path) for path in chosen])
 
     def finished(self, weights: str) -> bool:
-        """Whether it holds the results of these weights."""
+        """Whether the folder holds results of these weights."""
         return bool(self.results()) and self.manifest()["config"].get("weights") == weights
 
     def drop_images(self) -> None:
-        """Delete the numbered images and say in the results that they are gone."""
+        """Delete the numbered images and record that in the results."""
         self.delete_images()
-        with suppress(OSError):  # it may hold what others put there
+        with suppress(OSError):  # it may hold other files
             self.images.rmdir()
         write_json(self.path / "results.json", {**self.results(), "images_dir": None})
 
@@ -204,7 +201,7 @@ class RunFolder:
 
 
 def _is_whole(call: Json) -> bool:
-    """Whether a call says what it was given and, unless it was interrupted, what it has made."""
+    """Whether a call has its arguments and, unless it was interrupted, its totals."""
     made = call.get("made", dict.fromkeys(_MADE, 0))
     return (
         isinstance(call.get("arguments", {}), dict)
@@ -214,18 +211,14 @@ def _is_whole(call: Json) -> bool:
 
 
 def provenance() -> dict[str, object]:
-    """What a number travels with: command line, commit (with + if files changed since), torch.
+    """Origin of a number: command line, commit (with + if files changed since), torch version.
 
-    Where no commit is known, it is None and commit_unknown says why.
+    An unknown commit is None, and commit_unknown gives the reason.
     """
     commit, reason = _commit()
     unknown = {} if commit else {"commit_unknown": reason}
-    return {
-        "command": shlex.join(sys.argv),
-        "commit": commit,
-        **unknown,
-        "torch": torch.__version__,
-    }
+    origin = {"command": shlex.join(sys.argv), "commit": commit, **unknown}
+    return {**origin, "torch": torch.__version__}
 
 
 def _commit() -> tuple[str | None, str]:

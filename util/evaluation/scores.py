@@ -8,6 +8,7 @@ al. 2019). Two numbers are comparable only if extractor and reference are the sa
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,16 +27,9 @@ from torch_fidelity.metric_prc import (
 from tqdm import tqdm
 
 from util.errors import UserError
+from util.evaluation import image_source
 from util.evaluation.conditions import Condition
 from util.evaluation.extractors import Extractor, feature_spec
-from util.evaluation.image_source import (
-    ImageSource,
-    Pictures,
-    image_batches,
-    image_count,
-    open_reference,
-    open_source,
-)
 from util.evaluation.request import ScoreRequest
 from util.evaluation.statistics import (
     FidStatistics,
@@ -81,21 +75,19 @@ class Scorer:
     def add(self, dataset: Dataset, part: range) -> None:
         """Add the images of a dataset whose indices are in `part`."""
         with tqdm(total=len(part), desc="features", leave=False, disable=None) as bar:
-            for indices, images in image_batches(dataset, self.batch_size, part):
+            for indices, images in image_source.image_batches(dataset, self.batch_size, part):
                 self.update(indices, images)
                 bar.update(len(indices))
 
     def result(self) -> dict[str, object]:
-        """Those of util.evaluation.request.SCORES that were asked for, and the reference.
+        """The requested ones of util.evaluation.request.SCORES, and the reference.
 
-        Fewer images than IS_SPLITS would leave empty splits: IS is then taken over all images at once
-        (is_splits 1, is_std 0). UserError unless all images are in.
+        With fewer images than IS_SPLITS, IS is computed over all images at once (is_splits 1, is_std 0).
+        UserError unless all images were added.
         """
         request, sums = self.request, self.sums
         if sums.count() != sums.num_images:
-            raise UserError(
-                f"{sums.count()} of {sums.num_images} images are scored; start it again"
-            )
+            raise UserError(f"{sums.count()} of {sums.num_images} images are scored; start again")
         if sums.num_images < 2:
             raise UserError(f"FID needs at least 2 images, got {sums.num_images}; generate more")
         reference = _load_stats_for(request)
@@ -114,14 +106,12 @@ class Scorer:
             result |= self._compare_features(sums.sums["kept"], reference)
         return result
 
-    def _compare_features(
-        self, ours: torch.Tensor, reference: FidStatistics
-    ) -> dict[str, float | int]:
+    def _compare_features(self, ours: torch.Tensor, reference: FidStatistics) -> dict[str, float]:
         """KID and precision / recall of features (N, d), by torch-fidelity."""
         if reference.activations is not None:
             theirs = torch.from_numpy(reference.activations)
         else:
-            images = Pictures(load_images(self.request.stats_path))
+            images = image_source.Pictures(load_images(self.request.stats_path))
             theirs = _features_of(images, self.extractor, self.batch_size)
         theirs, result = theirs.to(ours), {}
         if "kid" in self.request.metrics:
@@ -150,7 +140,7 @@ def _frechet(ours: Gaussian, theirs: Gaussian) -> float:
 
 def _features_of(dataset: Dataset, extractor: Extractor, batch_size: int) -> torch.Tensor:
     """(N, d) float32 on the CPU."""
-    batches = image_batches(dataset, batch_size)
+    batches = image_source.image_batches(dataset, batch_size)
     layer = extractor.spec.feature_layer
     return torch.cat([extractor(images)[layer].cpu() for _, images in batches])
 
@@ -165,9 +155,7 @@ def _load_stats_for(request: ScoreRequest) -> FidStatistics:
             "give the statistics made with the same extractor"
         )
     if "sfid" in request.metrics and stats.mu_s is None:
-        raise UserError(
-            f"{path} has no mu_s and sigma_s, which sfid needs: make them by make_stats"
-        )
+        raise UserError(f"{path} has no mu_s and sigma_s for sfid: make them by make_stats")
     if request.needs_features and stats.activations is None and not stats.has_images:
         raise UserError(
             f"{path} has neither features nor images (arr_0), which kid and pr need: take that of "
@@ -179,7 +167,7 @@ def _load_stats_for(request: ScoreRequest) -> FidStatistics:
 def check_ready(request: ScoreRequest, num_images: int | None = None) -> None:
     """Raise UserError if scoring `num_images` cannot work; call it before anything is generated.
 
-    All that scoring will read is read here once: damage is found before hours of sampling.
+    It reads every file that scoring needs, so damage is found before hours of sampling.
     """
     reference = _load_stats_for(request)
     extractor = Extractor(request.features, request.features_path, "cpu", "sfid" in request.metrics)
@@ -195,7 +183,7 @@ def check_ready(request: ScoreRequest, num_images: int | None = None) -> None:
 
 
 def score(
-    source: ImageSource,
+    source: image_source.ImageSource,
     num_images: int,
     request: ScoreRequest,
     device: str | torch.device,
@@ -207,7 +195,7 @@ def score(
     `source` is a folder of numbered PNGs, image i in the i-th place, or a Dataset. With `labels`
     (N,) and an extractor that knows them the result has `accuracy` too.
     """
-    dataset = open_source(source, num_images)
+    dataset = image_source.open_source(source, num_images)
     _load_stats_for(request)
     scorer = Scorer(request, num_images, device, labels, batch_size)
     scorer.add(dataset, range(num_images))
@@ -215,7 +203,7 @@ def score(
 
 
 def make_stats(
-    source: ImageSource,
+    source: image_source.ImageSource,
     features: str,
     features_path: str | None,
     output: str | os.PathLike,
@@ -232,30 +220,22 @@ def make_stats(
     if not Path(output).absolute().parent.is_dir():
         raise UserError(f"the folder of {output} does not exist; create it or change --output")
     if not isinstance(source, Dataset):
-        source = open_reference(source, img_size)
-    count = image_count(source)
+        source = image_source.open_reference(source, img_size)
+    count = image_source.image_count(source)
     if count < 2:
         raise UserError(f"FID statistics need at least 2 images, got {count}; check the folder")
     spatial_features = feature_spec(features).spatial_module is not None
     wanted = {"fid": True, "sfid": spatial_features, "kid": keep_features}
     metrics = tuple(name for name, is_wanted in wanted.items() if is_wanted)
-    scorer = Scorer(
-        ScoreRequest(features, features_path, output, metrics), count, device, None, batch_size
-    )
+    request = ScoreRequest(features, features_path, output, metrics)
+    scorer = Scorer(request, count, device, None, batch_size)
     scorer.add(source, range(count))
-    gaussian, spatial, kept = scorer.sums.gaussian(), None, None
-    if "sfid" in metrics:
+    gaussian = scorer.sums.gaussian()
+    stats = FidStatistics(gaussian.mu, gaussian.sigma, count, features)
+    if spatial_features:
         spatial = scorer.sums.gaussian("spatial")
+        stats = replace(stats, mu_s=spatial.mu, sigma_s=spatial.sigma)
     if keep_features:
-        kept = scorer.sums.sums["kept"].cpu().numpy()
-    stats = FidStatistics(
-        gaussian.mu,
-        gaussian.sigma,
-        count,
-        features,
-        None if spatial is None else spatial.mu,
-        None if spatial is None else spatial.sigma,
-        kept,
-    )
+        stats = replace(stats, activations=scorer.sums.sums["kept"].cpu().numpy())
     save_stats(output, stats)
     return stats

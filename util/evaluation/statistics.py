@@ -1,9 +1,9 @@
 """Reference statistics in an npz file, ours or ADM's: a Gaussian of features, and more.
 
-ADM's statistics hold `mu` and `sigma`; its reference batches (VIRTUAL_imagenet256_labeled.npz) besides
-`mu_s` and `sigma_s` of the spatial features for sFID, and the images as `arr_0`. Ours say how many
-images and which feature extractor made them, so that an FID against statistics of another extractor
-is refused, and may hold the features themselves.
+ADM's statistics hold `mu` and `sigma`; its reference batches (VIRTUAL_imagenet256_labeled.npz) also
+`mu_s` and `sigma_s` of the spatial features for sFID, and the images as `arr_0`. Ours also state the
+number of images and the feature extractor, so that an FID with another extractor is refused, and may
+hold the features themselves.
 """
 
 import os
@@ -25,7 +25,7 @@ _REMEDY = "make it again by `python -m util.metrics make_stats`, or download it 
 
 @dataclass(frozen=True)
 class FidStatistics:
-    """Mean `mu` (d,) and covariance `sigma` (d, d); the rest is None where the file is silent.
+    """Mean `mu` (d,) and covariance `sigma` (d, d); the rest is None if the file does not have it.
 
     mu_s (e,), sigma_s (e, e): of spatial features. activations (N, d): the features themselves.
     has_images: the file has `arr_0`, see load_images.

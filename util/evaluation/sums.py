@@ -1,9 +1,9 @@
-"""Sums over images from which their scores follow. They add up: over batches, and over processes.
+"""Sums over images, from which scores are computed; sums of batches and processes can be added.
 
 FID needs the mean and covariance of features, Inception Score the mean probabilities of each split
 and the mean negative entropies. Float32 features are summed in float64, where products of two of
 them are exact, so any division of the images among processes gives the same score to about 1e-9.
-KID and precision / recall need the features themselves, which are kept only for them.
+KID, precision and recall need the features themselves, which are kept only for them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -46,8 +46,8 @@ class FeatureSums:
     ) -> None:
         """num_images: of the whole run, which decides the splits of the Inception Score.
 
-        layers: which of the extractor's outputs is "features", "logits", "spatial". judge: says of
-        images and their conditions (N,) what is right. keep: keep the features, (N, d) float32.
+        layers: which of the extractor's outputs is "features", "logits", "spatial". judge: compares
+        logits with conditions (N,). keep: keep the features, (N, d) float32.
         """
         self.num_images, self.layers, self.keep = num_images, dict(layers), keep
         # MPS has no float64.
@@ -104,12 +104,11 @@ class FeatureSums:
             self.sums[name] = value.clone()
 
     def merge(self, sums: Sums) -> None:
-        """Add the sums of another process, whose images are others."""
+        """Add the sums of another process, of other images."""
         for name, value in sums.items():
             self._add(name, value.to(self.device))
 
     def count(self) -> int:
-        """Images so far."""
         return int(self.sums["features_count"]) if self.sums else 0
 
     def gaussian(self, name: str = "features") -> Gaussian:
@@ -128,17 +127,15 @@ class FeatureSums:
         return scores.mean().item(), scores.std(correction=0).item()
 
     def verdicts(self) -> dict[str, float]:
-        """Name -> share of the images of which it is right, among those to which it applies."""
-        found = {
-            k.removeprefix(_VERDICT): v for k, v in self.sums.items() if k.startswith(_VERDICT)
-        }
+        """Name -> share of the images that are right, among those to which it applies."""
+        found = {k[len(_VERDICT) :]: v for k, v in self.sums.items() if k.startswith(_VERDICT)}
         return {name: (right / count).item() for name, (right, count) in found.items()}
 
 
 def _splits(num_images: int, splits: int) -> np.ndarray:
     """(N,) int64: the split of each image, as torch-fidelity shuffles and cuts them."""
     order = np.random.RandomState(IS_SEED).permutation(num_images)
-    of = np.empty(num_images, dtype=np.int64)
+    found = np.empty(num_images, dtype=np.int64)
     for split in range(splits):
-        of[order[split * num_images // splits : (split + 1) * num_images // splits]] = split
-    return of
+        found[order[split * num_images // splits : (split + 1) * num_images // splits]] = split
+    return found

@@ -10,7 +10,7 @@ palette these are. The grammar:
 Every even picture shows one shape, every odd picture two smaller ones. Half of the captions name
 the ground.
 
-    python -m util.tiny.captions --num_images 100 > prompts.txt     # held-out captions, a line each
+    python -m util.tiny.captions --num_images 100 > prompts.txt     # held-out captions, one per line
 """
 
 import argparse
@@ -21,23 +21,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from util import shapes
 from util.errors import UserError, run_main
-from util.shapes import (
-    BACKGROUNDS,
-    FOREGROUNDS,
-    HELD_OUT_START,
-    IMAGE_SIZE,
-    JITTER,
-    RADIUS,
-    ROTATION,
-    coverage,
-)
 
 SHAPES = ("disc", "ring", "square", "triangle", "star", "cross")
 _NAMES = ("red", "orange", "green", "teal", "blue", "purple")
-COLOURS = dict(zip(_NAMES, FOREGROUNDS, strict=True))
+COLOURS = dict(zip(_NAMES, shapes.FOREGROUNDS, strict=True))
 del COLOURS["teal"]  # it lies between green and blue
-GROUNDS = dict(zip(("cream", "pink", "mint", "blue"), BACKGROUNDS[:4], strict=True))
+GROUNDS = dict(zip(("cream", "pink", "mint", "blue"), shapes.BACKGROUNDS[:4], strict=True))
 SINGLE, VERTICAL, HORIZONTAL = ARRANGEMENTS = ("single", "vertical", "horizontal")
 RELATIONS = {  # words: arrangement, whether the object named first is the upper or left one
     "above": (VERTICAL, True),
@@ -129,7 +120,7 @@ def caption_of(index: int) -> str:
     return describe(scene if names_ground else replace(scene, ground=None), in_order)
 
 
-def render(index: int, size: int = IMAGE_SIZE) -> np.ndarray:
+def render(index: int, size: int = shapes.IMAGE_SIZE) -> np.ndarray:
     """Picture `index` (>= 0) at size x size pixels => uint8 (size, size, 3)."""
     scene, random = scene_of(index), _random(index, LAYOUT)
     single = scene.arrangement == SINGLE
@@ -137,14 +128,14 @@ def render(index: int, size: int = IMAGE_SIZE) -> np.ndarray:
     picture = np.array(GROUNDS[scene.ground], np.float32)  # (3,)
     for place, (colour, shape) in enumerate(scene.objects):
         if single:
-            middle = random.uniform(-JITTER, JITTER, 2)
+            middle = random.uniform(-shapes.JITTER, shapes.JITTER, 2)
         else:
             along, across = random.uniform(-1, 1, 2) * PAIR_JITTER
             middle = np.array([across, along + PAIR_OFFSET * (2 * place - 1)])  # x, y
             middle = middle if scene.arrangement == VERTICAL else middle[::-1]
-        radius = random.uniform(*(RADIUS if single else PAIR_RADIUS))
-        angle = math.radians(random.uniform(-ROTATION, ROTATION))
-        cover = coverage(shape, middle + IMAGE_SIZE / 2, radius, angle, size)
+        radius = random.uniform(*(shapes.RADIUS if single else PAIR_RADIUS))
+        angle = math.radians(random.uniform(-shapes.ROTATION, shapes.ROTATION))
+        cover = shapes.coverage(shape, middle + shapes.IMAGE_SIZE / 2, radius, angle, size)
         paint = np.array(COLOURS[colour], np.float32)
         picture = picture + cover * (paint - picture)  # (size, size, 3)
     return np.rint(picture).astype(np.uint8)
@@ -157,12 +148,13 @@ def pictures(start: int, count: int) -> torch.Tensor:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m util.tiny.captions", description="Print captions, a line each."
+        prog="python -m util.tiny.captions", description="Print captions, one per line."
     )
     parser.add_argument("--num_images", type=int, required=True)
-    parser.add_argument("--start", type=int, default=HELD_OUT_START, help="index of the first one")
+    parser.add_argument(
+        "--start", type=int, default=shapes.HELD_OUT_START, help="index of the first one"
+    )
     args = parser.parse_args()
     if args.num_images < 1 or args.start < 0:
         raise UserError(

@@ -1,10 +1,10 @@
-"""What Inception-v3 is to ImageNet, for the ten shapes: 64 features for FID and 10 logits for IS.
+"""The classifiers of the bundled data sets: 64 features for FID, as Inception-v3 gives for ImageNet.
 
-Four convolutions without normalisation or dropout, 61,000 parameters: a picture's features depend
-on nothing but the picture. Trained by `python -m util.tiny.assets classifier`.
+Four convolutions without normalisation or dropout, so an image's features depend only on that image.
 """
 
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,15 @@ FEATURES = 64
 LABELS = 10
 IMAGE_SIZE = 64  # pixels
 
+Classifier = TypeVar("Classifier", bound="TinyClassifier")
 
-class ShapeClassifier(nn.Module):
-    """Images (B, 3, 64, 64), uint8 or float in [-1, 1] => features (B, 64), logits (B, 10)."""
+
+class TinyClassifier(nn.Module):
+    """Images (B, 3, 64, 64), uint8 or float in [-1, 1] => features (B, 64), logits (B, K)."""
+
+    title: str  # of its files, in errors
+    command: str  # that trains it
+    reader: str  # name of the layer that reads the features
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,27 +38,41 @@ class ShapeClassifier(nn.Module):
             nn.Conv2d(64, FEATURES, 3, padding=1),
             nn.ReLU(),
         )
-        self.head = nn.Linear(FEATURES, LABELS)
+
+    def logits(self, maps: Tensor) -> Tensor:
+        """(B, 64, 8, 8) => (B, K)."""
+        raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
             raise ValueError(f"images must be (B, 3, 64, 64), got {tuple(images.shape)}")
         if images.dtype == torch.uint8:
-            images = images.to(self.head.weight.dtype) / 127.5 - 1
-        features = self.trunk(images).mean((2, 3))  # (B, 64, 8, 8) => (B, 64)
-        return features, self.head(features)
+            images = images.float() / 127.5 - 1
+        maps = self.trunk(images)  # (B, 64, 8, 8)
+        return maps.mean((2, 3)), self.logits(maps)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "ShapeClassifier":
-        """The trained classifier in evaluation mode. UserError when the file is not one."""
+    def from_file(cls: type[Classifier], path: str | Path) -> Classifier:
+        """The trained classifier in evaluation mode, float32. UserError if the file does not fit."""
         if not Path(path).is_file():
-            raise UserError(
-                f"there is no shape classifier at {path}; make it with "
-                "`python -m util.tiny.assets classifier`"
-            )
+            raise UserError(f"there is no {cls.title} at {path}; make it with `{cls.command}`")
         classifier = cls()
         try:
             load_into(classifier, path)
         except UserError as error:
-            raise UserError(f"{path} is not a shape classifier's file: {error}") from error
+            raise UserError(f"{path} is not a {cls.title}'s file: {error}") from error
         return classifier.eval().requires_grad_(False)
+
+
+class ShapeClassifier(TinyClassifier):
+    """Names the ten shapes of util.shapes; 61,000 parameters."""
+
+    title, command = "shape classifier", "python -m util.tiny.assets classifier"
+    reader = "head"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(FEATURES, LABELS)
+
+    def logits(self, maps: Tensor) -> Tensor:
+        return self.head(maps.mean((2, 3)))

@@ -8,25 +8,25 @@ i, so the same command continues after a stop.
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from models.llamagen import GPT, gpt_tiny
 from models.vq import VQModel, vq_tiny
-from util.checkpoint import load_into, read_pickle, save_safetensors
 from util.errors import UserError, run_main
-from util.files import atomic_path, sha256_of
+from util.files import sha256_of
 from util.shapes import label_of
+from util.tiny.training import load_checkpoint, save_checkpoint, save_weights
 from util.tiny.vq import BUNDLE as TOKENIZER
 from util.tiny.vq import Pictures, learning_rate, pictures
+from util.training.step import attention_for_training
+from util.weights import load_into, save_safetensors
 
 BUNDLE = Path("pretrained_models/gpt_tiny/model.safetensors")
 PICTURES = 20_000
@@ -40,10 +40,10 @@ BETAS = (0.9, 0.95)  # the same
 GRAD_CLIP = 1.0  # the same
 SAVE_EVERY = 100  # steps
 ENCODE_BATCH = 50  # pictures
+CPU = torch.device("cpu")
 
 
 def read_tokenizer(path: Path) -> VQModel:
-    """The tokenizer of gpt_tiny."""
     tokenizer = vq_tiny().eval()
     load_into(tokenizer, path)
     return tokenizer
@@ -66,7 +66,7 @@ def load_codes(
     read: Callable[[Path], VQModel] = read_tokenizer,
     draw: Pictures = pictures,
 ) -> Tensor:
-    """Codes (count, N) int64, made once and kept. UserError if the kept ones are too few or foreign.
+    """Codes (count, N) int64, made once and kept. UserError if there are too few, or of another tokenizer.
 
     read: loads the tokenizer of that path. draw: pictures by start and count.
     """
@@ -83,18 +83,6 @@ def load_codes(
     return codes[:count]
 
 
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention as matrix products in the inputs' precision: the fused CPU backward is slow."""
-    allowed = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(allowed)
-
-
 def loss_of(model: GPT, codes: Tensor, labels: Tensor) -> Tensor:
     """Mean cross entropy, nats per token; codes (B, N), labels (B,)."""
     logits = model(codes[:, :-1], labels)
@@ -102,11 +90,7 @@ def loss_of(model: GPT, codes: Tensor, labels: Tensor) -> Tensor:
 
 
 def fit(
-    model: nn.Module,
-    loss_of_step: Callable[[int], Tensor],
-    output_dir: Path,
-    steps: int,
-    peak_lr: float = PEAK_LR,
+    model: nn.Module, loss_of_step: Callable[[int], Tensor], output_dir: Path, steps: int
 ) -> float:
     """Train the parameters that require gradients, or continue from the checkpoint in output_dir.
 
@@ -116,16 +100,13 @@ def fit(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=WEIGHT_DECAY)
     checkpoint, done, mean = output_dir / "checkpoint-last.pth", 0, 0.0
-    if checkpoint.exists():
-        state = read_pickle(checkpoint, mmap=False)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    if state := load_checkpoint(checkpoint, model, optimizer):
         done, mean = state["step"], state["loss"]
     bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:
         torch.manual_seed(step)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak_lr, WARMUP)
-        with plain_attention():
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, PEAK_LR, WARMUP)
+        with attention_for_training(CPU):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = loss_of_step(step)
             loss.backward()
@@ -135,14 +116,7 @@ def fit(
         mean = loss.item() if step == 0 else 0.98 * mean + 0.02 * loss.item()
         if (step + 1) % SAVE_EVERY == 0:
             bar.write(f"step {step + 1}: loss {mean:.4f}")
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-                "loss": mean,
-            }
-            with atomic_path(checkpoint) as temporary:
-                torch.save(state, temporary)
+            save_checkpoint(checkpoint, model, optimizer, step=step + 1, loss=mean)
     return mean
 
 
@@ -164,7 +138,6 @@ def train(output_dir: Path, steps: int, count: int) -> tuple[GPT, float]:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m util.tiny.gpt", description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="for codes and checkpoint")
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -173,14 +146,11 @@ def main() -> None:
     args = parser.parse_args()
     model, loss = train(args.output_dir, args.steps, args.num_images)
     metadata = {
-        "training_loss_nats": json.dumps(round(loss, 4)),
-        "made_by": json.dumps(
-            f"python -m util.tiny.gpt --steps {args.steps} --num_images {args.num_images}"
-        ),
+        "training_loss_nats": round(loss, 4),
+        "made_by": f"python -m util.tiny.gpt --steps {args.steps} --num_images {args.num_images}",
     }
-    args.bundle.parent.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    save_safetensors(args.bundle, weights, metadata)
+    save_weights(args.bundle, weights, metadata)
     print(json.dumps({"training_loss_nats": round(loss, 4)}))
 
 

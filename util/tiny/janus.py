@@ -5,7 +5,7 @@
 
 It writes model and processor as save_pretrained does, in half precision. Its prompts are captions of
 util.tiny.captions. Text, VQ and image generation are used; the vision tower, which transformers asks
-for, is as small as can be and not trained. Stopped anywhere, the same command continues.
+for, is minimal and not trained. The same command resumes.
 """
 
 import argparse
@@ -32,35 +32,18 @@ from transformers import (
 from util.errors import UserError, run_main
 from util.images import to_bytes
 from util.shapes import HELD_OUT_START, IMAGE_SIZE
+from util.tiny import janus_vq
 from util.tiny.captions import WORDS, caption_of
 from util.tiny.gpt import fit, load_codes
-from util.tiny.janus_vq import (
-    BASE_CHANNELS,
-    CHANNEL_MULTIPLIER,
-    CODE_CHANNELS,
-    CODES,
-    LATENT_CHANNELS,
-    RES_BLOCKS,
-    draw,
-    janus_weights,
-    load_tokenizer,
-    save_sheet,
-)
 from util.tiny.prompt_classifier import CLASSIFIER, FOLDER, PromptClassifier, prompt_agreement
 
 GRID = 16  # codes per line, and lines
 WIDTH = 128
 LAYERS = 6
 HEADS = 4
-PAD, BOS, EOS, BOI, EOI, IMAGE, UNKNOWN = SPECIAL_TOKENS = (
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<begin_of_image>",
-    "<end_of_image>",
-    "<image_placeholder>",
-    "<unk>",
-)
+PAD, BOS, EOS, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
+BOI, EOI, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
+SPECIAL_TOKENS = (PAD, BOS, EOS, BOI, EOI, IMAGE, UNKNOWN)
 VOCABULARY = {word: k for k, word in enumerate((*SPECIAL_TOKENS, *WORDS))}
 CHAT_TEMPLATE = (  # the words of the user alone: no turn markers, which this model never saw
     "{% for message in messages %}"
@@ -100,11 +83,8 @@ def make_processor() -> JanusProcessor:
 
 def make_model() -> JanusForConditionalGeneration:
     """The untrained model, float32, with random weights."""
-    special: dict[str, Any] = {
-        "pad_token_id": VOCABULARY[PAD],
-        "bos_token_id": VOCABULARY[BOS],
-        "eos_token_id": VOCABULARY[EOS],
-    }
+    names = {"pad": PAD, "bos": BOS, "eos": EOS}
+    special: dict[str, Any] = {f"{k}_token_id": VOCABULARY[word] for k, word in names.items()}
     config = JanusConfig(
         text_config=LlamaConfig(
             vocab_size=len(VOCABULARY),
@@ -129,12 +109,12 @@ def make_model() -> JanusForConditionalGeneration:
             "num_image_tokens": GRID * GRID,
         },
         vq_config={
-            "embed_dim": CODE_CHANNELS,
-            "num_embeddings": CODES,
-            "latent_channels": LATENT_CHANNELS,
-            "base_channels": BASE_CHANNELS,
-            "channel_multiplier": list(CHANNEL_MULTIPLIER),
-            "num_res_blocks": RES_BLOCKS,
+            "embed_dim": janus_vq.CODE_CHANNELS,
+            "num_embeddings": janus_vq.CODES,
+            "latent_channels": janus_vq.LATENT_CHANNELS,
+            "base_channels": janus_vq.BASE_CHANNELS,
+            "channel_multiplier": list(janus_vq.CHANNEL_MULTIPLIER),
+            "num_res_blocks": janus_vq.RES_BLOCKS,
             "projection_dim": WIDTH,
             "image_token_embed_dim": WIDTH,
         },
@@ -162,19 +142,16 @@ def start(tokenizer_path: Path) -> JanusForConditionalGeneration:
     torch.manual_seed(0)
     model = make_model().requires_grad_(False)
     inner = model.model
-    inner.vqmodel.load_state_dict(janus_weights(load_tokenizer(tokenizer_path).state_dict()))
+    inner.vqmodel.load_state_dict(
+        janus_vq.janus_weights(janus_vq.load_tokenizer(tokenizer_path).state_dict())
+    )
     codes = inner.vqmodel.quantize.embedding.weight
-    inner.generation_embeddings.weight.copy_(codes * CODE_CHANNELS**0.5)
-    for part in (inner.generation_aligner, inner.generation_head):
-        for module in part.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-    for part in (
-        inner.language_model,
-        inner.generation_embeddings,
-        inner.generation_aligner,
-        inner.generation_head,
-    ):
+    inner.generation_embeddings.weight.copy_(codes * janus_vq.CODE_CHANNELS**0.5)
+    small = [inner.generation_aligner, inner.generation_head]
+    for module in nn.ModuleList(small).modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+    for part in (inner.language_model, inner.generation_embeddings, *small):
         part.requires_grad_(True)
     return model
 
@@ -204,7 +181,7 @@ def train(
 ) -> tuple[JanusForConditionalGeneration, float]:
     """Train, or continue from the checkpoint in output_dir; the model and its last mean loss."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    codes = load_codes(output_dir, count, tokenizer_path, load_tokenizer, draw)
+    codes = load_codes(output_dir, count, tokenizer_path, janus_vq.load_tokenizer, janus_vq.draw)
     prompts = make_processor()(
         text=[caption_of(index) for index in range(count)],
         generation_mode="image",
@@ -245,7 +222,6 @@ def draw_prompts(folder: Path, prompts: list[str], seed: int) -> Tensor:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m util.tiny.janus", description="Train janus_tiny and write it."
     )
@@ -262,7 +238,7 @@ def main() -> None:
     save(model.half(), args.bundle)
     prompts = [caption_of(HELD_OUT_START + n) for n in range(TEST_PICTURES)]
     images = draw_prompts(args.bundle, prompts, seed=0)
-    save_sheet(args.output_dir / "samples.png", images.unflatten(0, (-1, 10)))
+    janus_vq.save_sheet(args.output_dir / "samples.png", images.unflatten(0, (-1, 10)))
     agreement = prompt_agreement(classifier, images, prompts)
     print(json.dumps({"training_loss_nats": round(loss, 4), "agreement": agreement}))
 

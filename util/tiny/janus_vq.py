@@ -3,12 +3,11 @@
     python -m util.tiny.janus_vq --output_dir output_dir/janus_tiny/tokenizer
 
 Janus uses LlamaGen's tokenizer, so the recipe is that of util.tiny.vq and `janus_weights` renames the
-result. Stopped anywhere, the same command continues.
+result. The same command resumes.
 """
 
 import argparse
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.vq import VQModel
-from util.checkpoint import load_into, save_safetensors
+from util.data.datasets import to_unit_range
 from util.errors import UserError, run_main
 from util.images import save_png, to_bytes
 from util.shapes import HELD_OUT_START
 from util.tiny import captions
+from util.tiny.training import save_weights
 from util.tiny.vq import test, train
+from util.weights import load_into
 
 TOKENIZER, RECONSTRUCTIONS = "tokenizer.safetensors", "reconstructions.png"  # in the output folder
 STEPS = 2000
@@ -32,14 +33,6 @@ LATENT_CHANNELS = 32
 BASE_CHANNELS = 64  # Janus normalizes in 32 groups, and groups of one channel lose the colour
 CHANNEL_MULTIPLIER = (1, 1, 1)  # stride 4
 RES_BLOCKS = 0  # in each level of the encoder; the decoder has one more
-JANUS_NAMES = (  # of LlamaGen's names and their replacements
-    (r"^encoder\.conv_blocks\.", "encoder.down."),
-    (r"^decoder\.conv_blocks\.", "decoder.up."),
-    (r"\.res\.", ".block."),
-    (r"\.mid\.0\.", ".mid.block_1."),
-    (r"\.mid\.1\.", ".mid.attn_1."),
-    (r"\.mid\.2\.", ".mid.block_2."),
-)
 
 
 def janus_vq() -> VQModel:
@@ -59,10 +52,12 @@ def janus_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     JanusVQVAE normalizes codes when it decodes but not when it encodes; unit codes make both agree.
     """
+    from models.janus_original import TOKENIZER_KEYS  # needs transformers
+
     renamed = {}
     for name, tensor in weights.items():
-        for pattern, replacement in JANUS_NAMES:
-            name = re.sub(pattern, replacement, name)
+        for old, new in TOKENIZER_KEYS.items():
+            name = name.replace(old, new)
         renamed[name] = tensor
     del renamed["quantize.codebook_used"]
     codes = "quantize.embedding.weight"
@@ -72,7 +67,7 @@ def janus_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def draw(start: int, count: int) -> Tensor:
     """Pictures start .. start + count - 1, float32 (count, 3, 64, 64) in [-1, 1]."""
-    return captions.pictures(start, count).float() / 127.5 - 1
+    return to_unit_range(captions.pictures(start, count))
 
 
 def load_tokenizer(path: Path) -> VQModel:
@@ -98,7 +93,6 @@ def save_reconstructions(model: VQModel, path: Path, rows: int = 4, columns: int
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m util.tiny.janus_vq", description="Train the tokenizer of janus_tiny."
     )
@@ -108,15 +102,13 @@ def main() -> None:
     if args.steps < 1:
         raise UserError(f"--steps must be at least 1, got {args.steps}")
     trained = train(args.output_dir, args.steps, janus_vq, draw)
-    path = args.output_dir / TOKENIZER
     weights = {name: tensor.half() for name, tensor in trained.state_dict().items()}
     model = janus_vq().eval()
     model.load_state_dict(weights)  # what is tested is what is written
     result = test(model, draw)
-    metadata = {name: json.dumps(value) for name, value in result.items()}
-    metadata["made_by"] = json.dumps(f"python -m util.tiny.janus_vq --steps {args.steps}")
+    made_by = f"python -m util.tiny.janus_vq --steps {args.steps}"
     save_reconstructions(model, args.output_dir / RECONSTRUCTIONS)
-    save_safetensors(path, weights, metadata)
+    save_weights(args.output_dir / TOKENIZER, weights, {**result, "made_by": made_by})
     print(json.dumps(result))
 
 

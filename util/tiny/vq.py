@@ -2,9 +2,9 @@
 
     python -m util.tiny.vq --output_dir output_dir/vq_tiny
 
-A plain autoencoder at first, its latents on the unit sphere; then its codebook starts as k-means of
-these latents, and codes, encoder and decoder are trained together (van den Oord et al., NeurIPS
-2017, equation 3). Step i sees pictures i * BATCH on, so the same command continues after a stop.
+It starts as a plain autoencoder with latents on the unit sphere. Then k-means of these latents gives the
+codebook, and codes, encoder and decoder are trained together (van den Oord et al., NeurIPS 2017,
+equation 3). Step i uses pictures from i * BATCH on, so the same command continues after a stop.
 """
 
 import argparse
@@ -19,10 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.vq import VQModel, vq_tiny
-from util.checkpoint import read_pickle, save_safetensors
+from util import shapes
+from util.data.datasets import to_unit_range
 from util.errors import run_main
-from util.files import atomic_path
-from util.shapes import HELD_OUT_START, ShapesDataset
+from util.shapes import HELD_OUT_START
+from util.tiny.training import load_checkpoint, save_checkpoint, save_weights
 
 BUNDLE = Path("pretrained_models/gpt_tiny/tokenizer.safetensors")
 STEPS = 1000
@@ -42,8 +43,7 @@ Pictures = Callable[[int, int], Tensor]  # start, count => float32 (count, 3, 64
 
 def pictures(start: int, count: int) -> Tensor:
     """Pictures start .. start + count - 1, float32 (count, 3, 64, 64) in [-1, 1]."""
-    data = ShapesDataset(start, count)
-    return torch.stack([data[i][0] for i in range(count)]).float() / 127.5 - 1
+    return to_unit_range(shapes.pictures(start, count))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
@@ -112,10 +112,7 @@ def test(model: VQModel, draw: Pictures) -> dict[str, float]:
 
 
 def train(
-    output_dir: Path,
-    steps: int,
-    make: Callable[[], VQModel] = vq_tiny,
-    draw: Pictures = pictures,
+    output_dir: Path, steps: int, make: Callable[[], VQModel] = vq_tiny, draw: Pictures = pictures
 ) -> VQModel:
     """Train the model that `make` makes, or continue from the checkpoint in output_dir."""
     torch.manual_seed(0)
@@ -124,10 +121,7 @@ def train(
     used = torch.zeros(model.quantize.embedding.num_embeddings, dtype=torch.bool)
     checkpoint, done = output_dir / "checkpoint-last.pth", 0
     output_dir.mkdir(parents=True, exist_ok=True)
-    if checkpoint.exists():
-        state = read_pickle(checkpoint, mmap=False)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    if state := load_checkpoint(checkpoint, model, optimizer):
         done, used = state["step"], state["used"]
     bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:
@@ -149,19 +143,11 @@ def train(
                 revive(model, used, images)
             used.zero_()
         if (step + 1) % SAVE_EVERY == 0:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step + 1,
-                "used": used,
-            }
-            with atomic_path(checkpoint) as temporary:
-                torch.save(state, temporary)
+            save_checkpoint(checkpoint, model, optimizer, step=step + 1, used=used)
     return model.eval()
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m util.tiny.vq", description=__doc__)
     parser.add_argument("--output_dir", type=Path, required=True, help="for the checkpoint")
     parser.add_argument("--steps", type=int, default=STEPS)
@@ -169,10 +155,8 @@ def main() -> None:
     args = parser.parse_args()
     model = train(args.output_dir, args.steps)
     result = test(model, pictures)
-    metadata = {key: json.dumps(value) for key, value in result.items()}
-    metadata["made_by"] = json.dumps(f"python -m util.tiny.vq --steps {args.steps}")
-    args.bundle.parent.mkdir(parents=True, exist_ok=True)
-    save_safetensors(args.bundle, model.state_dict(), metadata)
+    made_by = f"python -m util.tiny.vq --steps {args.steps}"
+    save_weights(args.bundle, model.state_dict(), {**result, "made_by": made_by})
     print(json.dumps(result))
 
 

@@ -29,6 +29,4 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.start_epoch >= self.epochs:
-            raise UserError(
-                f"--start_epoch {self.start_epoch} leaves nothing of --epochs {self.epochs}"
-            )
+            raise UserError(f"--start_epoch {self.start_epoch} is not below --epochs {self.epochs}")

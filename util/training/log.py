@@ -22,10 +22,10 @@ except ImportError:  # an optional dependency
 
 
 class RunLog:
-    """Appends to `output_dir/log.jsonl`. A disk that is full costs lines of the log, not the run."""
+    """Appends to `output_dir/log.jsonl`. A full disk loses lines of the log but does not stop the run."""
 
     def __init__(self, output_dir: str | Path, log_dir: str | Path, step: int = 0) -> None:
-        """`step`: steps that the run has behind it. What was logged of later ones is dropped."""
+        """step: steps that are done. Log lines of later steps are dropped."""
         path = Path(output_dir) / "log.jsonl"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,10 +39,9 @@ class RunLog:
             raise UserError(
                 f"cannot write {path} ({error.strerror}): choose another --output_dir or --log_dir"
             ) from error
-        self._told = False
+        self._noted = False
 
     def close(self) -> None:
-        """Close the files."""
         self._try(self._file.close)
         if self._board:
             self._try(self._board.close)
@@ -68,13 +67,13 @@ class RunLog:
         try:
             write()
         except OSError as error:
-            if not self._told:
+            if not self._noted:
                 print(f"note: the log cannot be written ({error})", file=sys.stderr, flush=True)
-            self._told = True
+            self._noted = True
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep whole lines of steps up to `step`: a resumed run writes the later ones again."""
+    """Keep complete lines of steps up to `step`: a resumed run writes the later ones again."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     steps = [_step_of(line) for line in lines]
     kept = [line for line, at in zip(lines, steps, strict=True) if at is not None and at <= step]

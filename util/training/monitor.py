@@ -20,10 +20,11 @@ from util.training import step as training
 from util.training.config import TrainConfig
 from util.training.log import RunLog
 from util.training.signals import StopRequest
+from util.weights import LAST
 
 
 def memory_gb(device: torch.device) -> float:
-    """Most memory that this process has used, 10^9 bytes: of the GPU's tensors, else of the process."""
+    """Peak memory in 10^9 bytes: of the tensors on a GPU, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes on macOS, else kilobytes
@@ -61,7 +62,7 @@ class TrainingMonitor:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         failed = kind is not None and issubclass(kind, Exception)
         if failed and self.state.step > self.first_step and self.state.is_sound:
-            with suppress(Exception):  # what failed first is what the user must read
+            with suppress(Exception):  # the user must see the first error
                 self.save(*self._next_step())
         if self.bar is not None:
             self.bar.close()
@@ -75,25 +76,23 @@ class TrainingMonitor:
             )
 
     def begin(self, epoch: int, first_step: int) -> None:
-        """Start of an epoch."""
         self.epoch, self.epoch_began = epoch, self.state.step - first_step
         if self.bar is not None:
             self.bar.close()
         if self.world.is_main and sys.stderr.isatty():
-            self.bar = tqdm(
-                total=self.plan.steps, initial=first_step, desc=f"epoch {epoch}", unit="step"
-            )
+            title = f"epoch {epoch}"
+            self.bar = tqdm(total=self.plan.steps, initial=first_step, desc=title, unit="step")
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, no time passes for images/s."""
+        """Time inside the block does not count for images/s."""
         began = time.monotonic()
         yield
         self.logged += time.monotonic() - began
 
     @contextmanager
     def optional_evaluation(self, epoch: int, rendezvous: dist.Rendezvous) -> Iterator[None]:
-        """An evaluation whose failure is a note: hours of training are worth more than a score."""
+        """An evaluation whose failure is only noted, so that it does not end the training."""
         with self.paused():
             try:
                 with rendezvous.attempt():
@@ -108,13 +107,13 @@ class TrainingMonitor:
                     )
 
     def save(self, epoch: int, step_in_epoch: int) -> None:
-        """Write checkpoint-last.pth as seen from (epoch, step_in_epoch), the next step to take."""
+        """Write checkpoint-last.pth; (epoch, step_in_epoch) is the next step to take."""
         self.saved = time.monotonic()
         if not self.world.is_main:
             return
         with self.paused():
             checkpoint.save_checkpoint(
-                Path(self.config.output_dir) / checkpoint.LAST,
+                Path(self.config.output_dir) / LAST,
                 model=self.state.model,
                 ema=self.state.ema,
                 optimizer=self.state.optimizer,
@@ -132,7 +131,7 @@ class TrainingMonitor:
         self.saved_step = self.state.step
 
     def after_step(self, result: training.StepResult, done: int) -> bool:
-        """Called by train_one_epoch; True ends the run. `done` steps of this epoch are behind us."""
+        """Called by train_one_epoch after `done` steps of this epoch; True ends the run."""
         config, state = self.config, self.state
         if self.bar is not None:
             self.bar.update()
@@ -189,5 +188,5 @@ class TrainingMonitor:
 
 
 def sheet_of(output_dir: str | Path, epoch: int) -> Path:
-    """Where the sample sheet of an epoch lies."""
+    """Path of the sample sheet of an epoch."""
     return Path(output_dir) / "samples" / f"epoch{epoch:04d}.png"

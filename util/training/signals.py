@@ -1,4 +1,4 @@
-"""A polite end: a signal stops the run at the next step, a second SIGTERM or Ctrl-C at once."""
+"""Graceful shutdown: a signal stops the run at the next step, a second SIGTERM or Ctrl-C at once."""
 
 import signal
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ STOP_SIGNALS = (*_INSISTENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to end while there was nothing to be saved."""
+    """The run was asked to stop while there was nothing to save."""
 
 
 class StopRequest:
@@ -36,7 +36,7 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a request raises Stopped: for work of which no more than a batch can be lost."""
+        """Inside, a request raises Stopped at once: for work that loses at most a batch."""
         if self.requested:
             raise Stopped
         self._at_once = True

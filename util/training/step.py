@@ -1,8 +1,8 @@
-"""Training without a word about the model: one step, one epoch, and the state of a run.
+"""Training steps and epochs of any model, and the state of a run.
 
-The noise of a step is seeded by (seed, step) and drawn for all its images, so a run that was stopped
-anywhere continues with the very same numbers, and any number of processes and accumulated batches
-follows the same curve, dropout apart. No state of a random generator has to be kept.
+The noise of a step is seeded by (seed, step) and drawn for all its images, so a stopped run continues
+with the same numbers, and the loss curve does not depend on the number of processes or accumulated
+batches (except for dropout). No state of a random generator has to be kept.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +36,7 @@ class TrainState:
     step: int = 0  # steps since the beginning of the run
     skipped: int = 0  # steps without a finite gradient, in all
     skipped_in_a_row: int = 0
-    is_updating: bool = False  # weights, averages and optimizer are of two steps
+    is_updating: bool = False  # weights, averages and optimizer are of different steps
 
     @property
     def is_sound(self) -> bool:
@@ -46,7 +46,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepConfig:
-    """What a training step is made of besides the model and the batch."""
+    """Settings of a training step."""
 
     schedule: LRSchedule
     grad_clip: float
@@ -67,13 +67,13 @@ class StepResult:
 
 
 class StepNoise(Protocol):
-    """Chance of all images of a step; `latents` is what turns a posterior into latents."""
+    """Random draws of all images of a step; `latents` samples latents from a posterior."""
 
     @property
     def latents(self) -> Tensor: ...
 
     def part(self, start: int, stop: int) -> "StepNoise":
-        """That of images start..stop."""
+        """The draws of images start..stop."""
 
 
 def step_seed(*numbers: int) -> int:
@@ -122,7 +122,7 @@ def train_step(
 
 
 def _gradients_exchanged(wrapped: nn.Module, wanted: bool) -> AbstractContextManager:
-    """Processes exchange gradients once per step, behind the last of the accumulated batches."""
+    """Processes exchange gradients once per step, after the last of the accumulated batches."""
     if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not wanted:
         return wrapped.no_sync()
     return nullcontext()
@@ -130,7 +130,7 @@ def _gradients_exchanged(wrapped: nn.Module, wanted: bool) -> AbstractContextMan
 
 @contextmanager
 def attention_for_training(device: torch.device) -> Iterator[None]:
-    """On CPUs, let scaled_dot_product_attention be plain matrix products in the inputs' precision.
+    """On CPUs, compute scaled_dot_product_attention as matrix products in the inputs' precision.
 
     Forward and backward of 140 tokens in bf16 took a third of the fused kernel's time.
     """
@@ -195,8 +195,4 @@ def _parts_of_step(
         start = (config.rank * config.accum_iter + i) * len(labels)
         part = noise.part(start, start + len(labels))
         data = data.to(config.device, non_blocking=True)
-        yield (
-            to_latents(data, part.latents),
-            labels.to(config.device, non_blocking=True),
-            part,
-        )
+        yield (to_latents(data, part.latents), labels.to(config.device, non_blocking=True), part)

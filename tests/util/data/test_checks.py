@@ -8,16 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from util.data.checks import (
-    DataShape,
-    check_files,
-    check_same_classes,
-    check_spread,
-    open_data,
-    record_classes,
-    some_items,
-    unusual,
-)
+from util.data import checks
 from util.data.class_folders import ClassFolders
 from util.data.config import DataConfig
 from util.data.datasets import CachedFolder, CachedTensors, ImageFolder
@@ -56,7 +47,7 @@ def opened(folder, world=None, class_num=2, **changes):
     """The data of `folder`, by default latents, for a model of 8 pixels with 2x2 latents."""
     paths = {"data_path": str(folder.parent), "cached_path": str(folder)}
     config = DataConfig(**{**paths, "use_cached": True, "num_workers": 2, **changes})
-    return open_data(config, DataShape(8, (2, 2, 2), class_num, ()), world)
+    return checks.open_data(config, checks.DataShape(8, (2, 2, 2), class_num, ()), world)
 
 
 # ---- files and folders -------------------------------------------------------------------------------
@@ -78,14 +69,7 @@ def test_files_are_listed_by_class_and_path_and_what_is_hidden_is_no_class(pictu
     assert files.sizes.tolist() == [os.path.getsize(path) for path, _ in files.samples]
 
 
-def test_empty_files_and_links_to_nothing_are_named_without_opening_any(pictures):
-    (pictures / "cat" / "3.png").write_bytes(b"")
-    (pictures / "dog" / "9.png").symlink_to(pictures / "gone.png")
-    with pytest.raises(UserError, match=r"cat/3\.png, .*dog/9\.png of 0 bytes"):
-        ImageFolder(pictures, 8)
-
-
-def test_skipped_files_and_untrained_classes_are_told_once(pictures, capsys):
+def test_skipped_files_and_untrained_classes_are_reported_once(pictures, capsys):
     (pictures / "cat" / "readme.txt").write_text("x")
     flags = {"use_cached": False, "cached_path": None, "class_num": 1000}
     opened(pictures, World(rank=1, size=2), **flags)
@@ -112,35 +96,16 @@ def test_the_first_file_of_each_class_is_read_and_with_check_data_every_one(pict
     damage(pictures / "dog" / "0.png")
     with pytest.raises(UserError, match=r"dog/0\.png cannot be read as an image"):
         opened(pictures, use_cached=False)
-    with pytest.raises(
-        UserError, match=r"2 of 6 files cannot be used: .*0\.png, .*2\.png; the first"
-    ):
+    with pytest.raises(UserError, match=r"2 of 6 files cannot be used: .*0\.png, .*2\.png; the"):
         opened(pictures, use_cached=False, check_data=True)
 
 
 def test_the_processes_share_the_files_to_be_checked(pictures):
     damage(pictures / "dog" / "2.png")  # the last of six files
     data = ImageFolder(pictures, 8)
-    check_files(data, World(rank=0, size=2), every=True)
+    checks.check_files(data, World(rank=0, size=2), every=True)
     with pytest.raises(UserError, match=r"dog/2\.png"):
-        check_files(data, World(rank=1, size=2), every=True)
-
-
-@pytest.mark.parametrize(
-    "content", [b"GIF89a", b"\x89PNG\r\n\x1a\n\x00\x00", b"\xff\xd8\xff\xe0 JFIF"]
-)
-def test_whatever_pillow_says_of_a_damaged_file_is_one_sentence(pictures, content):
-    (pictures / "cat" / "0.png").write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"cat/0\.png cannot be read as an image .*remove or replace"
-    ):
-        ImageFolder(pictures, 8)[(0, False)]
-
-
-def test_sixteen_bits_are_refused_rather_than_clipped_to_white(pictures):
-    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(pictures / "cat" / "0.png")
-    with pytest.raises(UserError, match=r"cat/0\.png has more than 8 bits"):
-        ImageFolder(pictures, 8)[(0, False)]
+        checks.check_files(data, World(rank=1, size=2), every=True)
 
 
 # ---- latents -----------------------------------------------------------------------------------------
@@ -158,24 +123,18 @@ def test_the_files_of_the_original_load(latents):
 def test_one_latent_of_another_shape_is_found_by_its_length_before_training(latents, in_memory):
     odd = latents / "n01443537" / NAMES[4]
     write_latent(odd, (4, 3, 3))
-    assert unusual(CachedFolder(latents)) == [10]
+    assert checks.unusual(CachedFolder(latents)) == [10]
     with pytest.raises(
         UserError, match=rf"{odd} holds moments \(4, 3, 3\), the model needs \(4, 2, 2\)"
     ):
         opened(latents, cache_in_memory=in_memory)
 
 
-def test_a_truncated_latent_is_found_by_its_length_before_training(latents):
-    damage(latents / "n01440764" / NAMES[5])
-    with pytest.raises(UserError, match="is not a cached latent"):
-        opened(latents, cache_in_memory=False)
-
-
-def test_compressed_latents_of_various_lengths_are_no_error(latents):
+def test_compressed_latents_may_differ_in_length(latents):
     for i, path in enumerate(sorted(latents.rglob("*.npz"))):
         moments = np.random.default_rng(i).normal(size=SHAPE).round(i).astype(np.float32)
         np.savez_compressed(path, moments=moments, moments_flip=moments)
-    assert len(unusual(CachedFolder(latents))) > 3
+    assert len(checks.unusual(CachedFolder(latents))) > 3
     assert len(opened(latents, cache_in_memory=False)) == 12
 
 
@@ -190,7 +149,7 @@ def test_nan_is_found_where_it_is_read(latents):
 
 
 @pytest.mark.parametrize("kind", ["bare array", "text", "one mirroring"])
-def test_what_is_no_cached_latent_is_named(latents, kind):
+def test_what_is_not_a_cached_latent_is_named(latents, kind):
     path = latents / "n01440764" / NAMES[0]
     if kind == "bare array":
         with path.open("wb") as file:
@@ -207,26 +166,26 @@ def test_what_is_no_cached_latent_is_named(latents, kind):
 
 
 def test_a_resumed_run_needs_the_classes_it_began_with(tmp_path):
-    record_classes(tmp_path, ("cat", "dog"))
+    checks.record_classes(tmp_path, ("cat", "dog"))
     assert json.loads((tmp_path / "classes.json").read_text()) == ["cat", "dog"]
-    check_same_classes(tmp_path, ("cat", "dog"))
-    check_same_classes(tmp_path / "of the original", ("cat",))
+    checks.check_same_classes(tmp_path, ("cat", "dog"))
+    checks.check_same_classes(tmp_path / "of the original", ("cat",))
     with pytest.raises(UserError, match="label 0 was class 'cat' and is 'bird' now"):
-        check_same_classes(tmp_path, ("bird", "cat", "dog"))
+        checks.check_same_classes(tmp_path, ("bird", "cat", "dog"))
     with pytest.raises(UserError, match="began with 2 classes, now there are 3"):
-        check_same_classes(tmp_path, ("cat", "dog", "eel"))
+        checks.check_same_classes(tmp_path, ("cat", "dog", "eel"))
 
 
-def test_latents_far_from_a_deviation_of_one_are_told_with_the_scale_that_mends_it(capsys):
+def test_latents_far_from_a_deviation_of_one_are_reported_with_the_right_scale(capsys):
     latents = torch.randn(16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    check_spread(latents, 0.2325, World())
+    checks.check_spread(latents, 0.2325, World())
     assert capsys.readouterr().err == ""
-    check_spread(10 * latents, 1.0, World())
+    checks.check_spread(10 * latents, 1.0, World())
     assert "try --latent_scale 0.1" in capsys.readouterr().err
 
 
 def test_some_items_are_spread_over_the_classes(latents):
     for in_memory in (True, False):
         data = opened(latents, cache_in_memory=in_memory)
-        assert some_items(data, 3)[:, 0, 0, 0].tolist() == [0, 5, 15]
-        assert some_items(data, 100).shape == (12, *SHAPE)
+        assert checks.some_items(data, 3)[:, 0, 0, 0].tolist() == [0, 5, 15]
+        assert checks.some_items(data, 100).shape == (12, *SHAPE)

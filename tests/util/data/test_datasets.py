@@ -79,16 +79,13 @@ def test_labels_are_the_sorted_class_folders_and_flips_mirror(folder):
     assert torch.equal(data[(3, True)][0], image.flip(-1))
 
 
-def test_no_folder_or_no_pictures_or_a_broken_picture_is_one_sentence(folder):
+def test_no_folder_and_no_pictures_are_one_sentence(folder):
     with pytest.raises(UserError, match="no data folder"):
         ImageFolder(folder / "train", 8)
     with pytest.raises(UserError, match="holds no files .npz"):
         CachedFolder(folder)
     with pytest.raises(UserError, match="holds no folder"):
         CachedFolder(folder / "cat")
-    (folder / "cat" / "0.png").write_text("not a picture")
-    with pytest.raises(UserError, match=r"0\.png cannot be read"):
-        ImageFolder(folder, 8)[(0, False)]
 
 
 def test_memory_and_disk_give_the_same_batches(latents):
@@ -105,13 +102,6 @@ def test_a_flipped_pick_is_the_latent_of_the_mirrored_picture(latents):
     data = CachedFolder(latents)
     assert data[(4, False)][0].unique().tolist() == [11.0]
     assert data[(4, True)][0].unique().tolist() == [-12.0]
-
-
-def test_a_damaged_latent_is_named(latents):
-    path = latents / "cat" / "1.png.npz"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"1\.png\.npz is not a cached latent"):
-        CachedTensors(CachedFolder(latents))
 
 
 class Signalled(torch.utils.data.Dataset):
@@ -144,7 +134,7 @@ def test_about_half_of_the_pictures_are_flipped():
     assert 900 < sum(flips) < 1100
 
 
-def test_an_epoch_entered_in_the_middle_goes_on_with_the_same_batches():
+def test_an_epoch_entered_in_the_middle_continues_with_the_same_batches():
     plan = BatchPlan(103, batch_size=5, seed=1)
     assert plan.epoch(3, first_step=7) == plan.epoch(3)[7:]
 

@@ -42,10 +42,7 @@ def test_what_a_process_makes_does_not_depend_on_what_the_others_have_written():
     before = jobs_of(grid, 1, 2, missing)
     present |= set(grid.images(0)) | set(grid.images(2))  # of process 0
     assert jobs_of(grid, 1, 2, missing) == before
-    assert [(job.batch, job.wanted) for job in before] == [
-        (1, [4, 6, 7]),
-        (3, [12, 13, 14, 15]),
-    ]
+    assert [(job.batch, job.wanted) for job in before] == [(1, [4, 6, 7]), (3, [12, 13, 14, 15])]
     present |= set(grid.images(1))
     assert [job.batch for job in jobs_of(grid, 1, 2, missing)] == [3]
 

@@ -63,6 +63,6 @@ def test_prompts_that_differ_anywhere_are_described_differently(tmp_path):
     assert first.describe() == same.describe() != other.describe()
 
 
-def test_labels_are_told_from_prompts():
+def test_labels_and_prompts_are_distinguished():
     assert class_labels(ClassLabels(2).of(range(4), 4)) == [0, 0, 1, 1]
     assert class_labels(["a cat", "a dog"]) is None

@@ -17,9 +17,10 @@ from tests.support.scoring import Pictures, features_of, pictures, request
 from util import metrics
 from util.errors import UserError
 from util.evaluation.statistics import FidStatistics, save_stats
-from util.shapes import ShapesDataset
+from util.shapes import label_of, render
 from util.tiny.classifier import ShapeClassifier
 
+INCEPTION = "inception-v3-compat"
 WEIGHTS_NAME = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -28,9 +29,7 @@ def inception_stats(path):
     return path
 
 
-def test_missing_inception_weights_offline_are_an_error_that_says_where_they_go(
-    tmp_path, monkeypatch
-):
+def test_missing_inception_weights_offline_are_reported_with_their_path(tmp_path, monkeypatch):
     def offline(*_):
         raise URLError("no network")
 
@@ -39,12 +38,10 @@ def test_missing_inception_weights_offline_are_an_error_that_says_where_they_go(
     stats = inception_stats(tmp_path / "stats.npz")
     place = tmp_path / "torch" / "hub" / "checkpoints" / WEIGHTS_NAME
     with pytest.raises(UserError, match=re.escape(str(place))) as error:
-        metrics.check_ready(request(stats, features="inception-v3-compat", path=None))
+        metrics.check_ready(request(stats, features=INCEPTION, path=None))
     assert "util.download inception" in str(error.value) and is_one_sentence(error)
     with pytest.raises(UserError, match="own.pth are missing; `python -m util.download inception`"):
-        metrics.check_ready(
-            request(stats, features="inception-v3-compat", path=str(tmp_path / "own.pth"))
-        )
+        metrics.check_ready(request(stats, features=INCEPTION, path=str(tmp_path / "own.pth")))
 
 
 class Payload:
@@ -59,9 +56,7 @@ def test_inception_weights_that_would_run_code_are_refused_and_do_not_run_it(tmp
     stats = inception_stats(tmp_path / "stats.npz")
     for name in ("zip.pth", "plain.pth"):
         with pytest.raises(UserError, match=name) as error:
-            metrics.check_ready(
-                request(stats, features="inception-v3-compat", path=str(tmp_path / name))
-            )
+            metrics.check_ready(request(stats, features=INCEPTION, path=str(tmp_path / name)))
         assert is_one_sentence(error)
     assert not (tmp_path / "code_was_run").exists()
 
@@ -87,9 +82,9 @@ def test_inception_is_found_in_torch_hub_and_gives_torch_fidelitys_features(
     place.parent.mkdir(parents=True)
     os.link(inception_file, place)
     images = pictures(2, size=16)
-    ours = features_of(Pictures(images), name="inception-v3-compat")
+    ours = features_of(Pictures(images), name=INCEPTION)
     network = create_feature_extractor(
-        "inception-v3-compat",
+        INCEPTION,
         ["2048", "logits_unbiased"],
         cuda=False,
         feature_extractor_weights_path=str(inception_file),
@@ -97,7 +92,7 @@ def test_inception_is_found_in_torch_hub_and_gives_torch_fidelitys_features(
     )
     theirs = network(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
     assert [values.shape for values in ours.values()] == [(2, 2048), (2, 1008)]
-    spatial = metrics.Extractor("inception-v3-compat", None, "cpu", spatial=True)
+    spatial = metrics.Extractor(INCEPTION, None, "cpu", spatial=True)
     batch = torch.from_numpy(images).permute(0, 3, 1, 2)
     assert spatial(batch)["spatial"].shape == (2, 7 * 17 * 17)  # ADM's sFID
     assert all(torch.equal(a, b) for a, b in zip(ours.values(), theirs, strict=True))
@@ -108,9 +103,7 @@ def test_a_truncated_inception_file_is_refused_by_name(tmp_path, inception_file)
         (tmp_path / "cut.pth").write_bytes(file.read(1 << 20))
     stats = inception_stats(tmp_path / "stats.npz")
     with pytest.raises(UserError, match=r"cut\.pth") as error:
-        metrics.check_ready(
-            request(stats, features="inception-v3-compat", path=str(tmp_path / "cut.pth"))
-        )
+        metrics.check_ready(request(stats, features=INCEPTION, path=str(tmp_path / "cut.pth")))
     assert is_one_sentence(error)
 
 
@@ -118,9 +111,7 @@ def test_weights_of_another_network_are_refused_in_one_sentence(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     stats = inception_stats(tmp_path / "stats.npz")
     with pytest.raises(UserError, match=r"other\.pth") as error:
-        metrics.check_ready(
-            request(stats, features="inception-v3-compat", path=str(tmp_path / "other.pth"))
-        )
+        metrics.check_ready(request(stats, features=INCEPTION, path=str(tmp_path / "other.pth")))
     assert is_one_sentence(error)
 
 
@@ -131,34 +122,30 @@ def classifier_file(tmp_path):
     return str(tmp_path / "classifier.safetensors")
 
 
-def test_the_shapes_extractor_gives_the_classifiers_features_and_accuracy(
-    tmp_path, classifier_file
-):
-    images = ShapesDataset(0, 20)
+def test_the_shapes_extractor_gives_features_and_accuracy(tmp_path, classifier_file):
+    images = Pictures(np.stack([render(i) for i in range(20)]))
     stats = tmp_path / "stats.npz"
     made = metrics.make_stats(images, "shapes", classifier_file, stats, "cpu")
     assert (made.features, made.num_images, made.mu.shape) == ("shapes", 20, (64,))
     metrics.check_ready(request(stats, features="shapes", path=classifier_file))
-    batch = torch.stack([image for image, _ in images])
+    batch = torch.stack([images[i] for i in range(20)])
     features, logits = ShapeClassifier.from_file(classifier_file)(batch)
     extracted = features_of(images, 20, "shapes", classifier_file)
     assert torch.equal(extracted["64"], features) and torch.equal(extracted["logits"], logits)
-    labels = [label for _, label in images]
+    labels = [label_of(i) for i in range(20)]
     result = metrics.score(
         images, 20, request(stats, features="shapes", path=classifier_file), "cpu", labels=labels
     )
-    right = logits.argmax(1) == torch.tensor([label for _, label in images])
+    right = logits.argmax(1) == torch.tensor(labels)
     assert result["accuracy"] == right.double().mean().item()
     assert abs(result["fid"]) < 1e-4
 
 
-def test_the_shapes_extractor_without_its_file_or_for_other_sizes_is_refused(
-    tmp_path, classifier_file
-):
+def test_the_shapes_extractor_needs_its_file_and_image_size(tmp_path, classifier_file):
     stats = tmp_path / "stats.npz"
     save_stats(stats, FidStatistics(np.zeros(64, np.float32), np.eye(64)))
     absent = str(tmp_path / "absent.safetensors")
-    with pytest.raises(UserError, match="shapes classifier .*is missing"):
+    with pytest.raises(UserError, match="the classifier .*is missing"):
         metrics.check_ready(request(stats, features="shapes", path=absent))
     with pytest.raises(UserError, match="64x64 images, got 8x8"):
         features_of(Pictures(pictures(2)), 2, "shapes", classifier_file)

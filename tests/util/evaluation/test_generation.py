@@ -90,9 +90,7 @@ def test_a_failing_model_ends_the_run_and_keeps_what_is_made(tmp_path, method):
     assert sorted(path.name for path in tmp_path.iterdir()) == [png_name(i) for i in range(8)]
 
 
-def test_a_full_disk_ends_the_run_with_one_sentence_and_leaves_only_whole_files(
-    tmp_path, monkeypatch
-):
+def test_a_full_disk_ends_the_run_in_one_sentence_with_whole_files(tmp_path, monkeypatch):
     save = images.Image.Image.save
 
     def full(self, path, **options):

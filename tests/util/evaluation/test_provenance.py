@@ -77,12 +77,8 @@ def test_no_repository_and_no_git_are_reasons(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("model", ["mar_tiny", "gpt_tiny", "janus_tiny"])
-@pytest.mark.parametrize(
-    "rival", [False, True], ids=["elsewhere", "beside an empty folder of that name"]
-)
-def test_the_files_of_a_bundled_model_are_found_from_any_folder(
-    tmp_path, monkeypatch, model, rival
-):
+@pytest.mark.parametrize("rival", [False, True], ids=["elsewhere", "beside an empty folder"])
+def test_files_of_a_bundled_model_are_found_from_any_folder(tmp_path, monkeypatch, model, rival):
     monkeypatch.chdir(tmp_path)
     if rival:
         (tmp_path / "pretrained_models" / model).mkdir(parents=True)
@@ -106,8 +102,8 @@ def test_a_file_in_the_working_directory_comes_first(tmp_path, monkeypatch):
 
 def test_the_bundled_classifier_needs_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert os.path.isfile(feature_weights.shapes_weights(None))
-    assert os.path.isfile(feature_weights.prompts_weights(None))
+    for name in (feature_weights.SHAPES, feature_weights.PROMPTS):
+        assert os.path.isfile(feature_weights.bundled_weights(name, None))
 
 
 def test_a_run_started_elsewhere_uses_them(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support import ROOT
+from tests.support.assertions import refusal
 from util import metrics
 from util.errors import UserError
 from util.evaluation.request import ScoreRequest
@@ -14,24 +15,12 @@ from util.evaluation.statistics import check_images, load_images, load_stats
 CLASSIFIER = str(ROOT / "pretrained_models/mar_tiny/classifier.safetensors")
 IMAGES = np.arange(5 * 64 * 64 * 3, dtype=np.uint32).astype(np.uint8).reshape(5, 64, 64, 3)
 GAUSSIAN = {"mu": np.zeros(64), "sigma": np.eye(64)}
-WHOLE = {
-    **GAUSSIAN,
-    "mu_s": np.ones(3),
-    "sigma_s": np.eye(3),
-    "num_images": 9,
-    "features": "shapes",
-}
+WHOLE = {**GAUSSIAN, "mu_s": np.ones(3), "sigma_s": np.eye(3)}
+WHOLE |= {"num_images": 9, "features": "shapes"}
 
 
 def request(path, *wanted):
     return ScoreRequest("shapes", CLASSIFIER, path, wanted)
-
-
-def refusal(call) -> str:
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed], ids=["stored", "compressed"])

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from util.errors import UserError
-from util.shapes import HELD_OUT_START, ShapesDataset
+from util.shapes import HELD_OUT_START
+from util.shapes import pictures as shapes
 from util.tiny.assets import load_tokenizer, make_stats, make_tokenizer, restore
 from util.tiny.classifier import ShapeClassifier
 
@@ -22,18 +23,17 @@ def classifier():
 
 @pytest.fixture(scope="module")
 def pictures():
-    dataset = ShapesDataset(UNSEEN, 500)
-    return torch.stack([dataset[n][0] for n in range(500)])
+    return shapes(UNSEEN, 500)
 
 
 LABELS = torch.arange(500) % 10
 
 
-def test_unseen_pictures_are_named_rightly(classifier, pictures):
+def test_held_out_pictures_are_classified(classifier, pictures):
     assert (classifier(pictures)[1].argmax(1) == LABELS).float().mean() > 0.995
 
 
-def test_unseen_pictures_are_named_rightly_after_the_tokenizer(classifier, pictures):
+def test_held_out_pictures_are_classified_through_the_tokenizer(classifier, pictures):
     restored = restore(load_tokenizer(FOLDER / "tokenizer.safetensors"), pictures)
     assert (classifier(restored)[1].argmax(1) == LABELS).float().mean() > 0.995
 
@@ -77,8 +77,7 @@ def test_statistics_are_mean_and_covariance_of_the_held_out_features(classifier,
         (FOLDER / "classifier.safetensors").read_bytes()
     )
     make_stats(tmp_path, 100)
-    dataset = ShapesDataset(HELD_OUT_START, 100)
-    features = classifier(torch.stack([dataset[n][0] for n in range(100)]))[0].double()
+    features = classifier(shapes(HELD_OUT_START, 100))[0].double()
     with np.load(tmp_path / "fid_stats.npz", allow_pickle=False) as stats:
         assert np.allclose(stats["mu"], features.mean(0), atol=1e-4)
         assert np.allclose(stats["sigma"], features.T.cov(), atol=1e-3)

@@ -1,11 +1,10 @@
-"""janus_tiny: resumed training, the loss the library's own forward gives, and the bundled model."""
+"""janus_tiny: what is trained, the loss of the library's own forward, and the bundled model."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from util.checkpoint import save_safetensors
 from util.errors import UserError
 from util.files import sha256_of
 from util.shapes import HELD_OUT_START
@@ -13,6 +12,7 @@ from util.tiny import gpt as tiny_gpt
 from util.tiny.captions import WORDS, caption_of
 from util.tiny.janus_vq import janus_vq
 from util.tiny.prompt_classifier import CLASSIFIER, FOLDER, PromptClassifier, prompt_agreement
+from util.weights import save_safetensors
 
 pytest.importorskip("transformers", reason="janus_tiny needs transformers")
 from util.tiny import janus
@@ -47,27 +47,6 @@ def codes_of(tokenizer, monkeypatch):
         return folder
 
     return write
-
-
-def test_a_training_that_was_stopped_continues_to_the_same_weights(
-    codes_of, tokenizer, tmp_path, monkeypatch
-):
-    whole, loss = janus.train(codes_of(tmp_path / "one"), tokenizer, 3, PICTURES)
-    folder, step_of = codes_of(tmp_path / "two"), tiny_gpt.learning_rate
-
-    def killed(step, *rest):
-        if step == 2:
-            raise KeyboardInterrupt
-        return step_of(step, *rest)
-
-    monkeypatch.setattr(tiny_gpt, "learning_rate", killed)
-    with pytest.raises(KeyboardInterrupt):
-        janus.train(folder, tokenizer, 3, PICTURES)
-    monkeypatch.setattr(tiny_gpt, "learning_rate", step_of)
-    resumed, again = janus.train(folder, tokenizer, 3, PICTURES)
-    assert again == loss
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
 
 
 def test_only_the_parts_that_draw_are_trained(codes_of, tokenizer, tmp_path):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.support import ROOT
-from util.checkpoint import save_safetensors
 from util.errors import UserError
 from util.files import sha256_of
 from util.tiny import gpt as tiny_gpt
+from util.weights import save_safetensors
 
 PICTURES = 8
 
@@ -28,7 +28,7 @@ def codes_of(monkeypatch):
     return write
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_same_weights(codes_of, tmp_path, monkeypatch):
+def test_a_stopped_training_continues_to_the_same_weights(codes_of, tmp_path, monkeypatch):
     torch.manual_seed(5)
     whole, loss = tiny_gpt.train(codes_of(tmp_path / "one"), 3, PICTURES)
     torch.manual_seed(5)

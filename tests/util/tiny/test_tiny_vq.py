@@ -8,7 +8,7 @@ from util.tiny import vq as tiny_vq
 STEPS = 4
 
 
-def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+def test_a_stopped_training_continues_to_the_same_weights(tmp_path, monkeypatch):
     small = {"BATCH": 2, "SAVE_EVERY": 1, "CONTINUOUS": 1, "KMEANS_PICTURES": 32, "REVIVE_EVERY": 2}
     for name, value in small.items():
         monkeypatch.setattr(tiny_vq, name, value)

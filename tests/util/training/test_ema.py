@@ -48,7 +48,7 @@ def test_a_missing_average_is_an_error(model):
         ema.load_state_dict(weights)
 
 
-def test_inside_the_block_the_model_computes_with_the_averages_and_afterwards_not(model):
+def test_the_model_has_the_averages_inside_the_block_alone(model):
     ema = EMA(model, 0.5)
     x = torch.randn(2, 3)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_inside_the_block_the_model_computes_with_the_averages_and_afterwards_no
         assert torch.equal(model(x), trained)
 
 
-def test_an_error_inside_the_block_still_gives_the_weights_back(model):
+def test_an_error_inside_the_block_restores_the_weights(model):
     ema = EMA(model, 0.5)
     step(model)
     before = model[0].weight.detach().clone()

@@ -37,7 +37,7 @@ def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint_and_what_was_c
     assert steps_of(tmp_path) == [1, 2, 3, 4]
 
 
-def test_a_full_disk_costs_lines_of_the_log_and_is_told_once(tmp_path, capsys):
+def test_a_full_disk_loses_log_lines_and_is_reported_once(tmp_path, capsys):
     log = RunLog(tmp_path, tmp_path)
     log._file.close()
     with open("/dev/full", "w") as full:
