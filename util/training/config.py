@@ -22,7 +22,7 @@ class TrainConfig:
     save_last_freq: int = setting(5, "epochs between two checkpoints", least=1)
     save_minutes: float | None = setting(None, "also save every so many minutes", least=0)
     log_freq: int = setting(20, "steps between two lines of the log", least=1)
-    seed: int = setting(1, "seed of all random draws", least=0)
+    seed: int = setting(1, "seed of all random draws", least=0, most=2**63 - 1)
     output_dir: str = setting("./output_dir", "checkpoints, images, log", metavar="DIR")
     log_dir: str | None = setting(None, "TensorBoard files; default --output_dir", metavar="DIR")
     overwrite: bool = setting(False, "replace a run of another configuration")
