@@ -14,7 +14,7 @@ import torch
 from util.device import DTYPES, pick_dtype
 from util.errors import UserError
 from util.evaluation.run_folder import provenance
-from util.files import atomic_path, write_json
+from util.files import atomic_path, read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"  # what the documents cite
 OUTPUT = Path("output_dir/benchmarks")  # where results go by default
@@ -191,9 +191,12 @@ def stored_rows(path: Path, settings: Mapping[str, object]) -> list[dict[str, An
     path = with_ending(path, ".json")
     if not path.exists():
         return []
-    stored = json.loads(path.read_text())
-    same = all(stored["about"].get(key) == value for key, value in settings.items())
-    return list(stored["rows"]) if same else []
+    remedy = "remove it, or give another --output"
+    stored = read_json(path, dict, remedy)
+    about, rows = stored.get("about"), stored.get("rows")
+    if not isinstance(about, dict) or not isinstance(rows, list):
+        raise UserError(f"{path} holds no rows of a benchmark: {remedy}")
+    return rows if all(about.get(key) == value for key, value in settings.items()) else []
 
 
 def write_result(path: Path | None, document: Mapping[str, Any], text: str) -> None:

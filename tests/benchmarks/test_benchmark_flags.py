@@ -17,7 +17,7 @@ from benchmarks import (
     training,
     waterfall,
 )
-from benchmarks.common import prepare_output, write_result
+from benchmarks.common import prepare_output, stored_rows, write_result
 from tests.support import ROOT
 from tests.support.runs import snapshot
 from util.errors import UserError
@@ -42,6 +42,13 @@ def test_a_folder_that_cannot_be_made_is_reported_at_the_start(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="result cannot be written"):
         prepare_output(tmp_path / "file" / "result")
+
+
+@pytest.mark.parametrize("content", ["", '{"rows": [', "[]", "{}", '{"about": [], "rows": []}'])
+def test_damaged_results_of_an_earlier_call_are_named(tmp_path, content):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(UserError, match=r"rows\.json .*: remove it"):
+        stored_rows(tmp_path / "rows", {})
 
 
 @pytest.mark.parametrize("output", ["", "."])

@@ -97,7 +97,7 @@ def _of_line(path: Path, number: int, line: str) -> str:
         prompt = entry.get("prompt", entry.get("text"))
         if not isinstance(prompt, str):
             raise ValueError('no "prompt" or "text"')
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f'{path}, line {number}, is not a JSON object with a "prompt" ({error})'
         ) from error
@@ -112,7 +112,7 @@ def _coco_captions(path: Path, text: str) -> list[str]:
             image, number = int(entry["image_id"]), int(entry["id"])
             if image not in first or number < first[image][0]:
                 first[image] = number, str(entry["caption"]).strip()
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"--prompts {path} is not a COCO captions file ({type(error).__name__}: {error}): give "
             "one, or a text file with a prompt per line"

@@ -43,6 +43,8 @@ def test_prompts_are_read_from_text_json_lines_and_coco_captions(tmp_path, name,
         ("lines.jsonl", '{"prompt": "a"}\n{"caption": "b"}', "line 2, is not a JSON object"),
         ("lines.jsonl", "a cat", "line 1, is not a JSON object"),
         ("captions.json", "[1]", "is not a COCO captions file"),
+        ("captions.json", "[" * 100000, "is not a COCO captions file"),
+        ("lines.jsonl", "[" * 100000, "line 1, is not a JSON object"),
         ("none.txt", None, "cannot be read"),
     ],
 )
