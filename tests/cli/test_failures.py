@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 
@@ -203,6 +204,16 @@ def test_the_death_of_a_worker_is_raised_where_batches_are_read(holding):
             read.append(images.item())
     assert read == list(range(len(read)))
     assert len(read) < 10
+
+
+def test_batches_are_pinned_without_a_thread_that_could_print(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
+    read = []
+    for images, _ in datasets.batches(Dying(), [[(3, False)], [(4, False)]], 1, pin_memory=True):
+        assert not [thread for thread in threading.enumerate() if "pin" in thread.name]
+        read.append(images.item())
+    assert read == [103, 104]
 
 
 def started(latents, out, *flags):

@@ -175,11 +175,13 @@ def batches(
         data,
         batch_sampler=picks,
         num_workers=num_workers,
-        pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_run,
         multiprocessing_context=_Context(get_context(get_start_method())) if num_workers else None,
     )
-    return in_one_sentence(loader)
+    read = in_one_sentence(loader)
+    if pin_memory:  # here, because torch's thread for it prints a traceback where a worker dies
+        return ((items.pin_memory(), labels.pin_memory()) for items, labels in read)
+    return read
 
 
 class _Flag(Event):
