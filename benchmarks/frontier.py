@@ -24,7 +24,7 @@ def undominated(rows: list[Result], cost: str) -> list[Result]:
 
 def default_row(rows: list[Result], base: LazyMARConfig) -> Result:
     """LazyMAR as it is unless told otherwise; `base` is its configuration."""
-    default = _task(Row("", base))
+    default = _task(Row("", base, STEPS))
     return next(row for row in rows if _measured(row) == default)
 
 
