@@ -24,7 +24,6 @@ from engine import cli
 from engine.mar import MARHost, SamplingConfig
 from models.mar import MAR
 from models.order import OrderConfig
-from models.plan import DecodingPlan
 from models.sampler import Sampler
 from models.step_view import CHANGED, NOW, PREVIOUS, REUSED, views
 from models.tokenizers import Tokenizer
@@ -148,13 +147,8 @@ class SideBySide:
     def grow(self, request: Request) -> Iterator[Frame]:
         """LazyMAR's picture after each of at most FRAMES decoding steps, beside its map of tokens."""
         model, sampling = self.sampler.model, self._settings(request)
-        order = sampling.order or OrderConfig()
-        start = sampling.head.guidance_start if sampling.head else 0.0
-        plan = DecodingPlan.create(
-            model.seq_len, sampling.num_iter, sampling.cfg, sampling.cfg_schedule,
-            guidance_start=start, order=order,
-        )  # fmt: skip
-        noise = model.image_noise([request.seed]).arranged(order)
+        plan = sampling.plan(model.seq_len)
+        noise = model.image_noise([request.seed]).arranged(sampling.order or OrderConfig())
         model.check_labels([request.label])
         steps = views(
             model,

@@ -39,7 +39,6 @@ from models.head_config import HeadConfig
 from models.lazy_mar import LazyMARConfig
 from models.mar import MAR
 from models.order import OrderConfig
-from models.plan import DecodingPlan
 from models.sampler import Sampler
 from util import dist, metrics, report
 from util.errors import UserError, run_main
@@ -94,11 +93,7 @@ class Ablation:
 
     def tflops(self, row: Row, executed: bool) -> float:
         """Operations for one image, in T."""
-        sampling = self.request.host.sampling
-        plan = DecodingPlan.create(
-            self.model.seq_len, row.num_iter, sampling.cfg, sampling.cfg_schedule,
-            guidance_start=row.head.guidance_start, order=row.order,
-        )  # fmt: skip
+        plan = self.host_of(row).sampling.plan(self.model.seq_len)
         return image_work(self.geometry, plan, row.config, executed, row.head).total / 1e12
 
     def steps_at(self, row: Row, config: LazyMARConfig | None) -> int | None:

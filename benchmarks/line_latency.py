@@ -33,7 +33,8 @@ from benchmarks.common import (
     read_rate,
     write_result,
 )
-from benchmarks.line_work import LIBRARY, GPTWork, JanusWork, PeakMemory, Variant, Work
+from benchmarks.line_work import LIBRARY, GPTWork, JanusWork, Variant, Work
+from benchmarks.memory import PeakMemory
 from engine.llamagen import PRESETS
 from models import llamagen
 from models.line_cache import LineARConfig

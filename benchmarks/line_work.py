@@ -1,9 +1,6 @@
 """What benchmarks.line_latency measures: models of random weights, and the caches that they sample with."""
 
-import re
 from abc import ABC, abstractmethod
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -183,26 +180,3 @@ class JanusWork(Work):
             seeds=range(batch),
             cache=cache,
         )
-
-
-class PeakMemory:
-    """The most memory since `reset`, GB: the device's count, on a CPU the process's (Linux, else None)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_cuda = device.type == "cuda"
-
-    def reset(self) -> None:
-        if self.on_cuda:
-            torch.cuda.reset_peak_memory_stats()
-            return
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-
-    def read(self) -> float | None:
-        if self.on_cuda:
-            return torch.cuda.max_memory_allocated() / 1e9
-        try:
-            found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        except OSError:
-            return None
-        return None if found is None else int(found[1]) * 1024 / 1e9

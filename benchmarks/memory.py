@@ -4,6 +4,7 @@ import concurrent.futures
 import multiprocessing
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +27,35 @@ def peak_of(device: str, work: Callable[..., None], *args: object) -> float:
 
 def _peak(device: str, work: Callable[..., None], args: tuple) -> float:
     work(*args)
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak too
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
-    return int(peak) * 1024 / 1e9
+    peak = PeakMemory(torch.device(device)).read()
+    assert peak is not None  # Linux
+    return peak
+
+
+class PeakMemory:
+    """The most memory since `reset`, GB: the device's count, on a CPU the process's (Linux, else None)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def reset(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+
+    def read(self) -> float | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        try:
+            status = Path(
+                "/proc/self/status"
+            ).read_text()  # getrusage would count the parent's peak
+        except OSError:
+            return None
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        return None if found is None else int(found[1]) * 1024 / 1e9
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from engine.base import Execution, Family, Loaded, Preset, WeightsConfig, bundled
-from engine.llamagen import build_line_ar
-from engine.text_to_image import TextToImageHost, add_sampling_flags
+from engine.gpt import add_sampling_flags, build_line_ar
+from engine.text_to_image import TextToImageHost
 from models.gpt_images import GPTSampling
 from util.config import FlagParser, Flags, setting
 from util.evaluation.generation import ImageGenerator

@@ -10,17 +10,15 @@ from torch import nn
 from engine.base import (
     Execution,
     Family,
-    Host,
     Loaded,
     Preset,
     WeightsConfig,
     bundled,
     require_file,
 )
+from engine.gpt import GPTHost, add_sampling_flags, build_line_ar
 from models import llamagen, vq
 from models.gpt_images import GPTGenerator, GPTSampling
-from models.line_config import LineARConfig
-from models.line_methods import METHODS
 from util.config import FlagParser, Flags, setting
 from util.errors import UserError
 from util.evaluation.generation import ImageGenerator
@@ -32,6 +30,7 @@ TOKENIZERS = {"vq16": vq.vq16, "vq_tiny": vq.vq_tiny}
 
 _TINY, _SHAPES = bundled("gpt_tiny"), bundled("mar_tiny")
 _LLAMAGEN = "pretrained_models/llamagen"
+_T5 = "pretrained_models/t5/flan-t5-xl"
 
 
 def _published(name: str, cfg: float) -> Preset:
@@ -53,6 +52,7 @@ PRESETS: dict[str, Preset] = {
             "top_k": 1000,
             "resume": f"{_LLAMAGEN}/t2i_XL_stage{stage}_{size}.pt",
             "vae_path": f"{_LLAMAGEN}/vq_ds16_t2i.pt",
+            "t5_path": _T5,  # it draws captions
         }
         for stage, size in ((1, 256), (2, 512))
     },
@@ -100,13 +100,10 @@ class GPTImageConfig:
 
 
 @dataclass(frozen=True)
-class LlamaGenHost(Host):
+class LlamaGenHost(GPTHost):
     """A named GPT."""
 
-    model: str
     images: GPTImageConfig
-    sampling: GPTSampling
-    resume: str
 
     @property
     def class_num(self) -> int | None:
@@ -161,35 +158,22 @@ class LlamaGenHost(Host):
             **asdict(self.sampling),
         }
 
-    def summary(self) -> dict[str, object]:
-        return {
-            "lazy_mar": False,
-            "line_ar": self.sampling.line_ar is not None,
-            "method": self.sampling.method,
-            "num_iter": self.images.grid[0] * self.images.grid[1],
-            "cfg": self.sampling.cfg,
-        }
-
-    def run_name(self, num_images: int) -> str:
-        return self.sampling.run_name(self.model, num_images)
+    @property
+    def steps(self) -> int:
+        return self.images.grid[0] * self.images.grid[1]
 
     def flops_per_image(self, model: nn.Module) -> float:
         """With the full cache."""
         assert isinstance(model, llamagen.GPT)
-        branches, tokens = 2 if self.sampling.cfg > 1 else 1, model.block_size
-        matrices = [p for p in model.layers.parameters() if p.dim() == 2] + [model.output.weight]
         width = model.n_head * model.head_dim
-        attention = 4 * width * len(model.layers) * tokens * (tokens + 1) / 2
-        return branches * (2 * tokens * sum(p.numel() for p in matrices) + attention)
+        return self.flops((model.layers, model.output), len(model.layers), width, model.block_size)
 
 
 @dataclass(frozen=True)
 class TextEncoderConfig:
     """What embeds captions."""
 
-    t5_path: str = setting(
-        "pretrained_models/t5/flan-t5-xl", "text encoder of a t2i model: its folder", metavar="DIR"
-    )
+    t5_path: str = setting(_T5, "text encoder of a t2i model: its folder", metavar="DIR")
 
 
 @dataclass(frozen=True)
@@ -246,19 +230,8 @@ class LlamaGenFamily(Family):
     presets = PRESETS
 
     def add_flags(self, parser: FlagParser) -> None:
-        from_model = tuple({name for preset in PRESETS.values() for name in preset})
-        shared: dict[str, Any] = {"owner": self.name, "from_model": from_model}
-        parser.add(GPTImageConfig, "LlamaGen and text-to-image", **shared)
-        parser.add(GPTSampling, "LlamaGen and text-to-image", **shared)
+        add_sampling_flags(parser, self, GPTImageConfig)
         parser.add(TextEncoderConfig, "LlamaGen and text-to-image", owner=self.name)
-        parser.add(
-            LineARConfig,
-            "LineAR",
-            description="--line_ar takes the defaults; each other flag changes one",
-            prefix="line_",
-            switch=("line_ar", "compress the key-value cache to a few lines"),
-            **shared,
-        )
 
     def host(self, model: str, flags: Flags, defaults: Preset) -> LlamaGenHost:
         images = flags.build(GPTImageConfig, defaults)
@@ -270,23 +243,9 @@ class LlamaGenFamily(Family):
             raise UserError(str(error)) from error
         sampling = replace(flags.build(GPTSampling, defaults), line_ar=line_ar)
         resume = flags.build(WeightsConfig, defaults).resume
-        if "_t2i" in model:
+        if "t5_path" in defaults:
             text = flags.build(TextEncoderConfig, defaults)
-            return CaptionHost(model, images, sampling, resume, text)
+            return CaptionHost(model, sampling, resume, images, text)
         if "t5_path" in flags.given:
             raise UserError(f"--t5_path is for text-to-image models; {model} takes class labels")
-        return LlamaGenHost(model, images, sampling, resume)
-
-
-def build_line_ar(flags: Flags, defaults: Preset) -> LineARConfig | None:
-    """LineAR's settings, None without --line_ar. UserError for a flag that the method ignores."""
-    name = flags.value("line_method", "linear")
-    method = METHODS.get(name)
-    if flags.value("line_ar") and method is not None:
-        for setting_name in ("anchors", "recent", "pooling", "spaced"):
-            flag = f"line_{setting_name}"
-            if setting_name not in method.settings:
-                if flag in flags.given:
-                    raise UserError(f"--{flag} has no effect with --line_method {name}: remove it")
-                defaults = {k: v for k, v in defaults.items() if k != flag}
-    return flags.build_optional(LineARConfig, "line_ar", "LineAR", defaults, prefix="line_")
+        return LlamaGenHost(model, sampling, resume, images)

@@ -27,7 +27,6 @@ from models.lazy_mar import LazyMARConfig
 from models.mar_config import MARConfig
 from models.noise import ImageNoise
 from models.order import OrderConfig
-from models.plan import DecodingPlan
 from models.sampler import Sampler
 from models.tokenizers import Tokenizer
 from util.config import FlagParser, Flags
@@ -151,15 +150,7 @@ class MARHost(Host):
     def flops_per_image(self, model: nn.Module) -> float:
         assert isinstance(model, mar.MAR)
         sampling = self.sampling
-        plan = DecodingPlan.create(
-            model.seq_len,
-            sampling.num_iter,
-            sampling.cfg,
-            sampling.cfg_schedule,
-            guidance_start=sampling.head.guidance_start if sampling.head else 0.0,
-            order=sampling.order,
-        )
-        geometry = MARGeometry.from_model(model)
+        geometry, plan = MARGeometry.from_model(model), sampling.plan(model.seq_len)
         return image_work(geometry, plan, sampling.lazy_mar, True, sampling.head).total
 
     def with_sampling(self, **changes: Any) -> "MARHost":

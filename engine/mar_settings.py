@@ -151,6 +151,14 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         DecodingPlan.create(1, self.num_iter, self.cfg, self.cfg_schedule)
 
+    def plan(self, seq_len: int) -> DecodingPlan:
+        """The steps of an image of seq_len tokens."""
+        start = self.head.guidance_start if self.head else 0.0
+        return DecodingPlan.create(
+            seq_len, self.num_iter, self.cfg, self.cfg_schedule,
+            guidance_start=start, order=self.order,
+        )  # fmt: skip
+
     @property
     def preset(self) -> str | None:
         """Name of the preset that these settings are, "balanced" or "fast", else None."""

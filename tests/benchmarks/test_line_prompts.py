@@ -14,7 +14,7 @@ from benchmarks import line_prompts
 from benchmarks.line_prompts import Drawing, divergence
 from models.janus import sample_tokens
 from models.line_config import LineARConfig
-from tests.support.transformers_data import tiny_janus, tiny_processor
+from tests.support.transformers_data import save_tiny_janus
 
 CONFIG = LineARConfig(2, anchors=2, recent=1)
 
@@ -23,27 +23,25 @@ CONFIG = LineARConfig(2, anchors=2, recent=1)
 def folder(tmp_path_factory):
     """A random Janus of 8 x 8 codes."""
     path = tmp_path_factory.mktemp("janus")
-    tiny_janus((8, 8)).save_pretrained(path)
-    tiny_processor().save_pretrained(path)
+    save_tiny_janus(path)
     return path
 
 
 @pytest.fixture
 def call(one_thread, monkeypatch, capsys, folder, tmp_path):
     def call(*flags: object) -> dict:
-        words = [
-            "--resume",
-            folder,
-            "--num_images",
-            3,
-            "--kl_images",
-            2,
-            "--columns",
-            2,
+        words = ["--resume", folder, "--num_images", 3, "--kl_images", 2, "--columns", 2]
+        words += [
             "--batch",
             2,
+            "--budgets",
+            "1/2,1/4",
+            "--device",
+            "cpu",
+            "--output",
+            tmp_path / "table",
+            *flags,
         ]
-        words += ["--budgets", "1/2,1/4", "--device", "cpu", "--output", tmp_path / "table", *flags]
         monkeypatch.setattr("sys.argv", ["line_prompts.py", *map(str, words)])
         line_prompts.main()
         return json.loads(capsys.readouterr().out.splitlines()[-1])

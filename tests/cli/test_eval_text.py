@@ -26,8 +26,8 @@ from tests.support.janus_original import (  # noqa: E402
     write_original,
 )
 from tests.support.transformers_data import (  # noqa: E402
+    save_tiny_janus,
     tiny_chameleon,
-    tiny_janus,
     tiny_processor,
 )
 
@@ -39,8 +39,7 @@ LINE_AR = ("--line_ar", "--line_budget", "1/4", "--line_anchors", 2, "--line_rec
 def janus(tmp_path_factory):
     """The folder of a random Janus of 8 x 8 codes, 16 pixels."""
     folder = tmp_path_factory.mktemp("janus")
-    tiny_janus((8, 8)).save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
+    save_tiny_janus(folder)
     return folder
 
 

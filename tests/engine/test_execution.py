@@ -26,7 +26,7 @@ def generator_of(family, compute, monkeypatch, compiles):
         )
         loaded = Loaded(small_mar().to("cuda"), AutoencoderKL(4, ch_mult=(1, 1, 2)).to("cuda"), "")
     else:
-        host = llamagen.LlamaGenHost("gpt_tiny", llamagen.GPTImageConfig(), GPTSampling(), "")
+        host = llamagen.LlamaGenHost("gpt_tiny", GPTSampling(), "", llamagen.GPTImageConfig())
         loaded = Loaded(small_gpt((4, 4)).to("cuda"), vq_tiny().to("cuda"), "")
     return host.generator(loaded, Execution(CUDA, torch.bfloat16, compute))
 

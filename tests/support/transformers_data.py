@@ -83,6 +83,12 @@ def tiny_chameleon(kv_heads: int = 4, seed: int = 0):
     return model
 
 
+def save_tiny_janus(folder) -> None:
+    """Model and processor of 8 x 8 codes, 16 pixels, as save_pretrained writes them."""
+    tiny_janus((8, 8)).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+
+
 def tiny_processor(template: str | None = None):
     """A tokenizer of a few words and the processor of a tiny Janus of 8 x 8 codes."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
