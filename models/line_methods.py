@@ -185,9 +185,7 @@ class RKV(Method):
             direction = direction.masked_fill(view.hidden[..., None], 0)
             live = (~view.hidden).sum(-1, keepdim=True)
         total = direction.sum(dim=2, keepdim=True)  # mean_j cos(i, j) = k_i . sum_j k_j / live
-        itself = direction.square().sum(
-            -1
-        )  # 1, but 0 for LlamaGen's condition, whose keys are zero
+        itself = direction.square().sum(-1)  # 1, but 0 where a key is zero: LlamaGen's condition
         similarity = ((direction * total).sum(-1) - itself) / live
         if view.hidden is not None:
             similarity = similarity.masked_fill(view.hidden, -torch.inf)

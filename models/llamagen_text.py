@@ -129,8 +129,6 @@ class CaptionGenerator:
     def generate(self, prepared: tuple[Tensor, Tensor, Sequence[int]]) -> Tensor:
         """Images (B, 3, size, size) float32, about [-1, 1]; NaN where the model computed none."""
         captions, mask, seeds = prepared
-        s = self.sampling
-        settings = s.cfg, s.temperature, s.top_k, s.top_p, s.cfg_interval
-        codes = sample_tokens(self.model, captions, mask, *settings, line_ar=s.line_ar, seeds=seeds)
+        codes = sample_tokens(self.model, captions, mask, **vars(self.sampling), seeds=seeds)
         codes = codes.unflatten(1, self.model.grid)
         return pictures(self.tokenizer.decode, codes, self.size, self.vae_bsz)

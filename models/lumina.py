@@ -150,20 +150,8 @@ class LuminaGenerator:
     def generate(self, prepared: tuple[dict[str, Tensor], Sequence[int]]) -> Tensor:
         """Images (B, 3, size, size) float32, about [-1, 1]; NaN where the model computed none."""
         inputs, seeds = prepared
-        s = self.sampling
-        codes = sample_tokens(
-            self.model,
-            inputs["input_ids"],
-            inputs["attention_mask"],
-            self.grid,
-            cfg=s.cfg,
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-            cfg_interval=s.cfg_interval,
-            line_ar=s.line_ar,
-            seeds=seeds,
-        )
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        codes = sample_tokens(self.model, ids, mask, self.grid, **vars(self.sampling), seeds=seeds)
         return pictures(self.vq.decode, codes.unflatten(1, self.grid), self.size, self.vae_bsz)
 
 
