@@ -61,7 +61,6 @@ PRESETS: dict[str, Preset] = {
     "mar_tiny": {
         **mar.TINY,
         "cfg": 3.0,
-        "head_interval": 3,  # a head of 4 blocks changes faster from step to step: at 7 noise remains
         "tokenizer": "linear",
         "vae_path": f"{_TINY}/tokenizer.safetensors",
         "resume": f"{_TINY}/model.safetensors",

@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.vae import LOGVAR_MIN, DiagonalGaussianDistribution
+from models.vae import DiagonalGaussianDistribution
 from util.weights import check_weights, read_safetensors
 
 COLOURS = 3
 NEIGHBOURHOOD = 3  # latents on a side that the decoder sees: +3.4 dB over 1 on util.shapes, C = 8
 FIT_CHUNK = 256  # images whose patches are float64 at one time
 LATENT_NOISE = 0.05  # deviation of the errors the decoder expects in generated latents (ridge)
+POSTERIOR_STD = 0.1  # of latents scaled to unit variance: on util.shapes 36 dB in decoded images
 
 
 class LinearTokenizer(nn.Module):
@@ -46,7 +47,11 @@ class LinearTokenizer(nn.Module):
         self.requires_grad_(False)
 
     def encode(self, images: Tensor) -> DiagonalGaussianDistribution:
-        """(B, 3, H, W) in [-1, 1] => a posterior without spread, moments (B, 2C, h, w)."""
+        """(B, 3, H, W) in [-1, 1] => a posterior of one deviation, moments (B, 2C, h, w).
+
+        The spread is for training. Tokens of flat pictures follow from their neighbours; without it
+        a diffusion head must undo the last bit of noise exactly, unlike on natural images.
+        """
         height, width = images.shape[-2:]
         if images.shape[1] != COLOURS or height % self.stride or width % self.stride:
             raise ValueError(
@@ -54,7 +59,7 @@ class LinearTokenizer(nn.Module):
                 f"got {tuple(images.shape)}"
             )
         latents = self.encoder(images)  # (B, C, h, w)
-        logvar = torch.full_like(latents, LOGVAR_MIN)
+        logvar = torch.full_like(latents, 2 * math.log(POSTERIOR_STD / self.latent_scale))
         return DiagonalGaussianDistribution(torch.cat([latents, logvar], dim=1))
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "mar_base": _transformer(768, 12, 12, 12),
     "mar_large": _transformer(1024, 16, 16, 16),
     "mar_huge": _transformer(1280, 20, 20, 16),
-    "mar_tiny": _transformer(96, 3, 5, 3),
+    "mar_tiny": _transformer(96, 4, 10, 3),
 }
 TINY: dict[str, Any] = {
     "img_size": 64,
@@ -176,8 +176,8 @@ TINY: dict[str, Any] = {
     "vae_embed_dim": 8,
     "class_num": 10,
     "buffer_size": 8,
-    "diffloss_d": 4,
-    "diffloss_w": 160,
+    "diffloss_d": 6,
+    "diffloss_w": 192,
     "num_sampling_steps": "ddim100",  # starts at t=990: a small head is not accurate at t=999
 }
 
