@@ -1,4 +1,4 @@
-# make demo   sample the bundled model with MAR and with LazyMAR, compare them
+# make demo   sample the bundled model with MAR, LazyMAR and the presets, compare them
 # make test   the tests that need minutes on a CPU at most
 # make lint   ruff and mypy
 # Each creates the virtual environment it needs. PYTHON names the interpreter, 3.10 or newer.
@@ -8,7 +8,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 DEMO := demo
-IMAGES := 100
+IMAGES := 50
+DRAW = $(PY) eval.py --model mar_tiny --num_images $(IMAGES) --eval_bsz 50 --threads 2 --output_dir $(DEMO)
 
 .PHONY: demo test test-slow test-gpu test-browser lint
 
@@ -20,9 +21,11 @@ $(READY): requirements.txt requirements-dev.txt
 	@touch $@
 
 demo: $(READY)
-	$(PY) eval.py --model mar_tiny --num_images $(IMAGES) --eval_bsz 50 --threads 2 --output_dir $(DEMO)
-	$(PY) eval.py --model mar_tiny --num_images $(IMAGES) --eval_bsz 50 --threads 2 --output_dir $(DEMO) --lazy_mar
-	$(PY) -m util.report $(DEMO)/mar_tiny-mar-* $(DEMO)/mar_tiny-lazy_mar_* \
+	$(DRAW)
+	$(DRAW) --lazy_mar
+	$(DRAW) --preset balanced
+	$(DRAW) --preset fast
+	$(PY) -m util.report $(DEMO)/mar_tiny-mar-* $(DEMO)/mar_tiny-lazy_mar-* $(DEMO)/mar_tiny-balanced-* $(DEMO)/mar_tiny-fast-* \
 		--sheet $(DEMO)/sheet.png --table $(DEMO)/table.md
 
 test: $(READY)

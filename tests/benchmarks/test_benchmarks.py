@@ -12,7 +12,6 @@ from benchmarks import (
     eager_mar,
     latency,
     line_latency,
-    retraining,
     tiny_references,
     training,
     waterfall,
@@ -180,35 +179,3 @@ def test_the_references_see_damage(monkeypatch, document_of, tmp_path):
     assert len(document["channels"]) == 8
     assert {"device", "dtype", "seeds"} <= document["about"].keys()
     assert (tmp_path / "result.md").exists()
-
-
-def write_training(folder, name, losses, **changes):
-    score = {"fid": 0.5, "is_mean": 8.0, "is_std": 0.1, "accuracy": 0.9, "commit": "abc+"}
-    score |= {"num_images": 10, "num_iter": 64, "cfg": 3.0, "dtype": "bf16", "eval_bsz": 5}
-    score |= {"method": "MAR", "device": "cpu", "command": "eval.py", **changes}
-    (folder / f"{name}.json").write_text(json.dumps(score))
-    log = [json.dumps({"step": 50 * (i + 1), "loss": loss}) for i, loss in enumerate(losses)]
-    (folder / f"{name}.jsonl").write_text("\n".join(log))
-
-
-def test_trainings_are_compared_step_by_step(tmp_path):
-    write_training(tmp_path, "tiny_1000_mar_tiny-mar", [])
-    write_training(tmp_path, "retraining_one", [2.0, 1.0, 1.0])
-    write_training(tmp_path, "retraining_two", [2.0, 1.1, 1.01])
-    text = retraining.report(tmp_path)
-    assert "3 points from step 50 to 150" in text
-    assert "by 1.0% in the median and by 9.5% at most" in text
-    assert "| again, two processes | 0.500 | 8.00 ± 0.10 | 90.0% | abc+ |" in text
-
-
-def test_trainings_that_do_not_compare_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"tiny_1000_mar_tiny-mar\.json is needed"):
-        retraining.report(tmp_path)
-    write_training(tmp_path, "tiny_1000_mar_tiny-mar", [])
-    write_training(tmp_path, "retraining_one", [2.0, 1.0])
-    write_training(tmp_path, "retraining_two", [2.0])
-    with pytest.raises(UserError, match="different steps"):
-        retraining.report(tmp_path)
-    write_training(tmp_path, "retraining_two", [2.0, 1.0], num_images=20)
-    with pytest.raises(UserError, match="num_images is 20, of the bundled file 10"):
-        retraining.report(tmp_path)
