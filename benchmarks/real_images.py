@@ -55,7 +55,8 @@ def real_images(
         raise UserError(f"{cached_path} holds {len(folder)} latents, {count} are needed")
     spread = [folder[i * len(folder) // count, False] for i in range(count)]
     latents = [
-        _draw(DiagonalGaussianDistribution(moments[None]), i) for i, (moments, _) in enumerate(spread)
+        _draw(DiagonalGaussianDistribution(moments[None]), i)
+        for i, (moments, _) in enumerate(spread)
     ]
     labels = [label for _, label in spread]
     return RealImages(torch.cat(latents) * scale, labels, f"{count} of {cached_path}")
