@@ -14,7 +14,7 @@ from tests.support.runs import NUM_IMAGES, flags_for, snapshot
 from util.errors import UserError
 from util.images import is_complete_png
 
-BASE = LazyMARConfig(head_interval=3)  # mar_tiny's
+BASE = LazyMARConfig()
 LAZY = Row("LazyMAR, 2 steps", BASE, 2)
 SHORT = {
     "caches": [Row("MAR", None, 2), Row("head", BASE.with_caches(["head"]), 2), LAZY],
