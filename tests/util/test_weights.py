@@ -155,7 +155,17 @@ REFUSED = {
     "numbers": ({"model": {"weight": 3}}, False, "'weight' is a int"),
     "numbered": ({0: torch.zeros(2)}, True, "'0' is a Tensor"),
     "empty": ({"model": {}}, False, "no weights by name"),
-    "half prefixed": ({**prefixed(PLAIN, "module."), "first.bias": torch.zeros(2)}, True, "lacks"),
+    "half prefixed": (
+        {**prefixed(PLAIN, "module."), "first.bias": torch.zeros(2)},
+        True,
+        r"as 'module\.\*' beside others",
+    ),
+    "one of another model": (
+        {**prefixed(PLAIN, "module."), "module.first.bias": torch.zeros(3)},
+        True,
+        r"'first\.bias' is \(3,\)",
+    ),
+    "one lost": ({"net.first.bias": PLAIN["first.bias"], **net(1).second.state_dict()}, True, "lacks"),
     "twice": (
         {**PLAIN, "_orig_mod.first.bias": torch.zeros(2)},
         True,
