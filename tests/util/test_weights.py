@@ -165,7 +165,11 @@ REFUSED = {
         True,
         r"'first\.bias' is \(3,\)",
     ),
-    "one lost": ({"net.first.bias": PLAIN["first.bias"], **net(1).second.state_dict()}, True, "lacks"),
+    "one lost": (
+        {"net.first.bias": PLAIN["first.bias"], **net(1).second.state_dict()},
+        True,
+        "lacks",
+    ),
     "twice": (
         {**PLAIN, "_orig_mod.first.bias": torch.zeros(2)},
         True,
