@@ -135,10 +135,9 @@ def test_a_disk_that_refuses_the_rescue_does_not_hide_what_failed(train, tmp_pat
 # ---- signals and workers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
-)
-def test_a_signal_stops_at_the_next_step_and_only_term_and_int_insist(number):
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1", "USR2", "XCPU"])
+def test_a_signal_stops_at_the_next_step_and_only_term_and_int_insist(name):
+    number = signal.Signals[f"SIG{name}"]
     with StopRequest() as request:
         os.kill(os.getpid(), number)
         assert request.requested
