@@ -71,8 +71,8 @@ def load_codes(
     """
     path, digest = output_dir / "codes.safetensors", sha256_of(tokenizer_path)
     if not path.exists():
-        codes = {"codes": encode_pictures(read(tokenizer_path), count, draw)}
-        save_safetensors(path, codes, {"tokenizer_sha256": digest})
+        made = {"codes": encode_pictures(read(tokenizer_path), count, draw)}
+        save_safetensors(path, made, {"tokenizer_sha256": digest})
     tensors, made_by = read_safetensors(path)
     codes = tensors.get("codes", torch.empty(0)).long()
     if len(codes) < count:
