@@ -255,7 +255,7 @@ def _orders(
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """WeightsError naming the first name or shape in which `weights` differ from those of `model`."""
+    """WeightsError naming the first name, shape or kind of numbers in which `weights` do not fit."""
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in weights:
@@ -272,6 +272,11 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
             raise WeightsError(
                 f"'{name}' is {theirs} in {source} but {ours} in the model: check the model's flags"
             )
+        if tensor.is_floating_point() and not weights[name].is_floating_point():
+            kind = str(weights[name].dtype).removeprefix("torch.")
+            raise WeightsError(
+                f"'{name}' is {kind} in {source}: quantised weights are not supported, save them as floats"
+            )
     for name in weights:
         if name not in own:
             raise WeightsError(f"{source} has a surplus '{name}': it is of another model")
@@ -280,7 +285,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
 def load_into(
     model: nn.Module, path: str | Path, use_ema: bool | None = True, surplus: Collection[str] = ()
 ) -> None:
-    """Copy the weights of a file into `model`; WeightsError unless all names and shapes agree.
+    """Copy the weights of a file into `model`; WeightsError unless they fit (check_weights).
 
     Arguments as in `load_state_dict_file`.
     """

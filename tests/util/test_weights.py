@@ -180,6 +180,11 @@ REFUSED = {
         True,
         r"the weights of the model as 'net\.\*' beside others: save that part alone",
     ),
+    "quantised": (
+        {name: tensor.to(torch.int8) for name, tensor in PLAIN.items()},
+        True,
+        r"is int8 in \S+: quantised weights",
+    ),
     "short list": ({"model_ema": list(AVERAGED.values())[:3]}, True, "list of 3 without names"),
     "list of numbers": ({"model_ema": [1, 2, 3, 4]}, True, "list of 4 without names"),
 }
