@@ -163,13 +163,13 @@ def _restore_optimizer(
     optimizer: torch.optim.Optimizer, state: Mapping[str, object], path: Path, trained: bool
 ) -> None:
     """Load Adam's moments. UserError unless all parameters have them, or none before the first step."""
-    options = [set(group) for group in optimizer.param_groups]
+    options = [{k for k, v in group.items() if v is not None} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(dict(state))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise _broken(path, "optimizer", f"is incomplete or another model's ({error!r})") from error
     for group, wanted in zip(optimizer.param_groups, options, strict=True):
-        if missing := sorted(wanted - set(group)):
+        if missing := sorted(name for name in wanted if group.get(name) is None):
             raise _broken(path, "optimizer", f"lacks '{missing[0]}'")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     fitting = sum(_fits(optimizer.state[p], p) for p in parameters if p in optimizer.state)

@@ -12,6 +12,8 @@ _REMEDIES = {
     "ancdata": "too many files are open: use fewer --num_workers, or raise `ulimit -n`",
     "can't start new thread": "use fewer --num_workers, or raise `ulimit -u`",
     "resource temporarily unavailable": "use fewer --num_workers, or raise `ulimit -u`",
+    "</torch_": "shared memory ran out: use fewer --num_workers (0 reads in this process), a smaller "
+    "batch, or a larger /dev/shm",
     **dict.fromkeys(
         (
             *("memoryerror", "outofmemoryerror", "out of memory", "alloc_failed"),
@@ -25,6 +27,7 @@ _REMEDIES = {
 # What a file system answers where a file cannot be read or written, whoever asks.
 _REFUSALS = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 _REFUSALS |= {errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+_REFUSALS |= {errno.EFBIG, errno.ESTALE, errno.ENOTCONN}  # a limit, NFS and FUSE
 
 
 class UserError(Exception):
@@ -47,7 +50,8 @@ def sentence_of(error: BaseException) -> str | None:
     text = " ".join([type(error).__name__, *str(error).split()])
     for mark, remedy in _REMEDIES.items():
         if mark in text.lower():
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            lines = (str(error).strip() or type(error).__name__).splitlines()
+            reason = next((line for line in lines if mark in line.lower()), lines[0]).strip()
             return f"{reason.rstrip('.: ')}: {remedy}"
     return None
 

@@ -1,8 +1,8 @@
 """Weights on disk: the project's only reader, which is safe, and the writer of safetensors.
 
-A file holds weights by name: a state dict, or a dict with one under `model_ema` or `ema` (averages),
-`model`, `module` or `state_dict`. It unpickles only tensors, plain containers, numpy's scalars and
-arrays, and `argparse.Namespace`, in which the official checkpoints keep their flags.
+A file holds weights by name: a state dict, or a dict with one under a key of AVERAGED or PLAIN. The
+reader unpickles only tensors, plain containers, numpy's scalars and arrays, and `argparse.Namespace`,
+in which the official checkpoints keep their flags.
 """
 
 import argparse
@@ -26,8 +26,11 @@ from util.files import atomic_path, hub_weights, sha256_of
 
 LAST = "checkpoint-last.pth"
 AVERAGES = "model_ema"
-PLAIN = ("model", "module", "state_dict")  # MAR and l-DeTok, DeepSpeed, Lightning and others
+AVERAGED = (AVERAGES, "ema", "state_dict_ema")  # MAR and l-DeTok, DiT, timm
+# MAR and l-DeTok, DeepSpeed, Lightning and timm, PyTorch's tutorials
+PLAIN = ("model", "module", "state_dict", "model_state_dict")
 PREFIXES = ("module.", "model.")  # DistributedDataParallel, Lightning
+COUNT = "n_averaged"  # torch's AveragedModel counts its updates in it
 COMPILED = "_orig_mod."  # torch.compile; in the middle of a name where only a part is compiled
 
 
@@ -54,6 +57,8 @@ def _refuse_foreign(path: Path) -> None:
         raise WeightsError(f"{path} is empty: download it again")
     if head[:1] == b"<":
         raise WeightsError(f"{path} is an HTML page, not a checkpoint: download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{path} is a pointer of Git LFS, not the file: run `git lfs pull`")
 
 
 def _alias(function: Callable[..., Any], module: str) -> Callable[..., Any]:
@@ -92,14 +97,14 @@ def read_pickle(path: Path, mmap: bool = True) -> Any:
         registered = torch.serialization.get_safe_globals()  # the block's end would remove them
         with torch.serialization.safe_globals([x for x in SAFE_GLOBALS if x not in registered]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        cause = f"it holds {found[1]}, and" if found else "it holds more than tensors, and"
-        raise WeightsError(
-            f"{path} cannot be read safely: {cause} unpickling that could run any code; save its "
-            "weights alone, as torch.save(model.state_dict(), FILE) does"
-        ) from error
     except Exception as error:  # a damaged pickle raises almost anything
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and (found or is_zip):
+            raise WeightsError(
+                f"{path} cannot be read safely: it holds {found[1] if found else 'more than tensors'}, "
+                "and unpickling that could run any code; save its weights alone, as "
+                "torch.save(model.state_dict(), FILE) does"
+            ) from error
         raise WeightsError(f"{path} is truncated, damaged or not a PyTorch file") from error
 
 
@@ -138,9 +143,10 @@ def load_state_dict_file(
 
     Args:
         path: a directory with checkpoint-last.pth or model.safetensors, or a .pth, .pt, .ckpt or
-            .safetensors file. A state dict, bare or under `module` or `state_dict`, is taken as it is.
-        use_ema: from a training checkpoint take `model_ema` (evaluation), else `model`; None takes
-            the averages where the file has some.
+            .safetensors file. A state dict that is bare, or alone under another key than `model`, is
+            taken as it is.
+        use_ema: from a training checkpoint take the averages (evaluation), else the weights of the
+            last step; None takes the averages where the file has some.
         like: the model of the weights; it names averages that are stored as a list.
         surplus: beginnings of names that are left out.
 
@@ -164,7 +170,7 @@ def weights_in(
     """The weights inside an unpickled checkpoint, chosen and named as in `load_state_dict_file`."""
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{source} holds no weights by name")
-    averages = content.get(AVERAGES, content.get("ema"))  # as MAR and as DiT call them
+    averages = next((content[key] for key in AVERAGED if content.get(key) is not None), None)
     plain = next((content[key] for key in PLAIN if isinstance(content.get(key), Mapping)), None)
     if use_ema is not False and isinstance(averages, Mapping):
         return _by_name(averages, source)
@@ -201,6 +207,7 @@ def _named(weights: object, source: str | Path) -> dict[str, Tensor]:
 
 def _unwrap(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The names that the model itself has; prefixes of wrappers are removed where all names have them."""
+    weights = {name: tensor for name, tensor in weights.items() if name != COUNT}
     names = [name.replace(COMPILED, "") for name in weights]
     while names and any(all(name.startswith(prefix) for name in names) for prefix in PREFIXES):
         names = [name.partition(".")[2] for name in names]
@@ -248,15 +255,27 @@ def _orders(
 
 
 def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | Path) -> None:
-    """WeightsError naming the first name or shape in which `weights` differ from those of `model`."""
+    """WeightsError naming the first name, shape or kind of numbers in which `weights` do not fit."""
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in weights:
+            prefixes = [other.removesuffix(name) for other in weights if other.endswith(f".{name}")]
+            parts = [part for part in prefixes if all(part + each in weights for each in own)]
+            if parts:
+                raise WeightsError(
+                    f"{source} has the weights of the model as '{parts[0]}*' beside others: save that "
+                    "part alone, under the model's own names"
+                )
             raise WeightsError(f"{source} lacks '{name}': it is of another model")
         if weights[name].shape != tensor.shape:
             theirs, ours = tuple(weights[name].shape), tuple(tensor.shape)
             raise WeightsError(
                 f"'{name}' is {theirs} in {source} but {ours} in the model: check the model's flags"
+            )
+        if tensor.is_floating_point() and not weights[name].is_floating_point():
+            kind = str(weights[name].dtype).removeprefix("torch.")
+            raise WeightsError(
+                f"'{name}' is {kind} in {source}: quantised weights are not supported, save them as floats"
             )
     for name in weights:
         if name not in own:
@@ -266,7 +285,7 @@ def check_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str |
 def load_into(
     model: nn.Module, path: str | Path, use_ema: bool | None = True, surplus: Collection[str] = ()
 ) -> None:
-    """Copy the weights of a file into `model`; WeightsError unless all names and shapes agree.
+    """Copy the weights of a file into `model`; WeightsError unless they fit (check_weights).
 
     Arguments as in `load_state_dict_file`.
     """

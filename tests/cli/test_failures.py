@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from tests.support.assertions import assert_same
 from tests.support.train_small import WIDTHS
 from util import checkpoint, dist
 from util.data import datasets
-from util.errors import UserError
+from util.errors import UserError, sentence_of
 from util.evaluation.run_folder import RunFolder
 from util.training import step as training
 from util.training.signals import StopRequest
@@ -134,10 +135,9 @@ def test_a_disk_that_refuses_the_rescue_does_not_hide_what_failed(train, tmp_pat
 # ---- signals and workers -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
-)
-def test_a_signal_stops_at_the_next_step_and_only_term_and_int_insist(number):
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1", "USR2", "XCPU"])
+def test_a_signal_stops_at_the_next_step_and_only_term_and_int_insist(name):
+    number = signal.Signals[f"SIG{name}"]
     with StopRequest() as request:
         os.kill(os.getpid(), number)
         assert request.requested
@@ -204,6 +204,23 @@ def test_the_death_of_a_worker_is_raised_where_batches_are_read(holding):
             read.append(images.item())
     assert read == list(range(len(read)))
     assert len(read) < 10
+
+
+class Large(torch.utils.data.Dataset):
+    """Items that the shared memory of a worker, which is limited, does not hold."""
+
+    def __getitem__(self, pick):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        return torch.zeros(3, 64, 64), 0
+
+
+def test_shared_memory_that_is_full_is_one_sentence_with_a_remedy():
+    with pytest.raises(RuntimeError) as caught:
+        list(datasets.batches(Large(), [[(0, False)]], num_workers=1))
+    said = sentence_of(caught.value)
+    assert said is not None
+    assert said.startswith("RuntimeError: unable to resize file </torch_")
+    assert "/dev/shm" in said and "\n" not in said
 
 
 def test_batches_are_pinned_without_a_thread_that_could_print(monkeypatch):

@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from tests.support.assertions import refusal
 from util import report
 from util.data.checks import check_same_classes
 from util.data.latents import check_note, write_note
+from util.dist import Rendezvous
+from util.evaluation.conditions import ClassLabels
+from util.evaluation.run import score_only
 from util.evaluation.run_folder import RunFolder
 from util.files import read_json
 from util.training.log import RunLog
@@ -63,6 +67,9 @@ def test_results_that_are_damaged_are_named_by_all_who_read_them(tmp_path, conte
     assert "results.json cannot be read" in refusal(RunFolder(tmp_path).results)
     assert "results.json cannot be read" in refusal(lambda: RunFolder(tmp_path).open({}, CALL, 1))
     assert "results.json cannot be read" in refusal(lambda: report.load_run(tmp_path))
+    asked = (tmp_path, None, 2, ClassLabels(2), Rendezvous(), torch.device("cpu"))
+    # and not only after hours of scoring: there is no image and no request
+    assert "results.json cannot be read" in refusal(lambda: score_only(*asked))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from util.dist import World, world_from_env
 from util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "OMPI_", "PMI_", "MPI_", "SLURM_")
+PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "OMPI_", "PMI_", "MV2_", "FLUX_", "MPI_", "SLURM_")
 
 
 def slurm(rank: int, size: int, **more: str) -> dict[str, str]:
@@ -56,6 +56,8 @@ def environment(monkeypatch):
         ({**slurm(0, 2), **open_mpi(3, 4)}, World(3, 4, 3)),  # mpirun starts its daemons by srun
         (open_mpi(1, 2), World(1, 2, 1)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"}, World(1, 2, 1)),
+        ({"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2"}, World(1, 2, 0)),
+        ({"FLUX_TASK_RANK": "3", "FLUX_JOB_SIZE": "4", "FLUX_TASK_LOCAL_ID": "1"}, World(3, 4, 1)),
         ({"RANK": "", "WORLD_SIZE": ""}, World()),
         ({"RANK": " ", "WORLD_SIZE": "", "LOCAL_RANK": ""}, World()),
         ({**slurm(1, 2), "RANK": "", "WORLD_SIZE": ""}, World(1, 2, 1)),

@@ -74,6 +74,15 @@ def test_a_checkpoint_of_the_original_has_no_progress(content, tmp_path):
     assert restore(content, tmp_path)[1:] == (3, {})
 
 
+def test_options_that_an_older_torch_did_not_know_keep_their_defaults(content, tmp_path):
+    known = ("lr", "betas", "eps", "weight_decay", "amsgrad", "params")
+    (group,) = content["optimizer"]["param_groups"]
+    content["optimizer"]["param_groups"] = [{name: group[name] for name in known}]
+    run, epochs, _ = restore(content, tmp_path)
+    assert epochs == 3
+    assert run.optimizer.param_groups[0].keys() == Run().optimizer.param_groups[0].keys()
+
+
 def test_before_the_first_step_there_are_no_moments(content, tmp_path):
     content["optimizer"]["state"] = {}
     content |= {"epoch": -1, "progress": {**PROGRESS, "step": 0}}
@@ -123,6 +132,9 @@ FAULTS = {
     "state None": (put(None, "optimizer", "state"), "its 'optimizer' is incomplete"),
     "state empty": (put({}, "optimizer", "state"), "moments of 0 of 2 parameters"),
     "no learning rate": (drop("optimizer", "param_groups", 0, "lr"), "lacks 'lr'"),
+    **{f"{name} None": (put(None, "optimizer", "param_groups", 0, name), f"lacks '{name}'") for name in (
+        "lr", "betas", "eps", "weight_decay", "amsgrad",
+    )},
     "moments of one": (drop("optimizer", "state", 1), "moments of 1 of 2 parameters"),
     "half the moments": (drop("optimizer", "state", 0, "exp_avg_sq"), "moments of 1 of 2"),
     "no steps": (drop("optimizer", "state", 0, "step"), "its 'optimizer' is incomplete"),

@@ -108,6 +108,9 @@ def test_a_pipe_that_does_not_block_gets_every_line(tmp_path):
         ('RuntimeError("can\'t start new thread")', "ulimit -u"),
         ("OSError(28, 'No space left on device')", "has free space, or choose another"),
         ("OSError(30, 'Read-only file system', 'data/x')", "cannot use data/x (Read-only"),
+        ("OSError(27, 'File too large', 'data/x')", "cannot use data/x (File too large)"),
+        ("OSError(116, 'Stale file handle', 'data/x')", "cannot use data/x (Stale"),
+        ("OSError(107, 'Transport endpoint is not connected', 'x')", "cannot use x (Transport"),
     ],
 )
 def test_an_exhausted_machine_is_one_sentence_with_a_remedy(tmp_path, raised, words):

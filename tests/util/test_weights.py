@@ -8,10 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from models.detok import DeTok
 from models.vae import AutoencoderKL
+from tests.support.assertions import refusal
 from tests.support.golden_detok import config, detok_mar, mar_config, tokenizer, weights
 from util.errors import UserError
 from util.weights import load_into, load_state_dict_file, save_safetensors
@@ -74,6 +77,16 @@ def test_what_the_wrappers_themselves_write_is_loaded(model, tmp_path):
     assert same(loads(model, wrapped.state_dict(), tmp_path, True), PLAIN)
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, nn.DataParallel])
+def test_what_torchs_averaged_model_writes_is_loaded(model, tmp_path, wrap):
+    averages = AveragedModel(wrap(net(2))).state_dict()
+    assert "n_averaged" in averages
+    assert same(loads(model, averages, tmp_path, True), AVERAGED)
+    both = {"model": PLAIN, "model_ema": averages}  # as torchvision's references write it
+    assert same(loads(model, both, tmp_path, True), AVERAGED)
+    assert same(loads(model, both, tmp_path, False), PLAIN)
+
+
 CONTAINERS = {
     "bare": (PLAIN, True, PLAIN),
     "averages alone": ({"model_ema": AVERAGED}, True, AVERAGED),
@@ -86,6 +99,10 @@ CONTAINERS = {
     "Lightning": ({"state_dict": PLAIN, "global_step": 7}, False, PLAIN),
     "DiT": ({"model": PLAIN, "ema": AVERAGED, "opt": {}}, True, AVERAGED),
     "DiT, weights asked for": ({"model": PLAIN, "ema": AVERAGED}, False, PLAIN),
+    "timm": ({"state_dict": PLAIN, "state_dict_ema": AVERAGED, "epoch": 3}, True, AVERAGED),
+    "timm, weights asked for": ({"state_dict": PLAIN, "state_dict_ema": AVERAGED}, False, PLAIN),
+    "timm without averages": ({"state_dict": PLAIN, "state_dict_ema": None}, True, PLAIN),
+    "tutorials": ({"epoch": 3, "model_state_dict": PLAIN, "loss": 0.5}, True, PLAIN),
     "arrays of numpy": ({name: w.numpy() for name, w in PLAIN.items()}, True, PLAIN),
     "flags": ({"model": PLAIN, "args": argparse.Namespace(lr=None)}, False, PLAIN),
     "parameters": (dict(net(1).named_parameters()), True, PLAIN),
@@ -138,11 +155,35 @@ REFUSED = {
     "numbers": ({"model": {"weight": 3}}, False, "'weight' is a int"),
     "numbered": ({0: torch.zeros(2)}, True, "'0' is a Tensor"),
     "empty": ({"model": {}}, False, "no weights by name"),
-    "half prefixed": ({**prefixed(PLAIN, "module."), "first.bias": torch.zeros(2)}, True, "lacks"),
+    "half prefixed": (
+        {**prefixed(PLAIN, "module."), "first.bias": torch.zeros(2)},
+        True,
+        r"as 'module\.\*' beside others",
+    ),
+    "one of another model": (
+        {**prefixed(PLAIN, "module."), "module.first.bias": torch.zeros(3)},
+        True,
+        r"'first\.bias' is \(3,\)",
+    ),
+    "one lost": (
+        {"net.first.bias": PLAIN["first.bias"], **net(1).second.state_dict()},
+        True,
+        "lacks",
+    ),
     "twice": (
         {**PLAIN, "_orig_mod.first.bias": torch.zeros(2)},
         True,
         r"a surplus '_orig_mod\.first\.bias'",
+    ),
+    "a part of a larger model": (
+        {**prefixed(PLAIN, "net."), "loss.weight": torch.zeros(2)},
+        True,
+        r"the weights of the model as 'net\.\*' beside others: save that part alone",
+    ),
+    "quantised": (
+        {name: tensor.to(torch.int8) for name, tensor in PLAIN.items()},
+        True,
+        r"is int8 in \S+: quantised weights",
     ),
     "short list": ({"model_ema": list(AVERAGED.values())[:3]}, True, "list of 3 without names"),
     "list of numbers": ({"model_ema": [1, 2, 3, 4]}, True, "list of 4 without names"),
@@ -157,6 +198,27 @@ def test_what_cannot_be_loaded_is_one_sentence_that_names_it(model, tmp_path, ca
         loads(model, content, tmp_path, use_ema)
     assert "\n" not in str(caught.value)
     assert same(model.state_dict(), before)
+
+
+FOREIGN = {
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "`git lfs pull`"),
+    "text": (b"hello world", "not a PyTorch file"),
+    "JSON": (b'{"error": "Not Found"}', "not a PyTorch file"),
+    "gzip": (b"\x1f\x8b\x08\0" + bytes(range(60)), "not a PyTorch file"),
+    "safetensors": (save({"first.bias": torch.zeros(2)}), "not a PyTorch file"),
+}
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_of_another_kind_is_not_said_to_run_code(tmp_path, kind, name):
+    content, words = FOREIGN[kind]
+    if kind == "safetensors" and name.endswith(kind):
+        return
+    (tmp_path / name).write_bytes(content)
+    if name.endswith(".safetensors") and kind != "a pointer":
+        words = "not a safetensors file"
+    assert words in refusal(lambda: load_state_dict_file(tmp_path / name))
 
 
 # ---- averages as a list --------------------------------------------------------------------------------

@@ -79,15 +79,18 @@ class ClassFolders:
         """Sentences about files that are not used."""
         found = []
         if self.skipped:
-            found.append(
-                f"{self.skipped} file(s) of another kind are not used, such as {self.skipped_path}"
-            )
+            found.append(unused(self.skipped, self.skipped_path))
         if self.outside:
             found.append(
                 f"{len(self.outside)} file(s) outside the class folders are not used, such as "
                 f"{self.outside[0]}"
             )
         return found
+
+
+def unused(count: int, example: str) -> str:
+    """A sentence about files that are no data."""
+    return f"{count} file(s) of another kind are not used, such as {example}"
 
 
 def name_some(paths: Sequence[str]) -> str:

@@ -33,7 +33,7 @@ def read_moments(
 
     UserError for another kind of file, or moments that are not finite or of another `shape`.
     """
-    remedy = "write it again with main_cache.py"
+    remedy = "remove it, and main_cache.py writes it again"
     found = read_arrays(Path(path), names, "cached latent", remedy)
     if any(array.dtype.kind not in "fiu" for array in found.values()):
         raise UserError(f"{path} is not a cached latent (it holds no numbers): {remedy}")
@@ -42,10 +42,10 @@ def read_moments(
         if array.shape != (shape or arrays[0].shape):
             raise UserError(
                 f"{path} holds moments {array.shape}, the model needs {shape or arrays[0].shape}: "
-                "check --img_size, --vae_stride and --vae_embed_dim, or write it again"
+                f"check --img_size, --vae_stride and --vae_embed_dim, or {remedy}"
             )
         if not np.isfinite(array).all():
-            raise UserError(f"{path} holds NaN or infinity: write it again with main_cache.py")
+            raise UserError(f"{path} holds NaN or infinity: {remedy}")
     return [torch.from_numpy(array) for array in arrays]
 
 

@@ -69,7 +69,8 @@ class FeatureSpec:
 
     find_weights: maps the user's path, or None, to the file that the extractor loads; UserError if it
     is missing. judge: compares logits with the images' conditions, which gives an accuracy.
-    spatial_module: the module whose output (B, C, h, w) sFID uses, if there is one.
+    spatial_module: the module whose output (B, C, h, w) sFID uses, if there is one; spatial_dim: the
+    size of its first channels, which are compared.
     """
 
     feature_layer: str
@@ -78,13 +79,19 @@ class FeatureSpec:
     find_weights: Callable[[str | None], str]
     judge: Judge | None = None
     spatial_module: str | None = None
+    spatial_dim: int | None = None
 
 
 FEATURES: dict[str, FeatureSpec] = {
     # 1008 outputs in the order of the 2015 TensorFlow graph, not in ImageNet's order; that graph's
     # mixed_6/conv is torchvision's Mixed_6d.branch1x1.
     "inception-v3-compat": FeatureSpec(
-        "2048", 2048, "logits_unbiased", inception_weights, spatial_module="Mixed_6d.branch1x1"
+        "2048",
+        2048,
+        "logits_unbiased",
+        inception_weights,
+        spatial_module="Mixed_6d.branch1x1",
+        spatial_dim=_SPATIAL_CHANNELS * 17 * 17,
     )
 }
 

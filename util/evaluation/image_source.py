@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from util.data.class_folders import ClassFolders
+from util.data.class_folders import ClassFolders, unused
 from util.data.datasets import center_crop
 from util.errors import UserError
 from util.images import IMAGE_SUFFIXES, list_images, list_numbered_pngs, open_rgb
@@ -89,7 +89,10 @@ def open_reference(folder: str | os.PathLike[str], img_size: int | None = None) 
     """
     flat = list_images(folder)
     folder = Path(folder)
-    if not any(path.is_dir() for path in folder.iterdir() if not path.name.startswith(".")):
+    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    if not any(path.is_dir() for path in visible):
+        if others := sorted(set(visible) - set(flat)):
+            print(f"note: {unused(len(others), str(others[0]))}", file=sys.stderr, flush=True)
         return ImageFiles(flat, img_size)
     files = ClassFolders.scan(folder, IMAGE_SUFFIXES)
     for text in files.notes():

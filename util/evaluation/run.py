@@ -167,6 +167,7 @@ def score_only(
     folder, world = RunFolder(path), rendezvous.world
     rendezvous.next_round()
     is_run = bool(folder.manifest())
+    former = folder.results() if is_run else {}
     images = folder.images if is_run else path
     labels = conditions.of(range(num_images), num_images)
     dataset = open_source(images, num_images)
@@ -178,7 +179,6 @@ def score_only(
     scores = {"num_images": num_images, "images_dir": str(images), **scorer.result()}
     if not is_run:
         return {**scores, **provenance()}
-    former = folder.results()
     others = {name: value for name, value in former.items() if name not in SCORES}
     results = {**others, **_comparable(former, scores), **scores}
     write_json(path / "results.json", results)

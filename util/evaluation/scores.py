@@ -154,8 +154,14 @@ def _load_stats_for(request: ScoreRequest) -> FidStatistics:
             f"but {request.features} has {spec.feature_dim} features; "
             "give the statistics made with the same extractor"
         )
-    if "sfid" in request.metrics and stats.mu_s is None:
-        raise UserError(f"{path} has no mu_s and sigma_s for sfid: make them by make_stats")
+    if "sfid" in request.metrics:
+        if stats.mu_s is None:
+            raise UserError(f"{path} has no mu_s and sigma_s for sfid: make them by make_stats")
+        if spec.spatial_dim not in (None, stats.mu_s.size):
+            raise UserError(
+                f"{path} has {stats.mu_s.size} spatial features (mu_s), but {request.features} has "
+                f"{spec.spatial_dim}: make them by make_stats"
+            )
     if request.needs_features and stats.activations is None and not stats.has_images:
         raise UserError(
             f"{path} has neither features nor images (arr_0), which kid and pr need: take that of "

@@ -94,8 +94,8 @@ def _check_gaussian(
             f"{path} has {mu_name} {mu.shape} and {sigma_name} {sigma.shape}; "
             f"FID statistics are (d,) and (d, d): {_REMEDY}"
         )
-    largest = np.abs(sigma).max(initial=0)
-    if np.abs(sigma - sigma.T).max(initial=0) > 1e-3 * largest or (np.diag(sigma) < 0).any():
+    rounding = 1e-3 * np.abs(sigma).max(initial=0)
+    if np.abs(sigma - sigma.T).max(initial=0) > rounding or (np.diag(sigma) < -rounding).any():
         raise UserError(f"{path} has a {sigma_name} that is no covariance: {_REMEDY}")
 
 

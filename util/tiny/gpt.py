@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,7 +25,7 @@ from util.tiny.training import load_checkpoint, save_checkpoint, save_weights
 from util.tiny.vq import BUNDLE as TOKENIZER
 from util.tiny.vq import Pictures, learning_rate, pictures
 from util.training.step import attention_for_training
-from util.weights import load_into, save_safetensors
+from util.weights import load_into, read_safetensors, save_safetensors
 
 BUNDLE = Path("pretrained_models/gpt_tiny/model.safetensors")
 PICTURES = 20_000
@@ -72,13 +71,13 @@ def load_codes(
     """
     path, digest = output_dir / "codes.safetensors", sha256_of(tokenizer_path)
     if not path.exists():
-        codes = {"codes": encode_pictures(read(tokenizer_path), count, draw)}
-        save_safetensors(path, codes, {"tokenizer_sha256": digest})
-    with safe_open(path, framework="pt") as file:
-        codes, made_by = file.get_tensor("codes").long(), file.metadata()
+        made = {"codes": encode_pictures(read(tokenizer_path), count, draw)}
+        save_safetensors(path, made, {"tokenizer_sha256": digest})
+    tensors, made_by = read_safetensors(path)
+    codes = tensors.get("codes", torch.empty(0)).long()
     if len(codes) < count:
         raise UserError(f"{path} has codes of {len(codes)} pictures, not {count}: delete it")
-    if (made_by or {}).get("tokenizer_sha256") != digest:
+    if made_by.get("tokenizer_sha256") != digest:
         raise UserError(f"{path} has codes of another tokenizer than {tokenizer_path}: delete it")
     return codes[:count]
 
@@ -100,7 +99,7 @@ def fit(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=WEIGHT_DECAY)
     checkpoint, done, mean = output_dir / "checkpoint-last.pth", 0, 0.0
-    if state := load_checkpoint(checkpoint, model, optimizer):
+    if state := load_checkpoint(checkpoint, model, optimizer, "step", "loss"):
         done, mean = state["step"], state["loss"]
     bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:

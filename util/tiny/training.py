@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from util.errors import UserError
 from util.evaluation.statistics import FidStatistics
 from util.files import atomic_path
 from util.tiny.classifier import TinyClassifier
@@ -28,15 +29,22 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *rest: str
 ) -> dict[str, Any]:
-    """Restore what save_checkpoint wrote and return `rest`; {} if there is no file."""
+    """Restore what save_checkpoint wrote and return the entries `rest`; {} if there is no file.
+
+    UserError for a damaged file, or one of another training.
+    """
     if not path.exists():
         return {}
     state: dict[str, Any] = read_pickle(path, mmap=False)
-    model.load_state_dict(state.pop("model"))
-    optimizer.load_state_dict(state.pop("optimizer"))
-    return state
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return {name: state[name] for name in rest}
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is of another training ({reason}): delete it") from error
 
 
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:

@@ -121,7 +121,7 @@ def train(
     used = torch.zeros(model.quantize.embedding.num_embeddings, dtype=torch.bool)
     checkpoint, done = output_dir / "checkpoint-last.pth", 0
     output_dir.mkdir(parents=True, exist_ok=True)
-    if state := load_checkpoint(checkpoint, model, optimizer):
+    if state := load_checkpoint(checkpoint, model, optimizer, "step", "used"):
         done, used = state["step"], state["used"]
     bar = tqdm(range(done, steps), initial=done, total=steps, unit="step", disable=None)
     for step in bar:

@@ -7,7 +7,7 @@ from types import FrameType
 
 _INSISTENT = (signal.SIGTERM, signal.SIGINT)
 # Also a terminal that is closed, a scheduler's warning, and the end of the CPU time.
-STOP_SIGNALS = (*_INSISTENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+STOP_SIGNALS = (*_INSISTENT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class Stopped(KeyboardInterrupt):

@@ -112,6 +112,16 @@ def test_a_folder_without_folders_is_read_as_it_is(root):
     assert len(open_reference(root / "cat", SIZE)) == len(list_images(root / "cat")) == 3
 
 
+def test_a_folder_without_folders_tells_what_is_not_used(root, capsys):
+    for name in ("a.gif", "readme.txt"):
+        (root / "cat" / name).write_text("x")
+    (root / "cat" / ".hidden").touch()
+    assert len(open_reference(root / "cat", SIZE)) == 3
+    assert capsys.readouterr().err == (
+        f"note: 2 file(s) of another kind are not used, such as {root}/cat/a.gif\n"
+    )
+
+
 @pytest.mark.parametrize("place", ["cat/3.png", "bird"])
 def test_a_link_to_nothing_is_refused(root, place):
     (root / place).symlink_to(root / "gone")

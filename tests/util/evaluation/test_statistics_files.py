@@ -93,6 +93,22 @@ def test_a_file_of_another_kind_is_refused_without_advice_to_unpickle(tmp_path, 
     assert "pickle" not in words
 
 
+def test_rounding_in_the_variance_of_a_constant_feature_is_no_damage(tmp_path):
+    sigma = np.diag([1.0, 0.5, -1e-17])
+    np.savez(tmp_path / "stats.npz", mu=np.ones(3), sigma=sigma)
+    assert np.array_equal(load_stats(tmp_path / "stats.npz").sigma, sigma)
+
+
+@pytest.mark.parametrize("size", [3, 2048])
+def test_spatial_features_of_another_size_are_refused_before_the_first_image(tmp_path, size):
+    path = tmp_path / "stats.npz"
+    big = {"mu": np.zeros(2048, np.float32), "sigma": np.eye(2048, dtype=np.float32)}
+    np.savez(path, **big, mu_s=np.zeros(size), sigma_s=np.eye(size))
+    wanted = ScoreRequest("inception-v3-compat", None, path, ("sfid",))
+    said = refusal(lambda: metrics.check_ready(wanted, 10))
+    assert f"{size} spatial features" in said and "2023" in said
+
+
 @pytest.mark.parametrize("alone", ["mu_s", "sigma_s"])
 def test_half_a_gaussian_is_refused(tmp_path, alone):
     np.savez(tmp_path / "stats.npz", **GAUSSIAN, **{alone: WHOLE[alone]})

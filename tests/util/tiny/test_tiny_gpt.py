@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from tests.support import ROOT
+from tests.support.assertions import refusal
 from util.errors import UserError
 from util.files import sha256_of
 from util.tiny import gpt as tiny_gpt
-from util.weights import save_safetensors
+from util.tiny.training import load_checkpoint, save_checkpoint
+from util.weights import read_pickle, save_safetensors
 
 PICTURES = 8
 
@@ -54,6 +57,29 @@ def test_codes_of_another_tokenizer_and_too_few_of_them_are_refused(codes_of, tm
         tiny_gpt.load_codes(codes_of(tmp_path / "old", digest="0"), PICTURES)
     with pytest.raises(UserError, match="has codes of 8 pictures, not 9"):
         tiny_gpt.load_codes(codes_of(tmp_path / "few"), PICTURES + 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 99, save({"other": torch.zeros(9)})], ids=range(3))
+def test_codes_that_are_damaged_are_named(codes_of, tmp_path, content):
+    (tmp_path / "codes.safetensors").write_bytes(content)
+    assert "codes.safetensors" in refusal(lambda: tiny_gpt.load_codes(tmp_path, PICTURES))
+
+
+@pytest.mark.parametrize("fault", ["empty", "model", "optimizer", "step", "another model's"])
+def test_a_checkpoint_that_is_damaged_is_named(tmp_path, fault):
+    path, model = tmp_path / "checkpoint.pth", torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    save_checkpoint(path, model, optimizer, step=3)
+    assert load_checkpoint(path, model, optimizer, "step") == {"step": 3}
+    content = read_pickle(path, mmap=False)
+    if fault == "empty":
+        path.write_bytes(b"")
+    elif fault == "another model's":
+        model = torch.nn.Linear(3, 2)
+    else:
+        del content[fault]
+        torch.save(content, path)
+    assert str(path) in refusal(lambda: load_checkpoint(path, model, optimizer, "step"))
 
 
 def test_codes_are_made_once_and_kept(codes_of, tmp_path):
