@@ -7,8 +7,8 @@ cd "$(dirname "$0")/.."
 
 IMAGES=${IMAGES:-20000}
 PROCESSES=${PROCESSES:-2}
-EPOCHS=${EPOCHS:-8}              # at the constant learning rate
-DECAY_EPOCHS=${DECAY_EPOCHS:-5}  # down to zero
+EPOCHS=${EPOCHS:-10}             # at the constant learning rate
+DECAY_EPOCHS=${DECAY_EPOCHS:-8}  # down to zero
 OUT=${OUT:-output_dir/mar_tiny}
 DATA=${DATA:-data/shapes}
 BUNDLE=pretrained_models/mar_tiny
