@@ -13,7 +13,8 @@ from util.dist import World, world_from_env
 from util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "OMPI_", "PMI_", "MV2_", "FLUX_", "MPI_", "SLURM_")
+PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "OMPI_", "PMI_", "MV2_", "FLUX_", "MPI_")
+PREFIXES += ("SLURM_",)
 
 
 def slurm(rank: int, size: int, **more: str) -> dict[str, str]:
