@@ -22,12 +22,12 @@ from torch.distributed.rendezvous import rendezvous as rendezvous_at
 from util.config import setting
 from util.errors import UserError, sentence_of
 
-PATIENCE = 120.0  # seconds without a sign of life until a process counts as dead
+PATIENCE = 120.0  # seconds without a heartbeat until a process counts as dead
 _BEAT_EVERY = 2.0  # seconds
 _POLL_EVERY = 0.1  # seconds
-_FAILURE_WITHIN = 5.0  # seconds in which a process that stops says why
-_QUIET_FOR = 10.0  # seconds of waiting for the other processes without a word
-_STORE_TIMEOUT = 600.0  # seconds to find the store, in which the other machines may start up
+_FAILURE_WITHIN = 5.0  # seconds to wait for the reason after another process has stopped
+_QUIET_FOR = 10.0  # seconds of waiting for other processes before a note is printed
+_STORE_TIMEOUT = 600.0  # seconds to find the store: other machines may still be starting
 
 Json = object  # what json.dumps takes
 
