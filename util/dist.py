@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -277,6 +279,9 @@ def _read(store: dist.Store, key: str) -> str | None:
 
 def _open_store(world: World, url: str) -> dist.Store:
     url = _slurm_url() if url == "env://" and not os.environ.get("MASTER_ADDR") else url
+    place = urlsplit(url)
+    if place.scheme == "file" and not (folder := Path(place.path).parent).is_dir():
+        raise UserError(f"--dist_url is {url}, but there is no folder {folder}: create it")
     text = f"note: process {world.rank} of {world.size} waits for the others at {url}"
     waiting = threading.Timer(_QUIET_FOR, lambda: print(text, file=sys.stderr, flush=True))
     waiting.daemon = True

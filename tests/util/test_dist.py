@@ -100,3 +100,8 @@ def test_a_launcher_that_cannot_be_reached_is_a_sentence(monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with pytest.raises(UserError, match=r"process 1 of 2 cannot reach the others at env://"):
         dist.Rendezvous(dist.World(1, 2))
+
+
+def test_a_meeting_file_in_a_folder_that_is_missing_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match="there is no folder .*absent: create it"):
+        dist.Rendezvous(dist.World(0, 2), f"file://{tmp_path}/absent/file")
