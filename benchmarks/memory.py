@@ -49,9 +49,8 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 1e9
         try:
-            status = Path(
-                "/proc/self/status"
-            ).read_text()  # getrusage would count the parent's peak
+            # getrusage would count the parent's peak too
+            status = Path("/proc/self/status").read_text()
         except OSError:
             return None
         found = re.search(r"VmHWM:\s+(\d+) kB", status)

@@ -94,8 +94,9 @@ def _check_gaussian(
             f"{path} has {mu_name} {mu.shape} and {sigma_name} {sigma.shape}; "
             f"FID statistics are (d,) and (d, d): {_REMEDY}"
         )
-    rounding = 1e-3 * np.abs(sigma).max(initial=0)
-    if np.abs(sigma - sigma.T).max(initial=0) > rounding or (np.diag(sigma) < -rounding).any():
+    largest = np.abs(sigma).max(initial=0)
+    skew, smallest = np.abs(sigma - sigma.T).max(initial=0), np.diag(sigma).min(initial=0)
+    if skew > 1e-3 * largest or smallest < -1e-6 * largest:  # rounding may go below 0
         raise UserError(f"{path} has a {sigma_name} that is no covariance: {_REMEDY}")
 
 

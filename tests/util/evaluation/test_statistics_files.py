@@ -97,6 +97,8 @@ def test_rounding_in_the_variance_of_a_constant_feature_is_no_damage(tmp_path):
     sigma = np.diag([1.0, 0.5, -1e-17])
     np.savez(tmp_path / "stats.npz", mu=np.ones(3), sigma=sigma)
     assert np.array_equal(load_stats(tmp_path / "stats.npz").sigma, sigma)
+    np.savez(tmp_path / "stats.npz", mu=np.ones(3), sigma=np.diag([1.0, 0.5, -1e-4]))
+    assert "no covariance" in refusal(lambda: load_stats(tmp_path / "stats.npz"))
 
 
 @pytest.mark.parametrize("size", [3, 2048])
