@@ -75,6 +75,22 @@ def test_janus_draws_resumes_and_is_scored_by_its_prompts(draw, janus):
     assert images_of(full) != images
 
 
+def test_prompts_that_cannot_be_scored_are_refused_before_anything_is_loaded(draw, tmp_path):
+    (tmp_path / "cat.txt").write_text("a red disc\na cat")
+    with pytest.raises(UserError, match="the caption 'a cat' is outside the grammar"):
+        draw("janus_tiny", "--resume", "none", "--prompts", tmp_path / "cat.txt")
+
+
+def test_a_run_is_not_scored_by_other_prompts(draw, janus, tmp_path, monkeypatch):
+    first = draw("janus_tiny", "--resume", janus, "--image_size_eval", 64)
+    folder = Path(first["images_dir"]).parent
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--score_only", str(folder)])
+    eval_script.main()
+    (tmp_path / "prompts.txt").write_text("a red disc\na green ring")
+    with pytest.raises(UserError, match=r"shows prompts 'prompts.txt 3 .*, not 'prompts.txt 2 "):
+        eval_script.main()
+
+
 def test_an_image_of_a_prompt_is_the_same_in_any_batch(draw, janus):
     flags = ("--resume", janus, "--no_score", *LINE_AR)
     many, single = draw("janus_tiny", *flags, bsz=4), draw("janus_tiny", *flags, bsz=1, out="one")
