@@ -199,10 +199,10 @@ class CaptionHost(LlamaGenHost):
         try:
             from transformers import AutoTokenizer, T5EncoderModel
 
+            from models.transformers_models import from_folder
+
             files = hub_weights(Path(path))
-            encoder: Any = T5EncoderModel.from_pretrained(
-                path, use_safetensors=True, dtype=torch.float32
-            )
+            encoder: Any = from_folder(T5EncoderModel, Path(path))
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (ImportError, OSError, ValueError, UserError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,12 +1,14 @@
 """eval.py draws prompts with Janus and Lumina-mGPT: run folder, resuming, scores, refusals."""
 
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import eval as eval_script
 from models.chameleon_vq import ChameleonVQ
@@ -169,12 +171,25 @@ def test_lumina_draws_and_resumes(draw, monkeypatch, tmp_path):
             "gpt_tiny --t5_path x",
             "--t5_path is for text-to-image models; gpt_tiny takes class labels",
         ),
+        (
+            "janus_tiny --resume CUT",
+            "1 tensors are missing, 0 unknown, 0 of another shape, the first",
+        ),
+        ("janus_tiny --resume OTHER", "(its model_type is 'chameleon', not 'janus')"),
         ("lumina_mgpt_768 --img_size 100", "--img_size is 100; it must be a multiple of 32"),
         ("lumina_mgpt_768 --resume JANUS", "--vae_path: the tokenizer"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(draw, janus, tmp_path, words, sentence):
+    shutil.copytree(janus, tmp_path / "cut")
+    weights = load_file(janus / "model.safetensors")
+    del weights["model.generation_head.vision_head.weight"]
+    save_file(weights, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").touch()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "chameleon"}')
     words = words.replace("HERE", str(tmp_path)).replace("JANUS", str(janus))
+    words = words.replace("CUT", f"{tmp_path}/cut").replace("OTHER", f"{tmp_path}/other")
     with pytest.raises(UserError) as error:
         draw(*words.split(), "--no_score")
     assert sentence.replace("HERE", str(tmp_path)) in str(error.value)
