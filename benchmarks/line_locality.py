@@ -150,7 +150,8 @@ def janus_locality(
             super().lazy_initialization(key_states, value_states)
             self.kv = WatchedLayer(shares)
 
-    model = from_folder(JanusForConditionalGeneration, folder, ABSENT).to(device)
+    model: Any = from_folder(JanusForConditionalGeneration, folder, ABSENT)
+    model = model.to(device)
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     generator = JanusGenerator(model, processor, GPTSampling(5.0), 0)
     seeds = [image_seed(seed, i) for i in range(len(prompts))]

@@ -49,6 +49,8 @@ class JanusHost(TextToImageHost):
 
     @property
     def remedy(self) -> str:
+        if self.model == "janus_tiny":
+            return "make it with scripts/train_tiny_janus.sh"
         return f"get the published model with `python -m util.download {self.model}`"
 
     def open(self, folder: Path) -> tuple[Any, Any]:

@@ -84,7 +84,7 @@ def _load(
     source: Path | None,
     absent: tuple[str, ...],
     refuse_unknown: bool,
-    **options: object,
+    **options: Any,
 ) -> Model:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the library reports each tensor that is absent

@@ -154,6 +154,7 @@ def test_lumina_draws_and_resumes(draw, monkeypatch, tmp_path):
             "lumina_mgpt_768",
             "download Alpha-VLLM/Lumina-mGPT-7B-768 from the Hugging Face Hub into it",
         ),
+        ("janus_tiny --resume HERE/none", "there is no folder HERE/none: make it with scripts/"),
         ("janus_tiny --resume HERE", "cannot be loaded as --model janus_tiny (HERE holds neither"),
         (
             "janus_tiny --resume JANUS --line_ar --line_budget 1/8",
