@@ -244,6 +244,8 @@ class LlamaGenFamily(Family):
         sampling = replace(flags.build(GPTSampling, defaults), line_ar=line_ar)
         resume = flags.build(WeightsConfig, defaults).resume
         if "t5_path" in defaults:
+            if "class_num" in flags.given:
+                raise UserError(f"--class_num has no effect with --model {model}: remove it")
             text = flags.build(TextEncoderConfig, defaults)
             return CaptionHost(model, sampling, resume, images, text)
         if "t5_path" in flags.given:

@@ -168,6 +168,7 @@ def test_lumina_draws_and_resumes(draw, monkeypatch, tmp_path):
             "gpt_xl_t2i_512",
             "t2i_XL_stage2_512.pt is missing: get it from LlamaGen's repository, see",
         ),
+        ("gpt_xl_t2i_512 --class_num 5", "--class_num has no effect with --model gpt_xl_t2i_512"),
         (
             "gpt_tiny --t5_path x",
             "--t5_path is for text-to-image models; gpt_tiny takes class labels",
