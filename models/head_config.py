@@ -141,8 +141,9 @@ class HeadConfig:
 
 def _two_whole(ends: object) -> bool:
     """Whether these are two whole numbers."""
-    pair = isinstance(ends, (tuple, list)) and len(ends) == 2
-    return pair and all(isinstance(end, Integral) for end in ends)
+    if not isinstance(ends, (tuple, list)) or len(ends) != 2:
+        return False
+    return all(isinstance(end, Integral) for end in ends)
 
 
 @dataclass(frozen=True, eq=False)
