@@ -291,8 +291,9 @@ def parse() -> tuple[cli.Selection, int]:
     port = flags.given.pop("port", 7860)
     if not 0 < port < 1 << 16:
         raise UserError(f"--port is {port}; it must be from 1 to 65535")
+    selection = cli.select(flags, "demo")
     flags.given["lazy_mar"] = True
-    return cli.select(flags, "demo"), port
+    return selection, port
 
 
 def main() -> None:

@@ -121,18 +121,23 @@ class HeadSteps:
         None,
         "denoising steps at the first decoding step; default the model's",
         flag="diff_upper_steps",
-        least=1,
+        least=2,
     )
     lower: int | None = setting(
-        None, "at the last one; default the same", flag="diff_lower_steps", least=1
+        None, "at the last one; default the same", flag="diff_lower_steps", least=2
     )
 
     def steps(self) -> int | tuple[int, int] | None:
-        """HeadConfig.steps. UserError for a last number without a first."""
+        """HeadConfig.steps. UserError for a last number without a first, or a larger one."""
         if self.lower is None:
             return self.upper
         if self.upper is None:
             raise UserError("--diff_lower_steps needs --diff_upper_steps")
+        if self.lower > self.upper:
+            raise UserError(
+                f"--diff_lower_steps is {self.lower}, more than --diff_upper_steps {self.upper}: "
+                "give at most as many"
+            )
         return self.upper, self.lower
 
 

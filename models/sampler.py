@@ -1,5 +1,6 @@
 """Sampler: many batches of images from one model, as fast as its device allows."""
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -69,6 +70,8 @@ class Sampler:
             raise ValueError(f"bsz is {bsz}; at least one image can be sampled")
         if not isinstance(head, HeadConfig | None):
             raise ValueError(f"head is {head!r}; give a HeadConfig or None")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}; it must be finite and not negative")
         start = 0.0 if head is None else head.guidance_start
         plans = partial(
             DecodingPlan.create, model.seq_len, num_iter, cfg, cfg_schedule,

@@ -198,6 +198,8 @@ def test_help_is_grouped_and_fits_on_three_screens(program, capsys):
         ("eval", "--head_skip a", "'a' is no"),
         ("eval", "--no_such_flag", "--no_such_flag"),
         ("eval", "--diff_upper_steps 200", "200 denoising steps"),
+        ("eval", "--diff_upper_steps 1", "--diff_upper_steps is 1"),
+        ("eval", "--preset fast --diff_upper_steps 8", "more than --diff_upper_steps 8"),
         ("main_mar", "--batch_size 0", "--batch_size is 0"),
         ("main_mar", "--log_freq 0", "--log_freq is 0"),
         ("main_mar", "--lr -1", "--lr is -1.0"),

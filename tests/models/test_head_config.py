@@ -1,5 +1,7 @@
 """The head's schedule: which steps, noise and guidance; one picture for any number of steps."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -104,9 +106,13 @@ def test_impossible_settings_are_named(arguments, named):
         HeadConfig(**arguments)
 
 
-def test_a_head_of_another_type_is_refused():
-    with pytest.raises(ValueError, match="head is 'ddim'"):
-        sample(small_mar(), head="ddim")
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [({"head": "ddim"}, "head is 'ddim'"), ({"temperature": math.nan}, "temperature is nan")],
+)
+def test_a_head_of_another_type_and_a_temperature_that_is_no_number_are_refused(argument, named):
+    with pytest.raises(ValueError, match=named):
+        sample(small_mar(), **argument)
 
 
 def test_more_steps_than_the_image_has_noise_for_are_refused():
