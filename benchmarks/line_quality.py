@@ -30,7 +30,6 @@ from util.errors import UserError, run_main
 from util.files import write_json
 from util.images import save_png, side_by_side_sheet, to_uint8
 from util.report import markdown_table
-from util.weights import describe
 
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
@@ -151,11 +150,11 @@ def main() -> None:
     output = with_ending(args.output, ".json")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    model, tokenizer = load_tiny(device, dtype)
+    model, tokenizer, weights = load_tiny(device, dtype)
     run = Run(args.num_images, args.seed, args.batch)
     about = {
         **origin(),
-        "weights": describe(HOST.resume, use_ema=False),
+        "weights": weights,
         "images": args.num_images,
         **{name: getattr(args, name) for name in ("seed", "cfg", "top_p", "recent")},
         "device": str(device),
