@@ -44,11 +44,12 @@ def main() -> None:
     flags, host, request = selection.flags, selection.host(), selection.request()
     settings = flags.build(EvaluationConfig)
     place = cli.place(flags)
+    conditions = host.conditions(settings.prompts)
     with place.rendezvous() as rendezvous:
         if not settings.no_score:  # before minutes of loading and hours of sampling
-            metrics.check_ready(request, settings.num_images)
+            each = conditions.of(range(settings.num_images), settings.num_images)
+            metrics.check_ready(request, settings.num_images, each)
         if folder is not None:
-            conditions = host.conditions(settings.prompts)
             results = evaluation.score_only(
                 Path(folder), request, settings.num_images, conditions, rendezvous, place.device
             )

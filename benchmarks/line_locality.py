@@ -27,6 +27,7 @@ from models.line_cache import KVCache, KVLayer, LineARConfig, LinePlan
 from util.device import pick_device
 from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
+from util.evaluation.conditions import Prompts
 from util.report import markdown_table
 
 NEAR = 3  # lines in front of the present one that are not old
@@ -140,16 +141,17 @@ def janus_locality(
 
     from models.gpt_images import GPTSampling
     from models.janus import JanusGenerator, image_grid, sample_tokens
+    from models.janus_original import ABSENT
     from models.transformers_cache import LineARCache, LineARLayer, line_ar_attention
-    from models.transformers_models import Decoder
+    from models.transformers_models import Decoder, from_folder
 
     class Watched(LineARLayer):
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
             super().lazy_initialization(key_states, value_states)
             self.kv = WatchedLayer(shares)
 
-    model = JanusForConditionalGeneration.from_pretrained(folder, local_files_only=True)
-    model = model.eval().to(device, torch.float32)
+    model: Any = from_folder(JanusForConditionalGeneration, folder, ABSENT)
+    model = model.to(device)
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     generator = JanusGenerator(model, processor, GPTSampling(5.0), 0)
     seeds = [image_seed(seed, i) for i in range(len(prompts))]
@@ -171,7 +173,7 @@ def parse() -> argparse.Namespace:
     """The flags; `config` holds the budget, `texts` the prompts."""
     parser = Parser("line_locality", __doc__)
     parser.add_argument("--model", default="gpt_tiny", help="gpt_tiny, or the folder of a Janus")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="of a Janus, a line each")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="of a Janus, as in eval.py")
     parser.number("num_images", 6)
     parser.add_argument("--budget", default="1/4", help="as in eval.py's --line_budget")
     parser.add_argument("--anchors", type=int, default=1)
@@ -187,10 +189,7 @@ def parse() -> argparse.Namespace:
     if args.model != "gpt_tiny":
         if args.prompts is None or not args.prompts.is_file():
             raise UserError(f"--model {args.model} draws prompts: give their file with --prompts")
-        lines = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
-        if not lines:
-            raise UserError(f"{args.prompts} holds no prompt: write one on each line")
-        args.texts = [lines[i % len(lines)] for i in range(args.num_images)]
+        args.texts = Prompts.from_file(args.prompts).of(range(args.num_images), args.num_images)
     return args
 
 

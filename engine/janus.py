@@ -49,18 +49,19 @@ class JanusHost(TextToImageHost):
 
     @property
     def remedy(self) -> str:
+        if self.model == "janus_tiny":
+            return "make it with scripts/train_tiny_janus.sh"
         return f"get the published model with `python -m util.download {self.model}`"
 
     def open(self, folder: Path) -> tuple[Any, Any]:
         from transformers import AutoProcessor, JanusForConditionalGeneration
 
-        from models.janus_original import is_original, open_original
+        from models.janus_original import ABSENT, is_original, open_original
+        from models.transformers_models import from_folder
 
         if is_original(folder):
             return open_original(folder)
-        model = JanusForConditionalGeneration.from_pretrained(
-            folder, use_safetensors=True, dtype=torch.float32
-        )
+        model = from_folder(JanusForConditionalGeneration, folder, ABSENT)
         return model, AutoProcessor.from_pretrained(folder)
 
     def grid(self, model: Any) -> tuple[int, int]:

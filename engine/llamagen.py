@@ -199,10 +199,10 @@ class CaptionHost(LlamaGenHost):
         try:
             from transformers import AutoTokenizer, T5EncoderModel
 
+            from models.transformers_models import from_folder
+
             files = hub_weights(Path(path))
-            encoder: Any = T5EncoderModel.from_pretrained(
-                path, use_safetensors=True, dtype=torch.float32
-            )
+            encoder: Any = from_folder(T5EncoderModel, Path(path))
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (ImportError, OSError, ValueError, UserError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -244,6 +244,8 @@ class LlamaGenFamily(Family):
         sampling = replace(flags.build(GPTSampling, defaults), line_ar=line_ar)
         resume = flags.build(WeightsConfig, defaults).resume
         if "t5_path" in defaults:
+            if "class_num" in flags.given:
+                raise UserError(f"--class_num has no effect with --model {model}: remove it")
             text = flags.build(TextEncoderConfig, defaults)
             return CaptionHost(model, sampling, resume, images, text)
         if "t5_path" in flags.given:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion import create_diffusion
 from engine.base import Execution, Family, Host, Loaded, Preset, WeightsConfig, bundled
 from engine.mar_settings import (
     DETOK,
@@ -22,7 +23,7 @@ from engine.mar_settings import (
 from models import mar
 from models.fast_mar import PRESETS as FAST_PRESETS
 from models.flops import MARGeometry, image_work
-from models.head_config import HeadConfig
+from models.head_config import HeadConfig, denoising_runs
 from models.lazy_mar import LazyMARConfig
 from models.mar_config import MARConfig
 from models.noise import ImageNoise
@@ -201,19 +202,21 @@ class MARFamily(Family):
         lazy_mar = flags.build_optional(LazyMARConfig, "lazy_mar", "LazyMAR", flagged)
         steps = flags.build(HeadSteps, flagged).steps()
         order: OrderConfig | None = flags.build(OrderConfig, flagged)
+        order = None if order == OrderConfig() else order
+        sampling = replace(flags.build(SamplingConfig, flagged), lazy_mar=lazy_mar, order=order)
         try:
-            head: HeadConfig | None = replace(flags.build(HeadConfig, flagged), steps=steps)
+            head = replace(flags.build(HeadConfig, flagged), steps=steps)
+            sampling = replace(sampling, head=None if head == HeadConfig() else head)
+            own = create_diffusion(geometry.num_sampling_steps)
+            plan = sampling.plan(geometry.grid_size**2)
+            denoising_runs(sampling.head, own, plan)  # raises for more steps than the model has
         except ValueError as error:
             raise UserError(str(error)) from error
-        head = None if head == HeadConfig() else head
-        order = None if order == OrderConfig() else order
         return MARHost(
             model=model,
             geometry=geometry,
             tokenizer=flags.build(TokenizerConfig, flagged),
-            sampling=replace(
-                flags.build(SamplingConfig, flagged), lazy_mar=lazy_mar, head=head, order=order
-            ),
+            sampling=sampling,
             resume=flags.build(WeightsConfig, flagged).resume,
             no_ema=flags.build(EMAConfig, flagged).no_ema,
         )

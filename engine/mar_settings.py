@@ -1,7 +1,7 @@
 """Settings of the MAR family: its tokenizers, presets and sampling, each a group of flags."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,8 +162,11 @@ class SamplingConfig:
     @property
     def preset(self) -> str | None:
         """Name of the preset that these settings are, "balanced" or "fast", else None."""
+        lazy = self.lazy_mar
+        if lazy is not None and not lazy.head_cache:  # the model's own interval is then not read
+            lazy = replace(lazy, head_interval=LazyMARConfig().head_interval)
         ours = FastMARConfig(
-            self.num_iter, self.order or OrderConfig(), self.head or HeadConfig(), self.lazy_mar
+            self.num_iter, self.order or OrderConfig(), self.head or HeadConfig(), lazy
         )
         names = (name for name in ("balanced", "fast") if FAST_PRESETS[name]() == ours)
         return next(names, None)

@@ -4,9 +4,9 @@ Everything is known before the first step. `HeadConfig()` is MAR's published sam
 """
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol
 
 import numpy as np
@@ -107,24 +107,26 @@ class HeadConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use {', '.join(known)}")
         if self.steps is not None:
             ends = self.steps if isinstance(self.steps, tuple) else (self.steps, self.steps)
-            if len(ends) != 2 or not 2 <= ends[1] <= ends[0] <= DIFFUSION_STEPS:
+            if not (_two_whole(ends) and 2 <= ends[1] <= ends[0] <= DIFFUSION_STEPS):
                 raise ValueError(
                     f"steps is {self.steps!r}; give a number of denoising steps from 2 to "
                     f"{DIFFUSION_STEPS}, or (first, last) with first >= last"
                 )
-        if self.t_start is not None and not 1 <= operator.index(self.t_start) < DIFFUSION_STEPS:
-            raise ValueError(f"t_start is {self.t_start}; it must be in 1..{DIFFUSION_STEPS - 1}")
+        start = 1 if self.t_start is None else self.t_start
+        if not (isinstance(start, Integral) and 1 <= start < DIFFUSION_STEPS):
+            raise ValueError(
+                f"t_start is {start!r}; it must be a whole number in 1..{DIFFUSION_STEPS - 1}"
+            )
         if not 0 <= self.tau <= 1:
             raise ValueError(f"tau is {self.tau}; it must be in [0, 1]")
         if not 0 <= self.guidance_start <= 1:
             raise ValueError(f"guidance_start is {self.guidance_start}; it must be in [0, 1]")
-        low, high = (operator.index(t) for t in self.guidance_interval)
-        if not 0 <= low < high <= DIFFUSION_STEPS:
+        ends = self.guidance_interval
+        if not (_two_whole(ends) and 0 <= ends[0] < ends[1] <= DIFFUSION_STEPS):
             raise ValueError(
-                f"guidance_interval is {self.guidance_interval}; give two timesteps, ascending, in "
-                f"0..{DIFFUSION_STEPS}"
+                f"guidance_interval is {ends}; give two timesteps, ascending, in 0..{DIFFUSION_STEPS}"
             )
-        object.__setattr__(self, "guidance_interval", (low, high))
+        object.__setattr__(self, "guidance_interval", tuple(ends))
 
     def steps_at(self, index: int, num_iter: int, own: int) -> int:
         """Denoising steps of decoding step `index` of num_iter, before the clip; own: the model's."""
@@ -135,6 +137,13 @@ class HeadConfig:
         exact = last + int(ANNEALINGS[self.annealing](progress) * (first - last))
         levels = {round(last + (first - last) * k / (LEVELS - 1)) for k in range(LEVELS)}
         return min(levels, key=lambda level: (abs(level - exact), level))
+
+
+def _two_whole(ends: object) -> bool:
+    """Whether these are two whole numbers."""
+    if not isinstance(ends, (tuple, list)) or len(ends) != 2:
+        return False
+    return all(isinstance(end, Integral) for end in ends)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from models.line_config import LineARConfig
 from models.token_sampling import TokenSampler, check_settings
 from models.transformers_cache import line_ar_attention
 from models.transformers_models import Decoder, new_cache
+from util.errors import UserError
 
 
 def image_grid(model: JanusForConditionalGeneration) -> tuple[int, int]:
@@ -106,7 +107,10 @@ class JanusGenerator:
     def prepare(
         self, prompts: Sequence[str], seeds: Sequence[int]
     ) -> tuple[dict[str, Tensor], Sequence[int]]:
-        """The prompts as tokens, with the processor's chat template if it has one."""
+        """The prompts as tokens, with the processor's chat template if it has one.
+
+        UserError for a prompt that leaves the model no room for an image.
+        """
         texts = list(prompts)
         if self.processor.chat_template is not None:
             texts = [
@@ -123,6 +127,14 @@ class JanusGenerator:
             padding_side="left",
             return_tensors="pt",
         )
+        text_config: Any = self.model.config.text_config
+        room = text_config.max_position_embeddings - math.prod(image_grid(self.model))
+        tokens = inputs["attention_mask"].sum(1)
+        if (longest := int(tokens.max())) > room:
+            prompt = prompts[int(tokens.argmax())]
+            raise UserError(
+                f"a prompt has {longest} tokens, the model takes {room}: shorten {prompt[:60]!r}..."
+            )
         device = self.model.device
         return {k: inputs[k].to(device) for k in ("input_ids", "attention_mask")}, seeds
 

@@ -170,7 +170,8 @@ class LazyMARConfig:
     def is_refresh(self, index: int, num_iter: int) -> bool:
         """Whether step `index` of num_iter computes everything."""
         if self.refresh_steps is not None:
-            return index in {round(progress * num_iter) for progress in self.refresh_steps}
+            last = num_iter - 1  # the step of a progress that rounds up to the end
+            return index in {min(last, round(p * num_iter)) for p in self.refresh_steps}
         return index < self.warmup or (index - self.warmup) % self.interval == 0
 
     def keep_ratio(self, index: int, num_iter: int) -> float:

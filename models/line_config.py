@@ -97,6 +97,6 @@ class LineARConfig:
                 f"{anchors} anchors and {recent} recent tokens of method {self.method}: "
                 "raise the budget or lower anchors and recent"
             )
-        older = lines - 1 - recent // line  # lines in front of the recent ones when the last begins
+        older = lines - recent // line  # lines in front of the recent ones when all are complete
         spaced = min(self.spaced, room // max(1, older)) if method.stratified else 0
         return LinePlan(line, lines, budget, anchors, recent, condition, spaced)

@@ -21,7 +21,7 @@ from models.gpt_images import GPTSampling, pictures
 from models.line_config import LineARConfig
 from models.token_sampling import TokenSampler, check_settings
 from models.transformers_cache import line_ar_attention
-from models.transformers_models import Decoder, new_cache, with_weights
+from models.transformers_models import Decoder, check_kind, new_cache, with_weights
 from util.weights import read_hub_folder
 
 STRIDE = 16  # pixels per code and side
@@ -172,6 +172,7 @@ def open_lumina(folder: Path) -> ChameleonForConditionalGeneration:
 
     UserError or ValueError for files that are missing, damaged or do not fit each other.
     """
+    check_kind(ChameleonForConditionalGeneration, folder)
     config = ChameleonConfig.from_pretrained(folder)
     weights = expand_norms(read_hub_folder(folder), config)
     return with_weights(ChameleonForConditionalGeneration, config, weights, ("model.vqmodel.",))

@@ -34,7 +34,8 @@ class OrderConfig:
         if operator.index(self.stages) < 2:
             raise ValueError(f"stages is {self.stages}; it must be at least 2")
         object.__setattr__(self, "rates", tuple(float(rate) for rate in self.rates))
-        if len(self.rates) != self.stages or min(self.rates) <= 0:
+        positive = all(0 < rate < math.inf for rate in self.rates)
+        if len(self.rates) != self.stages or not positive:
             raise ValueError(f"rates are {self.rates}; give {self.stages} positive numbers")
 
     @classmethod

@@ -6,8 +6,8 @@ searches, static shapes per step.
 """
 
 import math
-import operator
 from dataclasses import dataclass
+from numbers import Integral
 
 from models.order import OrderConfig
 
@@ -58,11 +58,13 @@ class DecodingPlan:
         """The counts of an order (None: MAR's random order) with MAR's guidance schedule.
 
         guidance_start: steps before this progress s/T are not guided. known: tokens that are known from
-        the beginning; the run then starts at the step that predicts the next one. Where T exceeds L
-        some steps predict nothing; they are left out.
+        the beginning; the run then starts at the step that predicts the next one. Its counts are those
+        of the random order: an order's stages end elsewhere in what is left. Where T exceeds L some
+        steps predict nothing; they are left out.
         Raises ValueError for num_iter < 1 or an unknown schedule.
         """
-        if isinstance(num_iter, bool) or operator.index(num_iter) < 1:
+        whole = isinstance(num_iter, Integral) and not isinstance(num_iter, bool)
+        if not whole or num_iter < 1:
             raise ValueError(f"num_iter is {num_iter!r}; it must be a whole number of at least 1")
         if not math.isfinite(cfg):
             raise ValueError(f"cfg is {cfg}; it must be a finite number")
@@ -70,11 +72,12 @@ class DecodingPlan:
             raise ValueError(f"cfg_schedule is {cfg_schedule!r}; use one of {CFG_SCHEDULES}")
         steps: list[DecodingStep] = []
         start = previous = known
-        for s, left in enumerate((order or OrderConfig()).masked_after(seq_len, num_iter)):
+        counted = order if order and not known else OrderConfig()
+        for s, left in enumerate(counted.masked_after(seq_len, num_iter)):
             step_cfg = cfg
             if cfg_schedule == "linear":  # at the last step, too, with one token left
                 step_cfg = 1 + (cfg - 1) * (seq_len - max(1, left)) / seq_len
-            guided = cfg != 1.0 and s >= guidance_start * num_iter
+            guided = cfg != 1.0 and s / num_iter >= guidance_start
             stop = seq_len - left
             if stop > start:
                 step_cfg = step_cfg if guided else 1.0

@@ -67,6 +67,8 @@ class Sampler:
         model, order = self.model, OrderConfig.from_argument(order)
         if bsz < 1:
             raise ValueError(f"bsz is {bsz}; at least one image can be sampled")
+        if not isinstance(head, HeadConfig | None):
+            raise ValueError(f"head is {head!r}; give a HeadConfig or None")
         start = 0.0 if head is None else head.guidance_start
         plans = partial(
             DecodingPlan.create, model.seq_len, num_iter, cfg, cfg_schedule,
@@ -130,16 +132,18 @@ def check_known(
     """
     grid, side = model.grid_size, model.grid_size * model.patch_size
     want = (bsz, model.vae_embed_dim, side, side), (bsz, grid, grid)
-    if known is None or known_mask is None:
-        raise ValueError("known and known_mask come together: give both, or none")
+    if not (isinstance(known, Tensor) and isinstance(known_mask, Tensor)):
+        raise ValueError("known and known_mask come together: give two tensors, or none")
     if (tuple(known.shape), tuple(known_mask.shape)) != want or known_mask.dtype != torch.bool:
         raise ValueError(
             f"known is {tuple(known.shape)} and known_mask {tuple(known_mask.shape)} "
             f"{known_mask.dtype}; this call needs {want[0]} and {want[1]} of torch.bool"
         )
-    device = model.fake_latent.device
-    tokens = model.patchify(known.to(device, torch.float32)).clone()
-    return tokens, known_mask.to(device).flatten(1)
+    tokens, mask = model.patchify(known.to(torch.float32)).clone(), known_mask.flatten(1)
+    # On the caller's device, so nothing waits for ours.
+    if not tokens[mask.to(tokens.device)].isfinite().all():
+        raise ValueError("known holds numbers that are not finite where known_mask is true")
+    return tokens.to(model.fake_latent.device), mask.to(model.fake_latent.device)
 
 
 def images_by_count(mask: Tensor) -> dict[int, list[int]]:

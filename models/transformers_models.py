@@ -1,6 +1,7 @@
 """What the sampling loops over models of transformers share: steps through a cache, and weights."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from transformers.utils import logging
 
 from models.line_config import LineARConfig
 from models.transformers_cache import LineARCache, cache_argument
+from util.files import read_json
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -57,13 +59,39 @@ def with_weights(
 
     ValueError if a tensor is missing, unknown or of another shape.
     """
+    return _load(kind, None, absent, True, config=config, state_dict=dict(weights))
+
+
+def from_folder(kind: type[Model], folder: Path, absent: tuple[str, ...] = ()) -> Model:
+    """A model in float32 of a folder that save_pretrained wrote; it may hold other tensors, too.
+
+    ValueError if a tensor is missing or of another shape, or the folder is of another kind of model.
+    """
+    check_kind(kind, folder)
+    return _load(kind, folder, absent, False, use_safetensors=True)
+
+
+def check_kind(kind: type[PreTrainedModel], folder: Path) -> None:
+    """ValueError if the folder is of another kind of model, of which the library would only warn."""
+    found = read_json(folder / "config.json", dict, "download it again").get("model_type")
+    wanted: Any = kind.config_class
+    if found != wanted.model_type:
+        raise ValueError(f"its model_type is {found!r}, not {wanted.model_type!r}")
+
+
+def _load(
+    kind: type[Model],
+    source: Path | None,
+    absent: tuple[str, ...],
+    refuse_unknown: bool,
+    **options: Any,
+) -> Model:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the library reports each tensor that is absent
     try:
         loaded: Any = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(weights),
+            source,
+            **options,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, too
@@ -74,7 +102,7 @@ def with_weights(
     report: dict[str, Any]
     model, report = loaded
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(absent))
-    unknown = sorted(report["unexpected_keys"])
+    unknown = sorted(report["unexpected_keys"]) if refuse_unknown else []
     shapes = sorted(key for key, *_ in report["mismatched_keys"])
     if misfits := missing + unknown + shapes:
         raise ValueError(

@@ -1,10 +1,13 @@
 """eval.py draws prompts with Janus and Lumina-mGPT: run folder, resuming, scores, refusals."""
 
+import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import eval as eval_script
 from models.chameleon_vq import ChameleonVQ
@@ -71,6 +74,22 @@ def test_janus_draws_resumes_and_is_scored_by_its_prompts(draw, janus):
     assert images_of(full) != images
 
 
+def test_prompts_that_cannot_be_scored_are_refused_before_anything_is_loaded(draw, tmp_path):
+    (tmp_path / "cat.txt").write_text("a red disc\na cat")
+    with pytest.raises(UserError, match="the caption 'a cat' is outside the grammar"):
+        draw("janus_tiny", "--resume", "none", "--prompts", tmp_path / "cat.txt")
+
+
+def test_a_run_is_not_scored_by_other_prompts(draw, janus, tmp_path, monkeypatch):
+    first = draw("janus_tiny", "--resume", janus, "--image_size_eval", 64)
+    folder = Path(first["images_dir"]).parent
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--score_only", str(folder)])
+    eval_script.main()
+    (tmp_path / "prompts.txt").write_text("a red disc\na green ring")
+    with pytest.raises(UserError, match=r"shows prompts 'prompts.txt 3 .*, not 'prompts.txt 2 "):
+        eval_script.main()
+
+
 def test_an_image_of_a_prompt_is_the_same_in_any_batch(draw, janus):
     flags = ("--resume", janus, "--no_score", *LINE_AR)
     many, single = draw("janus_tiny", *flags, bsz=4), draw("janus_tiny", *flags, bsz=1, out="one")
@@ -132,6 +151,7 @@ def test_lumina_draws_and_resumes(draw, monkeypatch, tmp_path):
             "lumina_mgpt_768",
             "download Alpha-VLLM/Lumina-mGPT-7B-768 from the Hugging Face Hub into it",
         ),
+        ("janus_tiny --resume HERE/none", "there is no folder HERE/none: make it with scripts/"),
         ("janus_tiny --resume HERE", "cannot be loaded as --model janus_tiny (HERE holds neither"),
         (
             "janus_tiny --resume JANUS --line_ar --line_budget 1/8",
@@ -145,16 +165,30 @@ def test_lumina_draws_and_resumes(draw, monkeypatch, tmp_path):
             "gpt_xl_t2i_512",
             "t2i_XL_stage2_512.pt is missing: get it from LlamaGen's repository, see",
         ),
+        ("gpt_xl_t2i_512 --class_num 5", "--class_num has no effect with --model gpt_xl_t2i_512"),
         (
             "gpt_tiny --t5_path x",
             "--t5_path is for text-to-image models; gpt_tiny takes class labels",
         ),
+        (
+            "janus_tiny --resume CUT",
+            "1 tensors are missing, 0 unknown, 0 of another shape, the first",
+        ),
+        ("janus_tiny --resume OTHER", "(its model_type is 'chameleon', not 'janus')"),
         ("lumina_mgpt_768 --img_size 100", "--img_size is 100; it must be a multiple of 32"),
         ("lumina_mgpt_768 --resume JANUS", "--vae_path: the tokenizer"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(draw, janus, tmp_path, words, sentence):
+    shutil.copytree(janus, tmp_path / "cut")
+    weights = load_file(janus / "model.safetensors")
+    del weights["model.generation_head.vision_head.weight"]
+    save_file(weights, tmp_path / "cut" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").touch()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "chameleon"}')
     words = words.replace("HERE", str(tmp_path)).replace("JANUS", str(janus))
+    words = words.replace("CUT", f"{tmp_path}/cut").replace("OTHER", f"{tmp_path}/other")
     with pytest.raises(UserError) as error:
         draw(*words.split(), "--no_score")
     assert sentence.replace("HERE", str(tmp_path)) in str(error.value)

@@ -152,6 +152,18 @@ def test_a_flag_that_is_given_wins_over_the_preset(program):
     assert (found["cfg"], found["latent_scale"]) == (1.5, 2.0)
 
 
+@pytest.mark.parametrize("model", ["mar_base", "mar_tiny"])
+@pytest.mark.parametrize(("preset", "num_iter"), [("balanced", 40), ("fast", 32)])
+def test_a_run_of_a_preset_has_its_name_unless_a_flag_overrides_it(model, preset, num_iter):
+    def host(**flags):
+        return cli.named(model, preset=preset, **flags).host()
+
+    assert host().summary()["method"] == preset
+    assert host().run_name(50).startswith(f"{model}-{preset}-iter{num_iter}-")
+    for flags in ({"num_iter": 8}, {"warmup": 1}, {"head_cache": True}, {"diff_upper_steps": 20}):
+        assert host(**flags).summary()["method"] != preset
+
+
 def test_the_published_gpts_of_classes_draw_384_pixels_and_are_saved_at_256():
     for name in GPT_PRESETS.keys() - {"gpt_tiny"}:
         images = cli.named(name).host().images
@@ -183,6 +195,7 @@ def test_help_is_grouped_and_fits_on_three_screens(program, capsys):
         ("eval", "--temperature -1", "--temperature is -1.0"),
         ("eval", "--keep abc", "'abc' is no"),
         ("eval", "--head_skip a", "'a' is no"),
+        ("eval", "--diff_upper_steps 200", "200 denoising steps"),
         ("main_mar", "--batch_size 0", "--batch_size is 0"),
         ("main_mar", "--log_freq 0", "--log_freq is 0"),
         ("main_mar", "--lr -1", "--lr is -1.0"),

@@ -7,6 +7,7 @@ import torch
 
 from models.fast_mar import FastMARConfig
 from models.lazy_mar import LazyMARConfig
+from models.order import OrderConfig
 from models.plan import DecodingPlan
 from tests.support.golden_data import relative_error
 from tests.support.sampling import CLOSE, CONFIGS, noise_of, sample, small_mar
@@ -102,6 +103,15 @@ def test_an_edit_takes_the_steps_of_a_whole_image_from_there_on():
     assert DecodingPlan.create(256, 64, known=256).steps == ()
 
 
+def test_half_an_image_takes_as_many_steps_in_every_order():
+    random, gtr = (
+        DecodingPlan.create(256, 16, 3.0, order=OrderConfig(kind), known=128).steps
+        for kind in ("random", "gtr")
+    )
+    assert gtr == random
+    assert len(gtr) == 6  # the last stage of a whole image, of 128 tokens, has a single step
+
+
 @pytest.mark.parametrize("geometry", [{"buffer_size": 0}, {"patch_size": 2}], ids=str)
 @pytest.mark.parametrize("lazy_mar", [None, CONFIGS["all"]], ids=["mar", "lazymar"])
 def test_edits_work_without_a_buffer_and_with_patches(geometry, lazy_mar):
@@ -124,6 +134,17 @@ def test_edits_work_without_a_buffer_and_with_patches(geometry, lazy_mar):
             r"known_mask \(2, 4, 4\)",
         ),
         ({"known": torch.zeros(2, 4, 8, 8), "known_mask": torch.zeros(2, 8, 8)}, "torch.bool"),
+        (
+            {"known": torch.zeros(2, 4, 8, 8).numpy(), "known_mask": torch.ones(2, 8, 8).bool()},
+            "give two tensors",
+        ),
+        (
+            {
+                "known": torch.full((2, 4, 8, 8), torch.nan),
+                "known_mask": torch.eye(8).bool().expand(2, 8, 8),
+            },
+            "not finite where known_mask is true",
+        ),
     ],
 )  # fmt: skip
 def test_masks_that_do_not_fit_are_refused(arguments, named):

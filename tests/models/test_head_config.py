@@ -85,18 +85,28 @@ def test_guidance_follows_progress_and_timesteps():
         ({"steps": 1}, "steps is 1"),
         ({"steps": (5, 50)}, r"steps is \(5, 50\)"),
         ({"steps": (50, 20, 5)}, "first, last"),
+        ({"steps": 50.0}, "steps is 50.0"),
+        ({"steps": [50, 5]}, r"steps is \[50, 5\]"),
         ({"annealing": "square"}, "annealing is 'square'"),
         ({"t_start": 1000}, "t_start is 1000"),
+        ({"t_start": 950.0}, "t_start is 950.0"),
         ({"spacing": "karras"}, "spacing is 'karras'"),
         ({"solver": "heun"}, "solver is 'heun'"),
         ({"tau": 1.5}, "tau is 1.5"),
         ({"guidance_start": -0.1}, "guidance_start is -0.1"),
         ({"guidance_interval": (807, 225)}, r"guidance_interval is \(807, 225\)"),
+        ({"guidance_interval": (225, 807, 9)}, "give two timesteps"),
+        ({"guidance_interval": 225}, "give two timesteps"),
     ],
 )
 def test_impossible_settings_are_named(arguments, named):
     with pytest.raises(ValueError, match=named):
         HeadConfig(**arguments)
+
+
+def test_a_head_of_another_type_is_refused():
+    with pytest.raises(ValueError, match="head is 'ddim'"):
+        sample(small_mar(), head="ddim")
 
 
 def test_more_steps_than_the_image_has_noise_for_are_refused():

@@ -7,6 +7,7 @@ from models.gpt_images import GPTSampling
 from models.line_config import LineARConfig
 from models.line_methods import METHODS
 from models.token_sampling import TokenSampler
+from util.errors import UserError
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -115,6 +116,17 @@ def test_a_model_that_computes_nan_gives_no_codes():
     model.model.generation_head.vision_head.weight[3] = torch.nan
     codes = sample_tokens(model, **padded(PROMPTS), grid=GRID, seeds=SEEDS)
     assert bool((codes == -1).all())
+
+
+def test_a_prompt_that_leaves_no_room_for_the_image_is_refused():
+    generator = JanusGenerator(tiny_janus((8, 8)), tiny_processor(), GPTSampling(), 16)
+    long = "red disc " * 223  # and two begin tokens: 448 of 512 positions
+    inputs, _ = generator.prepare(["a disc", long], [1, 2])
+    assert inputs["input_ids"].shape == (2, 512 - 64)
+    with pytest.raises(
+        UserError, match="a prompt has 449 tokens, the model takes 448: shorten 'a red"
+    ):
+        generator.prepare(["a disc", f"a {long}"], [1, 2])
 
 
 TEMPLATE = (

@@ -72,6 +72,11 @@ def test_listed_refreshes_replace_warmup_and_interval():
     for s in range(64):
         assert listed.is_refresh(s, 64) == LazyMARConfig().is_refresh(s, 64)
     assert [s for s in range(16) if listed.is_refresh(s, 16)] == [0, 1, 4, 6, 8, 10, 12, 15]
+    late = LazyMARConfig(refresh_steps=(0, 63 / 64))
+    assert [s for s in range(20) if late.is_refresh(s, 20)] == [
+        0,
+        19,
+    ]  # not step 20, behind the last
     model = small_mar()
     same = replace(PROBE, refresh_steps=tuple(s / 12 for s in (0, 1, 2, 6, 10)))
     assert torch.equal(sample(model, lazy_mar=same), sample(model, lazy_mar=PROBE))

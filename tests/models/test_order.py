@@ -97,6 +97,8 @@ def test_another_order_makes_another_image_whatever_its_batch(kind, lazy_mar):
         ({"kind": "gtr", "stages": 1, "rates": (1,)}, "stages is 1"),
         ({"kind": "gtr", "rates": (1, 2)}, "give 3 positive numbers"),
         ({"kind": "gtr", "rates": (1, 2, 0)}, "give 3 positive numbers"),
+        ({"kind": "gtr", "rates": (float("nan"), 1, 2)}, "give 3 positive numbers"),
+        ({"kind": "gtr", "rates": (1, 2, float("inf"))}, "give 3 positive numbers"),
     ],
 )
 def test_impossible_orders_are_named(arguments, named):

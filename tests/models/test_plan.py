@@ -36,13 +36,19 @@ def test_linear_guidance_grows_with_what_is_known_and_constant_guidance_does_not
     assert {s.cfg for s in DecodingPlan.create(256, 64, 3.0, "constant").steps} == {3.0}
 
 
+@pytest.mark.parametrize("first", range(0, 100, 7))
+def test_guidance_starts_at_exactly_its_progress(first):
+    steps = DecodingPlan.create(256, 100, 3.0, guidance_start=first / 100).steps
+    assert [step.index for step in steps if step.guided] == [*range(first, 100)]
+
+
 def test_without_guidance_every_step_has_none():
     assert {step.cfg for step in DecodingPlan.create(256, 64, 1.0).steps} == {1.0}
 
 
 @pytest.mark.parametrize(
     ("num_iter", "schedule", "named"),
-    [(0, "linear", "0"), (-3, "linear", "-3"), (8, "sine", "sine")],
+    [(0, "linear", "0"), (-3, "linear", "-3"), (2.5, "linear", "2.5"), (8, "sine", "sine")],
 )
 def test_impossible_arguments_are_named(num_iter, schedule, named):
     with pytest.raises(ValueError, match=named):

@@ -166,6 +166,19 @@ def test_more_positions_than_the_grid_has_are_refused():
     assert cache.get_seq_length() == 1 + 10  # a closing line is taken
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_condition_stays_when_the_last_line_is_complete(method):
+    model = tiny_chameleon().model
+    config = LineARConfig(2, anchors=1, recent=1, method=method)
+    cache = LineARCache(config, (5, 4))
+    with line_ar_attention(model):
+        for ids in (torch.tensor([[5, 6, 7]]), *torch.full((20, 1, 1), 9)):
+            model(input_ids=ids, use_cache=True, **{cache_argument(model): cache})
+    for layer in cache.layers:
+        kept = layer.kv.positions[:, :, : layer.kv.live]
+        assert torch.equal((kept < 3).sum(-1), torch.full((1, 4), 3))
+
+
 def test_attention_that_is_not_ours_is_refused():
     with pytest.raises(ValueError, match="inside `with line_ar_attention"):
         draw(tiny_janus(), PROMPTS, LineARCache(linear(), GRID))

@@ -65,19 +65,20 @@ class Prompts:
     def from_file(cls, path: str | Path) -> "Prompts":
         """Read a text file (one prompt per line), JSON lines ("prompt" or "text"), or COCO captions.
 
-        A COCO file gives the first caption of each image, in the order of image ids. Empty lines are
-        skipped. UserError for another kind of file, or one without prompts.
+        A COCO file gives the first caption of each image, in the order of image ids. Empty lines and
+        captions are skipped. UserError for another kind of file, or one without prompts.
         """
         path = Path(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # Windows writes a byte order mark
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"--prompts {path} cannot be read ({error}): give a text file"
             ) from error
-        if path.suffix == ".json":
+        kind = path.suffix.lower()
+        if kind == ".json":
             texts = _coco_captions(path, text)
-        elif path.suffix in (".jsonl", ".ndjson"):
+        elif kind in (".jsonl", ".ndjson"):
             texts = [_of_line(path, number, line) for number, line in _lines(text)]
         else:
             texts = [line for _, line in _lines(text)]
@@ -87,21 +88,29 @@ class Prompts:
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
-    numbered = enumerate(text.splitlines(), start=1)
+    numbered = enumerate(text.split("\n"), start=1)  # splitlines would cut at U+2028, too
     return [(number, line.strip()) for number, line in numbered if line.strip()]
 
 
 def _of_line(path: Path, number: int, line: str) -> str:
     try:
         entry = json.loads(line)
-        prompt = entry.get("prompt", entry.get("text"))
-        if not isinstance(prompt, str):
-            raise ValueError('no "prompt" or "text"')
+        prompt = _stripped(entry.get("prompt", entry.get("text")))
+        if not prompt:
+            raise ValueError("it is empty")
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(
             f'{path}, line {number}, is not a JSON object with a "prompt" ({error})'
         ) from error
     return prompt
+
+
+def _stripped(text: object) -> str:
+    """A prompt of a JSON document. ValueError for what is no text, or has half a surrogate pair."""
+    if not isinstance(text, str):
+        raise ValueError("no text")
+    text.encode()
+    return text.strip()
 
 
 def _coco_captions(path: Path, text: str) -> list[str]:
@@ -110,9 +119,10 @@ def _coco_captions(path: Path, text: str) -> list[str]:
         first: dict[int, tuple[int, str]] = {}
         for entry in annotations:
             image, number = int(entry["image_id"]), int(entry["id"])
-            if image not in first or number < first[image][0]:
-                first[image] = number, str(entry["caption"]).strip()
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+            caption = _stripped(entry["caption"])
+            if caption and (image not in first or number < first[image][0]):
+                first[image] = number, caption
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"--prompts {path} is not a COCO captions file ({type(error).__name__}: {error}): give "
             "one, or a text file with a prompt per line"

@@ -16,7 +16,7 @@ from util.errors import UserError
 from util.evaluation.conditions import Condition
 from util.evaluation.feature_weights import PROMPTS, SHAPES, bundled_weights, inception_weights
 from util.evaluation.sums import Judge
-from util.tiny.captions import parse
+from util.tiny.captions import Scene, parse
 from util.tiny.classifier import IMAGE_SIZE, ShapeClassifier
 from util.tiny.prompt_classifier import PromptClassifier, compare, scenes_of
 
@@ -68,7 +68,8 @@ class FeatureSpec:
     """Description of a feature extractor.
 
     find_weights: maps the user's path, or None, to the file that the extractor loads; UserError if it
-    is missing. judge: compares logits with the images' conditions, which gives an accuracy.
+    is missing. judge: compares logits with the images' conditions, which gives an accuracy. check:
+    raises UserError for a condition that judge cannot read.
     spatial_module: the module whose output (B, C, h, w) sFID uses, if there is one; spatial_dim: the
     size of its first channels, which are compared.
     """
@@ -78,6 +79,7 @@ class FeatureSpec:
     logits_layer: str
     find_weights: Callable[[str | None], str]
     judge: Judge | None = None
+    check: Callable[[Condition], object] = lambda condition: None
     spatial_module: str | None = None
     spatial_dim: int | None = None
 
@@ -122,11 +124,18 @@ class PromptFeatureExtractor(ShapesFeatureExtractor):
     network = PromptClassifier
 
 
+def _read_prompt(prompt: Condition) -> Scene:
+    try:
+        return parse(str(prompt))
+    except ValueError as error:
+        raise UserError(f"{error}; or choose other --features, or --no_score") from error
+
+
 def _judge_prompts(logits: torch.Tensor, conditions: Sequence[Condition]) -> list[dict[str, bool]]:
     """accuracy: everything that a prompt states is right; agreement_X: its shape, colour, ..."""
     verdicts = []
     for found, prompt in zip(scenes_of(logits), conditions, strict=True):
-        right = compare(parse(str(prompt)), found)
+        right = compare(_read_prompt(prompt), found)
         shares = {f"agreement_{name}": value for name, value in right.items()}
         verdicts.append({"accuracy": all(right.values()), **shares})
     return verdicts
@@ -134,7 +143,9 @@ def _judge_prompts(logits: torch.Tensor, conditions: Sequence[Condition]) -> lis
 
 register_features(
     "prompts",
-    FeatureSpec("64", 64, "logits", partial(bundled_weights, PROMPTS), _judge_prompts),
+    FeatureSpec(
+        "64", 64, "logits", partial(bundled_weights, PROMPTS), _judge_prompts, _read_prompt
+    ),
     PromptFeatureExtractor,
 )
 

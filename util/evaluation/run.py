@@ -166,7 +166,15 @@ def score_only(
     """
     folder, world = RunFolder(path), rendezvous.world
     rendezvous.next_round()
-    is_run = bool(folder.manifest())
+    manifest = folder.manifest()
+    is_run = bool(manifest)
+    drawn, given = (
+        about.get("prompts") for about in (manifest.get("config", {}), conditions.describe())
+    )
+    if drawn not in (None, given):
+        raise UserError(
+            f"{path} shows prompts {drawn!r}, not {given!r}: give theirs with --prompts"
+        )
     former = folder.results() if is_run else {}
     images = folder.images if is_run else path
     labels = conditions.of(range(num_images), num_images)

@@ -7,7 +7,7 @@ al. 2019). Two numbers are comparable only if extractor and reference are the sa
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,12 +170,16 @@ def _load_stats_for(request: ScoreRequest) -> FidStatistics:
     return stats
 
 
-def check_ready(request: ScoreRequest, num_images: int | None = None) -> None:
+def check_ready(
+    request: ScoreRequest, num_images: int | None = None, conditions: Iterable[Condition] = ()
+) -> None:
     """Raise UserError if scoring `num_images` cannot work; call it before anything is generated.
 
     It reads every file that scoring needs, so damage is found before hours of sampling.
     """
     reference = _load_stats_for(request)
+    for condition in set(conditions):
+        feature_spec(request.features).check(condition)
     extractor = Extractor(request.features, request.features_path, "cpu", "sfid" in request.metrics)
     counts = [] if num_images is None else [num_images]
     if request.needs_features and reference.activations is not None:

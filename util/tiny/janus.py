@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -64,6 +64,9 @@ TEST_PICTURES = 100  # drawn at the end from held-out captions
 def make_processor() -> JanusProcessor:
     """A tokenizer with one token per word of the grammar, and the image processor of 64x64 pixels."""
     tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Sequence(  # as captions.parse reads a caption
+        [normalizers.Lowercase(), normalizers.Replace(".", "")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, VOCABULARY[BOS])]

@@ -7,7 +7,7 @@ import torch
 
 from util.errors import UserError
 from util.shapes import HELD_OUT_START
-from util.tiny.captions import WORDS, caption_of
+from util.tiny.captions import WORDS, caption_of, parse
 from util.tiny.janus_vq import janus_vq
 from util.tiny.prompt_classifier import CLASSIFIER, FOLDER, PromptClassifier, prompt_agreement
 from util.weights import save_safetensors
@@ -85,6 +85,13 @@ def test_every_word_of_the_grammar_is_one_token_between_the_begin_tokens():
     ids = inputs["input_ids"][0]
     ids = ids.tolist() if torch.is_tensor(ids) else ids
     assert ids == [janus.VOCABULARY[word] for word in (janus.BOS, *WORDS, janus.BOI)]
+
+
+def test_capitals_and_a_full_stop_which_the_grammar_allows_make_no_difference():
+    plain, written = "a red disc on a blue ground", "A Red disc  on a blue ground."
+    assert parse(written) == parse(plain)
+    ids = janus.make_processor()(text=[plain, written], generation_mode="image")["input_ids"]
+    assert list(ids[0]) == list(ids[1])
 
 
 def test_what_is_saved_loads_through_the_library_and_draws(tokenizer, tmp_path):
