@@ -155,7 +155,7 @@ def test_main_mar_evaluate_makes_the_images_of_eval(run, weights, tmp_path, docu
         (["--vae_dtype", "bf16"], "vae_dtype 'float32', not 'bfloat16'"),
         (["--no_ema"], "holds a run with weights"),
         (["--latent_scale", 1.5], "holds a run with"),
-        (["--dtype", "bf16"], "holds a run with dtype"),
+        (["--dtype", "bf16"], "holds a run with"),
         (["--num_sampling_steps", "ddim4"], "holds a run with"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
