@@ -11,27 +11,14 @@ from typing import Any
 
 import torch
 
+from util.config import SentenceParser
 from util.device import DTYPES, pick_dtype
 from util.errors import UserError
 from util.evaluation.run_folder import provenance
-from util.files import atomic_path, read_json, write_json
+from util.files import read_json, write_json, write_text
 
 RESULTS = Path(__file__).parent / "results"  # what the documents cite
 OUTPUT = Path("output_dir/benchmarks")  # where results go by default
-
-
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: CUDA events where there are some, else the wall clock."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:
@@ -42,18 +29,23 @@ def clock_of(device: torch.device) -> Callable[[], float]:
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call: CUDA events where there are some, else the clock of the device."""
-    if device.type == "cuda":
-        return seconds_of(call, device)
-    clock = clock_of(device)
-    began = clock()
+    if device.type != "cuda":
+        clock = clock_of(device)
+        began = clock()
+        call()
+        return clock() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
     call()
-    return clock() - began
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
-def best_seconds(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """The fastest of some calls by the clock of the device, after one that does not count."""
+def best_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The fastest of ten calls by the clock of the device, after one that does not count."""
     call()
-    return min(timed(call, device) for _ in range(repeats))
+    return min(timed(call, device) for _ in range(10))
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -98,7 +90,7 @@ def default_dtype(device: torch.device) -> str:
     return next(name for name, value in DTYPES.items() if value == dtype)
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(SentenceParser):
     """Flags of `python -m benchmarks.NAME`; --help shows the description line by line."""
 
     def __init__(self, name: str, description: str | None) -> None:
@@ -107,9 +99,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=program, description=description, formatter_class=layout)
         self._least: dict[str, int] = {}
 
-    def number(self, name: str, default: int | None, help: str = "", least: int = 1) -> None:
-        """A flag for a whole number from `least`."""
-        self.add_argument(f"--{name}", type=int, default=default, help=help or None)
+    def number(
+        self,
+        name: str,
+        default: float | None,
+        help: str = "",
+        least: int = 1,
+        kind: type[int] | type[float] = int,
+    ) -> None:
+        """A flag for a number of `least` or more."""
+        self.add_argument(f"--{name}", type=kind, default=default, help=help or None)
         self._least[name] = least
 
     def device(self) -> None:
@@ -117,22 +116,22 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", help="cuda where there is one, else cpu")
         self.add_argument("--dtype", choices=tuple(DTYPES), help="bf16 on cuda, else float32")
 
-    def read(self, output: Path | None = None) -> argparse.Namespace:
-        """Parse sys.argv, with the flag --output; `output` is its default. UserError for bad values."""
-        add_output(self, output)
+    def checked(self) -> argparse.Namespace:
+        """Parse sys.argv. UserError for a number below its least; None, the flag not given, passes."""
         args = self.parse_args()
         for name, least in self._least.items():
-            at_least(args, least, name)
-        prepare_output(args.output)
+            value = getattr(args, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name} is {value}; it must be at least {least}")
         return args
 
-
-def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
-    """UserError for a flag below `least`; a flag that was not given (None) passes."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name} is {value}; it must be at least {least}")
+    def read(self, output: Path | None = None) -> argparse.Namespace:
+        """`checked`, with the flag --output, for `write_result`; `output` is its default."""
+        files = "write FILE.json and FILE.md" + (f" (default: {output})" if output else "")
+        self.add_argument("--output", type=Path, metavar="FILE", default=output, help=files)
+        args = self.checked()
+        prepare_output(args.output)
+        return args
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -155,18 +154,6 @@ def origin() -> dict[str, object]:
     """Command, commit and torch version of a result; the command without this machine's paths."""
     module = f"benchmarks.{Path(sys.argv[0]).stem}"
     return {**provenance(), "command": shlex.join(["python", "-m", module, *sys.argv[1:]])}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text)
-
-
-def add_output(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
-    """The flag --output, for `prepare_output` and `write_result`."""
-    files = "write FILE.json and FILE.md" + (f" (default: {default})" if default else "")
-    parser.add_argument("--output", type=Path, metavar="FILE", default=default, help=files)
 
 
 def with_ending(path: Path, ending: str) -> Path:

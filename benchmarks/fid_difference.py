@@ -42,7 +42,7 @@ def key_of(run: Run, request: ScoreRequest) -> str:
     return hashlib.sha256(words.encode()).hexdigest()
 
 
-def features_of(run: Run, request: ScoreRequest, device: str, batch: int = 64) -> np.ndarray:
+def features_of(run: Run, request: ScoreRequest, device: str) -> np.ndarray:
     """Features (N, d) float32 of a finished run, from RUN/features.npz if they are there.
 
     UserError if neither they nor the images are.
@@ -59,7 +59,7 @@ def features_of(run: Run, request: ScoreRequest, device: str, batch: int = 64) -
     extractor = metrics.Extractor(request.features, request.features_path, device)
     source = open_source(folder / "images", int(str(run["num_images"])))
     layer = extractor.spec.feature_layer
-    parts = [extractor(images)[layer].cpu().numpy() for _, images in image_batches(source, batch)]
+    parts = [extractor(images)[layer].cpu().numpy() for _, images in image_batches(source, 64)]
     features = np.concatenate(parts).astype(np.float32)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(file, features=features, key=np.array(key))

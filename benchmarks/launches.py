@@ -22,14 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common import (
-    add_output,
-    at_least,
-    batch_sizes,
-    origin,
-    prepare_output,
-    write_result,
-)
+from benchmarks.common import Parser, batch_sizes, listed, origin, write_result
 from benchmarks.mar_work import build
 from models import llamagen
 from models.decoding import Decoding
@@ -40,7 +33,7 @@ from models.noise import ImageNoise
 from models.plan import DecodingPlan
 from models.sampling_copy import sampling_copy
 from models.token_sampling import TokenSampler
-from util.errors import UserError, run_main
+from util.errors import run_main
 from util.report import markdown_table
 
 MARS = ("mar_base", "mar_large", "mar_huge")
@@ -163,29 +156,21 @@ def _alike(calls: Calls, key: Hashable, call: Callable[[], None]) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.launches", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("launches", __doc__)
     known = ",".join((*MARS, *GPTS))
     parser.add_argument("--models", default=known, help=f"of {known}")
     parser.add_argument("--batches", default="1,64", help="images per batch")
-    parser.add_argument("--cfg", type=float, default=3.0, help="guidance; above 1 two branches")
-    add_output(parser)
-    args = parser.parse_args()
-    for name in args.models.split(","):
-        if name not in (*MARS, *GPTS):
-            raise UserError(f"--models {name} is no model; use some of {known}")
+    parser.number("cfg", 3.0, "guidance; above 1 two branches", kind=float)
+    args = parser.read()
+    args.models = listed(args.models, "models", (*MARS, *GPTS))
     args.batches = batch_sizes(args.batches)
-    at_least(args, 1, "cfg")
-    prepare_output(args.output)
     return args
 
 
 def main() -> None:
     args = parse()
     rows = []
-    for name in args.models.split(","):
+    for name in args.models:
         for method in METHODS if name in MARS else CACHES:
             for batch in args.batches:
                 if name in MARS:

@@ -21,10 +21,9 @@ from benchmarks.line_common import BUDGETS, HOST, Run, load_tiny
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS, POOLINGS
 from models.llamagen import GPT
-from util.device import pick_device, pick_dtype
+from util.device import pick_device
 from util.errors import run_main
 from util.report import markdown_table
-from util.weights import describe
 
 ANCHORS = (0, 1, 4, 8, 12, 24)
 RECENT = (1, 2, 3)
@@ -76,7 +75,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     device = pick_device(args.device)
-    model, _ = load_tiny(device, pick_dtype("float32", device))
+    model, _, weights = load_tiny(device, torch.float32)
     run = Run(args.num_images, args.seed, args.num_images)
     labels = torch.tensor(run.labels, device=device)
     codes = model.sample_tokens(
@@ -96,7 +95,7 @@ def main() -> None:
         print(json.dumps({k: v for k, v in row.items() if k != "kl_per_line"}), flush=True)
     about = {
         **origin(),
-        "weights": describe(HOST.resume, use_ema=False),
+        "weights": weights,
         "images": args.num_images,
         "seed": args.seed,
         "cfg": HOST.sampling.cfg,

@@ -9,14 +9,13 @@ import torch
 from engine import cli
 from engine.llamagen import LlamaGenHost
 from models.gpt_images import GPTGenerator, GPTSampling
-from models.llamagen import GPT, gpt_tiny
-from models.vq import VQModel, vq_tiny
+from models.llamagen import GPT
+from models.vq import VQModel
 from util import metrics
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
 from util.evaluation.image_source import Pictures
 from util.images import to_uint8
-from util.weights import load_into
 
 SELECTION = cli.named("gpt_tiny")
 HOST = cast(LlamaGenHost, SELECTION.host())
@@ -25,12 +24,11 @@ RECENT = int(SELECTION.defaults["line_recent"])
 BUDGETS = {"1/2": 1 / 2, "1/4": 1 / 4, "1/6": 1 / 6, "1/8": 1 / 8}
 
 
-def load_tiny(device: torch.device, dtype: torch.dtype) -> tuple[GPT, VQModel]:
-    """The bundled GPT in `dtype` and its tokenizer in float32."""
-    model, tokenizer = gpt_tiny().eval(), vq_tiny().eval()
-    load_into(model, HOST.resume, use_ema=False)
-    load_into(tokenizer, HOST.images.vae_path, use_ema=False)
-    return model.to(device, dtype).requires_grad_(False), tokenizer.to(device)
+def load_tiny(device: torch.device, dtype: torch.dtype) -> tuple[GPT, VQModel, str]:
+    """The bundled GPT in `dtype`, its tokenizer in float32, and what names the weights."""
+    loaded = HOST.load(device)
+    model = loaded.model.to(dtype).requires_grad_(False)
+    return cast(GPT, model), cast(VQModel, loaded.tokenizer), loaded.weights
 
 
 @dataclass(frozen=True)

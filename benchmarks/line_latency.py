@@ -23,16 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import (
-    add_output,
-    at_least,
-    batch_sizes,
-    clock_of,
-    origin,
-    prepare_output,
-    read_rate,
-    write_result,
-)
+from benchmarks.common import Parser, batch_sizes, clock_of, origin, read_rate, write_result
 from benchmarks.line_work import LIBRARY, GPTWork, JanusWork, Variant, Work
 from benchmarks.memory import PeakMemory
 from engine.llamagen import PRESETS
@@ -100,20 +91,18 @@ def measure(
 
 def parse() -> argparse.Namespace:
     """The command line; batches and variants (budget -> its cache) are read from their texts."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.line_latency", description=__doc__)
-    parser.add_argument(
-        "--model", default="gpt_xl", help=f"gpt_b to gpt_3b, gpt_tiny, {' or '.join(JANUS)}"
-    )
-    parser.add_argument("--lines", type=int, default=24, help="of a square grid: 24 is 384 pixels")
+    parser = Parser("line_latency", __doc__)
+    parser.add_argument("--model", default="gpt_xl", choices=(*GPTS, *JANUS))
+    parser.number("lines", 24, "of a square grid: 24 is 384 pixels")
     parser.add_argument("--batches", default="1,16,64", help="images per batch")
     parser.add_argument(
         "--budgets",
         help="1,1/4,1/6, of a Janus after dynamic,static, the full caches of transformers; the first is "
         "what others compare with",
     )
-    parser.add_argument("--method", default="linear", help=f"one of {', '.join(METHODS)}")
+    parser.add_argument("--method", default="linear", choices=tuple(METHODS))
     parser.add_argument("--cfg", type=float, help="guidance: 1.75, of a Janus 5")
-    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
+    parser.number("repeats", 3, "the fastest counts")
     parser.add_argument(
         "--max_batch",
         action="store_true",
@@ -123,23 +112,14 @@ def parse() -> argparse.Namespace:
         "--sizes_only", action="store_true", help="bytes alone, from shapes: nothing is sampled"
     )
     parser.add_argument("--no_compile", action="store_true", help="as eval.py's")
-    parser.add_argument("--threads", type=int, help="CPU threads (1)")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=tuple(DTYPES))
-    add_output(parser)
-    args = parser.parse_args()
+    parser.number("threads", None, "CPU threads (1)")
+    parser.device()
+    args = parser.read()
     if args.max_batch and args.sizes_only:
         raise UserError("--max_batch samples, which --sizes_only does not: remove one of them")
-    if args.model not in (*GPTS, *JANUS):
-        raise UserError(
-            f"--model {args.model} cannot be measured: use gpt_b to gpt_3b, gpt_tiny, {' or '.join(JANUS)}"
-        )
     library = LIBRARY if args.model in JANUS else ()
     args.budgets = args.budgets or ",".join([*library, "1,1/4,1/6"])
-    if args.method not in METHODS:
-        raise UserError(f"--method {args.method} is unknown; use one of {', '.join(METHODS)}")
     args.batches = batch_sizes(args.batches)
-    at_least(args, 1, "lines", "repeats", "threads")
     try:
         args.variants = {
             b: b if b in library else LineARConfig(budget=float(Fraction(b)), method=args.method)
@@ -147,7 +127,6 @@ def parse() -> argparse.Namespace:
         }
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"--budgets {args.budgets}: {error}") from error
-    prepare_output(args.output)
     return args
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.common import Parser, origin, write_result
 from benchmarks.line_common import HOST, Run, load_tiny
 from models.line_cache import KVCache, KVLayer, LineARConfig, LinePlan
-from util.device import pick_device, pick_dtype
+from util.device import pick_device
 from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import Prompts
@@ -118,7 +118,7 @@ class WatchedLayer(KVLayer):
 @torch.no_grad()
 def gpt_locality(config: LineARConfig, num_images: int, seed: int, device: torch.device) -> Shares:
     """The bundled GPT, fed with what it sampled."""
-    model, _ = load_tiny(device, pick_dtype("float32", device))
+    model, *_ = load_tiny(device, torch.float32)
     run = Run(num_images, seed, num_images)
     labels = torch.tensor(run.labels, device=device)
     sampling = HOST.sampling

@@ -11,10 +11,9 @@ line_prompts_fid.png, or where --output says; those of the documents are in benc
 """
 
 import argparse
-import json
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,18 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.common import (
-    OUTPUT,
-    add_output,
-    at_least,
-    origin,
-    prepare_output,
-    stored_rows,
-    with_ending,
-    write_result,
-)
+from benchmarks.common import OUTPUT, Parser, origin, with_ending, write_result
 from benchmarks.line_common import Pictures
-from benchmarks.line_quality import EVERY, FULL, draw, plans, tables
+from benchmarks.line_quality import EVERY, FULL, draw, measured, picture, plans, tables
 from benchmarks.plots import require_matplotlib
 from engine import cli
 from engine.text_to_image import TextToImageHost
@@ -43,8 +33,7 @@ from util import metrics
 from util.device import pick_device
 from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
-from util.files import write_json
-from util.images import save_png, side_by_side_sheet, to_uint8
+from util.images import save_png, to_uint8
 from util.shapes import HELD_OUT_START, IMAGE_SIZE
 from util.tiny.captions import caption_of
 
@@ -57,7 +46,6 @@ COLUMNS = (  # keys of a row, their titles, their formats
     ("accuracy", "Agreement", ".1%"),
     ("fid", "FID", ".3f"),
 )
-SAME = ("weights", "images", "kl_images", "seed", "cfg", "recent", "device", "dtype")
 
 
 class Drawing:
@@ -118,51 +106,24 @@ def divergence(full: Tensor, other: Tensor) -> float:
     return (full.exp() * (full - other)).sum(-1).double().mean().item()
 
 
-def picture(
-    drawing: Drawing,
-    sampling: GPTSampling,
-    rows: list[dict[str, Any]],
-    wanted: Sequence[tuple[str, str, LineARConfig | None]],
-    columns: int,
-) -> np.ndarray:
-    """The first prompts by those of the wanted rows that are in PICTURE: uint8 (H, W, 3)."""
-    agreement = {(row["method"], row["budget"]): row["accuracy"] for row in rows}
-    strips = {}
-    for method, budget, config in wanted:
-        if (method, budget) in PICTURE:
-            name = method if config is None else f"{method} {budget}"
-            strips[f"{name}: agreement {agreement[method, budget]:.1%}"] = drawing.images(
-                range(columns), replace(sampling, line_ar=config)
-            )
-    return side_by_side_sheet(strips, scale=2)
-
-
 def parse() -> argparse.Namespace:
     """Flags, checked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.line_prompts", description=__doc__)
+    parser = Parser("line_prompts", __doc__)
     parser.add_argument("--resume", default=HOST.resume, metavar="DIR", help="folder of a Janus")
-    parser.add_argument("--num_images", type=int, default=1000)
-    parser.add_argument("--kl_images", type=int, default=20, help="the first ones, for KL")
-    parser.add_argument(
-        "--columns", type=int, default=8, help="images of the picture, the first ones"
-    )
+    parser.number("num_images", 1000)
+    parser.number("kl_images", 20, "the first ones, for KL")
+    parser.number("columns", 8, "images of the picture, the first ones")
     parser.add_argument("--methods", default=EVERY[0], help="rows of the table")
     parser.add_argument("--budgets", default=EVERY[1], help="its columns")
-    parser.add_argument("--batch", type=int, default=100, help="images per batch")
-    parser.add_argument("--seed", type=int, default=1, help="as in eval.py")
+    parser.number("batch", 100, "images per batch")
+    parser.number("seed", 1, "as in eval.py", least=0)
     parser.add_argument("--cfg", type=float, default=HOST.sampling.cfg)
     parser.add_argument("--recent", type=int, default=RECENT, help="lines that are never evicted")
     parser.add_argument("--device")
-    add_output(parser, OUTPUT / "line_prompts")
-    args = parser.parse_args()
-    at_least(args, 1, "num_images", "kl_images", "columns", "batch")
-    at_least(args, 0, "seed")
+    args = parser.read(OUTPUT / "line_prompts")
     for name in ("kl_images", "columns"):
-        if getattr(args, name) > args.num_images:
-            raise UserError(
-                f"--{name} is {getattr(args, name)}; there are {args.num_images} images"
-            )
-    prepare_output(args.output)
+        if (count := getattr(args, name)) > args.num_images:
+            raise UserError(f"--{name} is {count}; there are {args.num_images} images")
     return args
 
 
@@ -190,34 +151,35 @@ def main() -> None:
         "dtype": "float32",
         "threads": torch.get_num_threads(),
     }
-    rows = stored_rows(output, {name: about[name] for name in SAME})
-    done = {(row["method"], row["budget"]) for row in rows}
-    if todo := [row for row in wanted if row[:2] not in done]:
+
+    @cache
+    def full() -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Inputs and codes of the full cache, and their log-probabilities."""
         inputs = drawing.inputs(args.kl_images)
         codes = drawing.codes(inputs, args.cfg)
-        full = drawing.log_probabilities(inputs, codes, None)
-    for method, budget, config in todo:
-        began = time.perf_counter()
+        return inputs, codes, drawing.log_probabilities(inputs, codes, None)
+
+    def make(config: LineARConfig | None) -> np.ndarray:
         starts = range(0, args.num_images, args.batch)
         batches = [range(start, min(start + args.batch, args.num_images)) for start in starts]
-        images = [drawing.images(part, replace(sampling, line_ar=config)) for part in batches]
-        seconds = time.perf_counter() - began
-        kl = divergence(full, drawing.log_probabilities(inputs, codes, config))
-        pictures = Pictures(np.concatenate(images))
-        request = SELECTION.request()
-        row = {
-            "method": method,
-            "budget": budget,
-            "kl": 1000 * kl,
-            **metrics.score(pictures, args.num_images, request, "cpu", labels=drawing.prompts),
-            "images_per_s": args.num_images / seconds,
-            "commit": about["commit"],
-        }
-        rows.append(row)
-        write_json(output, {"about": about, "rows": rows})
-        print(json.dumps(row), flush=True)
+        drawn = [drawing.images(part, replace(sampling, line_ar=config)) for part in batches]
+        return np.concatenate(drawn)
+
+    def measure(images: np.ndarray, config: LineARConfig | None) -> dict[str, Any]:
+        inputs, codes, expected = full()
+        kl = divergence(expected, drawing.log_probabilities(inputs, codes, config))
+        request, labels = SELECTION.request(), drawing.prompts
+        score = metrics.score(Pictures(images), len(images), request, "cpu", labels=labels)
+        return {"kl": 1000 * kl, **score}
+
+    rows = measured(output, about, wanted, make, measure)
     draw(rows, output)
-    sheet = picture(drawing, sampling, rows, wanted, args.columns)
+    agreement = {(row["method"], row["budget"]): f"agreement {row['accuracy']:.1%}" for row in rows}
+
+    def make_first(config: LineARConfig | None) -> np.ndarray:
+        return drawing.images(range(args.columns), replace(sampling, line_ar=config))
+
+    sheet = picture(PICTURE, agreement, wanted, make_first)
     save_png(with_ending(output, ".png"), sheet)
     shown = "\n".join(f"{i}. {text}" for i, text in enumerate(drawing.prompts[: args.columns], 1))
     text = f"{tables(rows, COLUMNS)}\nPrompts of the picture:\n\n{shown}\n"

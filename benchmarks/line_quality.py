@@ -11,9 +11,10 @@ those of the documents are in benchmarks/results.
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,14 +25,11 @@ from benchmarks.plots import require_matplotlib, save_budget_plot
 from models.gpt_images import GPTGenerator, GPTSampling
 from models.line_cache import LineARConfig
 from models.line_methods import METHODS
-from models.llamagen import GPT
-from models.vq import VQModel
 from util.device import pick_device, pick_dtype
 from util.errors import UserError, run_main
 from util.files import write_json
 from util.images import save_png, side_by_side_sheet, to_uint8
 from util.report import markdown_table
-from util.weights import describe
 
 FULL = "full cache"
 PICTURE = [(FULL, "1"), ("linear", "1/4"), ("linear", "1/6"), ("streaming", "1/6"), ("h2o", "1/6")]
@@ -39,8 +37,9 @@ EVERY = (",".join(METHODS), ",".join(BUDGETS))  # methods and budgets of the who
 GRID = HOST.images.grid  # lines, tokens per line
 SCORES = (("fid", "FID", ".3f"), ("accuracy", "Accuracy", ".1%"))  # keys, titles, formats
 COLUMNS = 10  # images of the picture, one of each class
-# In all rows of a file.
-SAME = ("weights", "images", "seed", "cfg", "top_p", "recent", "device", "dtype")
+# In all rows of a file, those that it states.
+SAME = ("weights", "images", "kl_images", "seed", "cfg", "top_p", "recent", "device", "dtype")
+Plan = tuple[str, str, LineARConfig | None]  # method, budget, configuration
 
 
 def tables(rows: list[dict], scores: Sequence[tuple[str, str, str]] = SCORES) -> str:
@@ -64,14 +63,12 @@ def draw(rows: list[dict], output: Path) -> None:
     save_budget_plot(with_ending(output, "_fid.png"), title, list(BUDGETS), series, level)
 
 
-def plans(
-    methods: str, budgets: str, recent: int, grid: tuple[int, int] = GRID
-) -> list[tuple[str, str, LineARConfig | None]]:
+def plans(methods: str, budgets: str, recent: int, grid: tuple[int, int] = GRID) -> list[Plan]:
     """Rows: method, budget, configuration. UserError for a name that the table does not have.
 
     Raises ValueError for recent lines that do not fit a budget.
     """
-    rows: list[tuple[str, str, LineARConfig | None]] = [(FULL, "1", None)]
+    rows: list[Plan] = [(FULL, "1", None)]
     for name in methods.split(","):
         for budget in budgets.split(","):
             if name not in METHODS or budget not in BUDGETS:
@@ -85,21 +82,45 @@ def plans(
     return rows
 
 
+def measured(
+    output: Path,
+    about: dict[str, Any],
+    wanted: Sequence[Plan],
+    make: Callable[[LineARConfig | None], Any],
+    measure: Callable[[Any, LineARConfig | None], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """The rows of an earlier call with the same SAME, and those of `wanted` that it lacks.
+
+    A row is written when it is finished. make: the images of a configuration; measure: their scores.
+    """
+    rows = stored_rows(output, {name: about[name] for name in SAME if name in about})
+    done = {(row["method"], row["budget"]) for row in rows}
+    for method, budget, config in wanted:
+        if (method, budget) in done:
+            continue
+        began = time.perf_counter()
+        images = make(config)
+        seconds = time.perf_counter() - began
+        row = {"method": method, "budget": budget, **measure(images, config)}
+        row |= {"images_per_s": about["images"] / seconds, "commit": about["commit"]}
+        rows.append(row)
+        write_json(output, {"about": about, "rows": rows})
+        print(json.dumps(row), flush=True)
+    return rows
+
+
 def picture(
-    run: Run, model: GPT, tokenizer: VQModel, plain: GPTSampling, rows: list[dict], recent: int
+    chosen: Sequence[tuple[str, str]],
+    scores: dict[tuple[str, str], str],
+    wanted: Sequence[Plan],
+    make: Callable[[LineARConfig | None], np.ndarray],
 ) -> np.ndarray:
-    """The same ten images, one of each class, by some of the rows: uint8 (H, W, 3)."""
-    chosen = [(2 * i + 1) * run.num_images // (2 * COLUMNS) for i in range(COLUMNS)]
-    labels, seeds = ([values[i] for i in chosen] for values in (run.labels, run.seeds))
-    fid = {(row["method"], row["budget"]): row["fid"] for row in rows}
+    """The same images by those of the chosen rows that have a score: uint8 (H, W, 3)."""
     strips = {}
-    for method, budget, config in plans(*EVERY, recent):
-        if (method, budget) in PICTURE and (method, budget) in fid:
-            sampling = replace(plain, line_ar=config)
-            generator = GPTGenerator(model, tokenizer, sampling, HOST.images.img_size)
-            images = generator.generate((labels, seeds))
+    for method, budget, config in wanted:
+        if (method, budget) in chosen and (method, budget) in scores:
             name = method if config is None else f"{method} {budget}"
-            strips[f"{name}: FID {fid[method, budget]:.3f}"] = to_uint8(images)
+            strips[f"{name}: {scores[method, budget]}"] = make(config)
     return side_by_side_sheet(strips, scale=2)
 
 
@@ -129,38 +150,37 @@ def main() -> None:
     output = with_ending(args.output, ".json")
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    model, tokenizer = load_tiny(device, dtype)
+    model, tokenizer, weights = load_tiny(device, dtype)
     run = Run(args.num_images, args.seed, args.batch)
     about = {
         **origin(),
-        "weights": describe(HOST.resume, use_ema=False),
+        "weights": weights,
         "images": args.num_images,
         **{name: getattr(args, name) for name in ("seed", "cfg", "top_p", "recent")},
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
-    rows = stored_rows(output, {name: about[name] for name in SAME})
-    done = {(row["method"], row["budget"]) for row in rows}
-    for method, budget, config in args.plans:
-        if (method, budget) in done:
-            continue
-        began = time.perf_counter()
-        images = run.images(model, tokenizer, replace(args.sampling, line_ar=config))
-        seconds = time.perf_counter() - began
-        row = {
-            "method": method,
-            "budget": budget,
-            "lines": LineARConfig.from_argument(config).plan(GRID).budget // GRID[1],
-            **run.score(images),
-            "images_per_s": args.num_images / seconds,
-            "commit": about["commit"],
-        }
-        rows.append(row)
-        write_json(output, {"about": about, "rows": rows})
-        print(json.dumps(row), flush=True)
+
+    def make(config: LineARConfig | None) -> np.ndarray:
+        return run.images(model, tokenizer, replace(args.sampling, line_ar=config))
+
+    def measure(images: np.ndarray, config: LineARConfig | None) -> dict[str, Any]:
+        lines = LineARConfig.from_argument(config).plan(GRID).budget // GRID[1]
+        return {"lines": lines, **run.score(images)}
+
+    rows = measured(output, about, args.plans, make, measure)
     draw(rows, output)
-    sheet = picture(run, model, tokenizer, args.sampling, rows, args.recent)
+    chosen = [(2 * i + 1) * run.num_images // (2 * COLUMNS) for i in range(COLUMNS)]
+    ten = [run.labels[i] for i in chosen], [run.seeds[i] for i in chosen]
+
+    def make_ten(config: LineARConfig | None) -> np.ndarray:
+        sampling = replace(args.sampling, line_ar=config)
+        generator = GPTGenerator(model, tokenizer, sampling, HOST.images.img_size)
+        return to_uint8(generator.generate(ten))
+
+    fid = {(row["method"], row["budget"]): f"FID {row['fid']:.3f}" for row in rows}
+    sheet = picture(PICTURE, fid, plans(*EVERY, args.recent), make_ten)
     save_png(with_ending(output, ".png"), sheet)
     write_result(output, {"about": about, "rows": rows}, tables(rows))
 

@@ -31,14 +31,7 @@ from torch import Tensor
 
 from benchmarks.ablation_rows import MAR as MAR_ROW
 from benchmarks.ablation_rows import STEPS, Row, groups
-from benchmarks.common import (
-    OUTPUT,
-    at_least,
-    origin,
-    stored_rows,
-    with_ending,
-    write_result,
-)
+from benchmarks.common import OUTPUT, Parser, listed, origin, stored_rows, with_ending, write_result
 from benchmarks.measures import (
     Estimate,
     energy_distance,
@@ -57,7 +50,7 @@ from models.lazy_mar import CACHES, LazyMARConfig
 from models.mar import MAR
 from models.plan import DecodingPlan
 from models.sampler import Sampler
-from util.device import DTYPES, device_name, pick_device, pick_dtype, set_threads
+from util.device import device_name, pick_device, pick_dtype, set_threads
 from util.errors import UserError, run_main
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
@@ -252,42 +245,31 @@ def key_of(config: LazyMARConfig | None) -> str:
     return json.dumps(config and asdict(config))
 
 
-def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.rank",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+def parse() -> argparse.Namespace:
+    parser = Parser("rank", __doc__)
+    add, number = parser.add_argument, parser.number
     add("--model", default="mar_tiny", choices=tuple(PRESETS))
     add("--resume", metavar="FILE", help="other weights than the model's own")
     add("--group", default="all", help=f"all, or some of {','.join(ISOLATED)}")
-    add("--images", type=int, default=100, help="real images (%(default)s)")
-    add("--kl_images", type=int, default=25, help="those whose path KL is measured (%(default)s)")
-    add("--head_tokens", type=int, default=0, help="fixed z of the energy distance, 0: none")
-    add("--samples", type=int, default=0, help="images to sample of each row, 0: none")
-    add("--num_iter", type=int, default=STEPS, help="decoding steps (%(default)s)")
+    number("images", 100, "real images (%(default)s)", least=2)  # one has no standard error
+    number("kl_images", 25, "those whose path KL is measured (%(default)s)", least=2)
+    number("head_tokens", 0, "fixed z of the energy distance, 0: none", least=0)
+    number("samples", 0, "images to sample of each row, 0: none", least=0)
+    number("num_iter", STEPS, "decoding steps (%(default)s)")
     add("--cfg", type=float, help="guidance scale (the model's)")
-    add("--seed", type=int, default=1, help="of pictures, orders and noise (%(default)s)")
-    add("--batch", type=int, default=25, help="images at once (%(default)s)")
+    number("seed", 1, "of pictures, orders and noise (%(default)s)", least=0)
+    number("batch", 25, "images at once (%(default)s)")
     add("--cached_path", type=Path, metavar="DIR", help="real latents by main_cache.py")
-    add("--device", help="cuda where there is one, else cpu")
-    add("--dtype", choices=tuple(DTYPES), help="bf16 on cuda, else float32")
-    add("--threads", type=int, default=1)
+    parser.device()
+    number("threads", 1)
     add("--results", type=Path, default=OUTPUT, metavar="DIR", help="folder of the tables")
-    args = parser.parse_args(words)
-    at_least(args, 2, "images", "kl_images")  # one has no standard error
-    at_least(args, 1, "num_iter", "batch", "threads")
-    at_least(args, 0, "head_tokens", "samples", "seed")
+    args = parser.checked()
     args.kl_images = min(args.kl_images, args.images)
     if args.cached_path is None and PRESETS[args.model].get("features") != "shapes":
         raise UserError(
             f"--cached_path DIR is missing: real latents for {args.model}, by main_cache.py"
         )
-    args.group = list(ISOLATED) if args.group == "all" else args.group.split(",")
-    for name in args.group:
-        if name not in ISOLATED:
-            raise UserError(f"--group {name} is unknown; use all, or some of {', '.join(ISOLATED)}")
+    args.group = list(ISOLATED) if args.group == "all" else listed(args.group, "group", ISOLATED)
     return args
 
 

@@ -26,8 +26,9 @@ from util.device import device_name, set_threads
 from util.errors import run_main
 from util.evaluation.image_source import Pictures
 from util.report import markdown_table
-from util.shapes import CLASSES, HELD_OUT_START, label_of, render
-from util.tiny.assets import DEFAULT_IMAGES, batches, channel_spread, psnr, restore
+from util.shapes import CLASSES, HELD_OUT_START, label_of, pictures, render
+from util.tiny import training
+from util.tiny.assets import DEFAULT_IMAGES, channel_spread, psnr, restore
 
 SELECTION = cli.named("mar_tiny")
 HOST = cast(MARHost, SELECTION.host())
@@ -99,12 +100,11 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         for title, (make, own) in versions(images, labels, tokenizer).items():
-            pictures = Pictures(make())
-            score = metrics.score(pictures, len(own), request, "cpu", labels=own.tolist())
+            score = metrics.score(Pictures(make()), len(own), request, "cpu", labels=own.tolist())
             rows.append({"name": title, "num_images": len(own), **score})
         fitted = DEFAULT_IMAGES["tokenizer"]
-        training = torch.cat([to_unit_range(part) for part, _ in batches(0, fitted)])
-        spread = channel_spread(tokenizer, training)
+        parts = [to_unit_range(part) for part, _ in training.batches(pictures, 0, fitted)]
+        spread = channel_spread(tokenizer, torch.cat(parts))
         quality = psnr(tokenizer)
     about = {
         **origin(),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import eval as eval_script
+from engine import cli
 from tests.support import ROOT
 from tests.support.runs import flags_for, random_mar
 from util.errors import run_main
@@ -62,6 +63,7 @@ def document_of(monkeypatch, capsys):
 @pytest.fixture
 def run(one_thread, monkeypatch, capsys, weights, tmp_path):
     """Calls eval.py in this process, by default without scoring; returns its last line, parsed."""
+    monkeypatch.setattr(cli, "slow_bf16", lambda *_: None)  # a note where bf16 is measured as slow
 
     def call(*flags: object, resume: object = None, out: Path = tmp_path / "out") -> dict:
         argv = flags_for(resume or weights / "official", out, *flags)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -17,13 +16,13 @@ from packaging.utils import canonicalize_name
 from engine.cli import make_parser, select
 from engine.mar import MARHost
 from models.lazy_mar import LazyMARConfig
+from tests.support import ROOT
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10; pytest brings this one
     import tomli as tomllib
 
-ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 BUNDLES = {"mar_tiny": 25e6, "gpt_tiny": 15e6}  # bytes at most

@@ -171,7 +171,7 @@ class FlagParser:
         self, program: str, description: str = "", defaults: Mapping[str, Any] | None = None
     ) -> None:
         """defaults: values of this command that differ from those of the classes."""
-        self._parser = _Parser(
+        self._parser = SentenceParser(
             prog=program,
             description=description,
             formatter_class=_HelpFormatter,
@@ -307,7 +307,7 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-class _Parser(argparse.ArgumentParser):
+class SentenceParser(argparse.ArgumentParser):
     """A mistake on the command line is a UserError: one sentence, exit code 2."""
 
     def error(self, message: str) -> NoReturn:

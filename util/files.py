@@ -68,10 +68,15 @@ def files_below(folder: Path, closed: Iterable[Path] = ()) -> Iterator[tuple[str
                     yield entry.path, entry.stat().st_size if there else 0
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
 def write_json(path: Path, document: Mapping[str, object] | Sequence[object]) -> None:
     """Write a document atomically, readable by people."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n")
+    write_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def read_json(path: Path, kind: type[Document], remedy: str) -> Document:

@@ -26,7 +26,7 @@ from models.lazy_mar import CACHES, LazyMARConfig
 from models.plan import DecodingPlan
 from util.errors import UserError, run_main
 from util.evaluation.run_folder import provenance
-from util.files import atomic_path
+from util.files import write_text
 from util.report import markdown_table
 
 MODELS = ("mar_base", "mar_large", "mar_huge", "mar_tiny")
@@ -175,10 +175,8 @@ def main() -> None:
     text = (beside_the_paper(table) + "\n" if args.num_iter == 64 else "") + report(table)
     if args.output:
         command = shlex.join(["python", "-m", "util.flops", *sys.argv[1:]])
-        with atomic_path(args.output) as temporary:
-            temporary.write_text(
-                f"{text}\n\n    command: {command}\n    commit: {provenance()['commit']}\n"
-            )
+        origin = f"    command: {command}\n    commit: {provenance()['commit']}\n"
+        write_text(args.output, f"{text}\n\n{origin}")
     print(text)
 
 

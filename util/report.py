@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from util.errors import UserError, run_main
-from util.files import atomic_path, read_json, write_json
+from util.files import read_json, write_json, write_text
 from util.images import png_name, read_image, save_png, side_by_side_sheet
 
 # Image i is the same task in runs that agree in these.
@@ -238,8 +238,7 @@ def main() -> None:
     runs = compare([load_run(path) for path in args.runs])
     text = table(runs)
     if args.table:
-        with atomic_path(args.table) as temporary:
-            temporary.write_text(text + "\n")
+        write_text(args.table, text + "\n")
     if args.json:
         write_json(args.json, {"rows": [run | {"path": str(run["path"])} for run in runs]})
     if args.sheet:

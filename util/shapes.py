@@ -44,7 +44,7 @@ FOREGROUNDS = (  # saturated, and darker than every ground
 HELD_OUT_START = 10_000_000  # training pictures count up from 0, held-out ones from here
 BOX = 0.85  # half a square's side over the radius: its corners stay inside the picture
 
-Field = np.ndarray  # float32 (size, size): a coordinate or a signed distance, in pixels
+Field = np.ndarray  # float32 (64, 64): a coordinate or a signed distance, in pixels
 
 
 def _disc(x: Field, y: Field, r: float) -> Field:
@@ -127,8 +127,8 @@ def label_of(index: int) -> int:
     return index % len(CLASSES)
 
 
-def render(index: int, size: int = IMAGE_SIZE) -> np.ndarray:
-    """Picture `index` (>= 0) at size x size pixels => uint8 (size, size, 3)."""
+def render(index: int) -> np.ndarray:
+    """Picture `index` (>= 0), uint8 (64, 64, 3)."""
     seed = np.random.SeedSequence(index).generate_state(8)
     random = np.random.RandomState(seed)  # its streams are frozen: the same on every platform
     background = np.array(BACKGROUNDS[random.randint(len(BACKGROUNDS))], np.float32)
@@ -136,23 +136,20 @@ def render(index: int, size: int = IMAGE_SIZE) -> np.ndarray:
     radius = random.uniform(*RADIUS)
     middle = IMAGE_SIZE / 2 + random.uniform(-JITTER, JITTER, 2)
     angle = math.radians(random.uniform(-ROTATION, ROTATION))
-    cover = coverage(CLASSES[label_of(index)], middle, radius, angle, size)
+    cover = coverage(CLASSES[label_of(index)], middle, radius, angle)
     return np.rint(background + cover * (foreground - background)).astype(np.uint8)
 
 
-def coverage(
-    shape: str, middle: np.ndarray, radius: float, angle: float, size: int = IMAGE_SIZE
-) -> Field:
-    """Share of each pixel that a shape covers, float32 (size, size, 1) in [0, 1].
+def coverage(shape: str, middle: np.ndarray, radius: float, angle: float) -> Field:
+    """Share of each pixel that a shape covers, float32 (64, 64, 1) in [0, 1].
 
-    middle: x and y (2,). Like the radius it is in pixels of a picture of IMAGE_SIZE; angle: radians.
+    middle: x and y (2,) in pixels, like the radius; angle: radians.
     """
-    pixel = IMAGE_SIZE / size
-    axis = (np.arange(size, dtype=np.float32) + np.float32(0.5)) * np.float32(pixel)
+    axis = np.arange(IMAGE_SIZE, dtype=np.float32) + np.float32(0.5)
     x, y = axis[None, :] - np.float32(middle[0]), axis[:, None] - np.float32(middle[1])
     cos, sin = math.cos(angle), math.sin(angle)
-    x, y = x * cos + y * sin, y * cos - x * sin  # (size, size): the shape's own axes
-    return np.clip(0.5 - SHAPES[shape](x, y, radius) / (EDGE * pixel), 0, 1)[..., None]
+    x, y = x * cos + y * sin, y * cos - x * sin  # (64, 64): the shape's own axes
+    return np.clip(0.5 - SHAPES[shape](x, y, radius) / EDGE, 0, 1)[..., None]
 
 
 def pictures(start: int, count: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import (
     latency,
+    launches,
     line_ablation,
     line_latency,
     line_quality,
@@ -32,7 +33,7 @@ def command(monkeypatch):
 
     def set_command(script: object, *flags: object) -> None:
         name = f"{script.__name__.removeprefix('benchmarks.')}.py"
-        device = [] if script is tiny_references else ["--device", "cpu"]
+        device = [] if script in (tiny_references, launches) else ["--device", "cpu"]
         monkeypatch.setattr(sys, "argv", [name, *device, *map(str, flags)])
 
     return set_command
@@ -81,27 +82,17 @@ def test_committed_results_are_written_only_on_request(command, monkeypatch, tmp
     ("script", "flags", "reason"),
     [
         (latency, "--repeats 0", "--repeats is 0; it must be at least 1"),
-        (latency, "--num_iter 0", "--num_iter is 0; it must be at least 1"),
-        (latency, "--threads 0", "--threads is 0; it must be at least 1"),
         (latency, "--warmup -1", "--warmup is -1; it must be at least 0"),
         (latency, "--batches 8,0", "--batches 8,0 must be numbers of images"),
         (latency, "--models gpt_b", "--models gpt_b is unknown; use some of mar_base"),
-        (waterfall, "--repeats 0", "--repeats is 0; it must be at least 1"),
-        (waterfall, "--num_iter 0", "--num_iter is 0; it must be at least 1"),
         (waterfall, "--batch 0", "--batch is 0; it must be at least 1"),
-        (training, "--repeats 0", "--repeats is 0; it must be at least 1"),
-        (training, "--batch 0", "--batch is 0; it must be at least 1"),
-        (line_latency, "--model gpt_xl_t2i_256", "gpt_xl_t2i_256 cannot be measured: use gpt_b to"),
-        (line_latency, "--method x", "--method x is unknown; use one of linear, "),
+        (training, "--rows x", "--rows x is unknown; use some of eager"),
+        (line_latency, "--model gpt_xl_t2i_256", "invalid choice: 'gpt_xl_t2i_256'"),
         (line_latency, "--lines 0", "--lines is 0; it must be at least 1"),
-        (line_latency, "--repeats 0", "--repeats is 0; it must be at least 1"),
-        (line_latency, "--batches x", "--batches x must be numbers of images"),
         (line_latency, "--budgets 1/0", "--budgets 1/0: "),
-        (line_quality, "--num_images 0", "--num_images is 0; it must be at least 1"),
-        (line_quality, "--batch 0", "--batch is 0; it must be at least 1"),
+        (launches, "--cfg 0.5", "--cfg is 0.5; it must be at least 1"),
         (line_quality, "--top_p 2", "top_p is 2.0"),
         (line_quality, "--recent 3", "too small"),
-        (line_ablation, "--num_images 0", "--num_images is 0; it must be at least 1"),
         (tiny_references, "--num_images 99", "--num_images is 99; it must be at least 100"),
     ],
 )
@@ -121,7 +112,7 @@ def quality(command, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     made = []
     score = {"fid": 0.5, "is_mean": 8.0, "is_std": 0.1, "is_splits": 10, "accuracy": 0.9}
-    monkeypatch.setattr(line_quality, "load_tiny", lambda device, dtype: (None, None))
+    monkeypatch.setattr(line_quality, "load_tiny", lambda *_: (None, None, "weights"))
     monkeypatch.setattr(
         line_quality.Run, "images", lambda run, model, vq, sampling: made.append(sampling.method)
     )
@@ -149,7 +140,7 @@ def test_the_same_command_continues_with_the_rows_of_its_file(quality, monkeypat
     names = ["quality.json", "quality.md", "quality.png", "quality_fid.png"]
     assert sorted(snapshot(tmp_path)) == names
     with monkeypatch.context() as patch:
-        patch.setattr(line_quality, "describe", lambda *args, **kwargs: "others")
+        patch.setattr(line_quality, "load_tiny", lambda *_: (None, None, "others"))
         assert quality() == every
     assert quality("--seed", 2) == every
     assert quality("--seed", 2) == []

@@ -10,35 +10,21 @@ import pytest
 
 from benchmarks import fid_difference
 from engine.mar import PRESETS
+from tests.support.runs import write_run
 from util import metrics
 from util.errors import UserError
 from util.evaluation.request import ScoreRequest
-from util.images import png_name, save_png
 from util.shapes import render
 
 COUNT = 12
-CONFIG = {
-    "model": "mar_tiny", "weights": "w", "num_images": COUNT, "class_num": 10, "seed": 1,
-    "seed_mode": "image", "cfg": 3.0,
-}  # fmt: skip
 
 
 def make_run(folder: Path, noise: float, **config: object) -> Path:
     """A finished run whose images are pictures of the data set with noise."""
     random = np.random.default_rng(0)
-    (folder / "images").mkdir(parents=True)
-    for i in range(COUNT):
-        picture = render(i) + random.normal(0, noise, (64, 64, 3))
-        save_png(folder / "images" / png_name(i), picture.round().clip(0, 255).astype(np.uint8))
-    manifest = {"config": CONFIG | config, "calls": []}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    results = {
-        "method": f"noise {noise}", "images_dir": "images", "fid": None, "is_mean": None,
-        "num_iter": 64, "sec_per_image": None, "device": "cpu", "dtype": "float32", "processes": 1,
-        "threads": 1, "eval_bsz": 4, "torch": "2.12", "commit": None, "command": "eval.py",
-    }  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(results))
-    return folder
+    pictures = [render(i) + random.normal(0, noise, (64, 64, 3)) for i in range(COUNT)]
+    images = [picture.round().clip(0, 255).astype(np.uint8) for picture in pictures]
+    return write_run(folder, images, config, {"method": f"noise {noise}"})
 
 
 @pytest.fixture
@@ -79,8 +65,9 @@ def test_features_of_another_run_in_the_same_folder_are_made_again(command, runs
     command(*runs)
     shutil.copy(runs[0] / "features.npz", runs[1] / "features.npz")
     assert command(*runs)["rows"][0]["difference"] == 0  # both runs have one configuration here
-    other = json.dumps({"config": CONFIG | {"num_iter": 32}, "calls": []})
-    (runs[1] / "manifest.json").write_text(other)
+    manifest = json.loads((runs[1] / "manifest.json").read_text())
+    manifest["config"]["num_iter"] = 32
+    (runs[1] / "manifest.json").write_text(json.dumps(manifest))
     assert command(*runs)["rows"][0]["difference"] > 0
 
 

@@ -1,6 +1,6 @@
 """The table of text-to-image compression: what its numbers are, and that it resumes."""
 
-import json
+from functools import partial
 
 import pytest
 import torch
@@ -28,25 +28,10 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def call(one_thread, monkeypatch, capsys, folder, tmp_path):
-    def call(*flags: object) -> dict:
-        words = ["--resume", folder, "--num_images", 3, "--kl_images", 2, "--columns", 2]
-        words += [
-            "--batch",
-            2,
-            "--budgets",
-            "1/2,1/4",
-            "--device",
-            "cpu",
-            "--output",
-            tmp_path / "table",
-            *flags,
-        ]
-        monkeypatch.setattr("sys.argv", ["line_prompts.py", *map(str, words)])
-        line_prompts.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
-
-    return call
+def call(one_thread, document_of, folder, tmp_path):
+    few = ["--num_images", 3, "--kl_images", 2, "--columns", 2, "--batch", 2]
+    few += ["--budgets", "1/2,1/4", "--device", "cpu", "--output", tmp_path / "table"]
+    return partial(document_of, line_prompts, "--resume", folder, *few)
 
 
 def test_a_table_resumes_and_ends_with_a_picture_and_its_prompts(call, tmp_path):

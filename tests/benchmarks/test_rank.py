@@ -10,6 +10,7 @@ from engine.base import Loaded
 from engine.mar import MARHost
 from models import mar
 from models.lazy_mar import LazyMARConfig
+from tests.support.sampling import small_mar
 from util.errors import UserError
 
 
@@ -38,12 +39,9 @@ def test_groups_isolate_the_caches_that_they_are_about():
 
 
 def test_results_are_written_and_rows_are_not_measured_again(command, monkeypatch, tmp_path):
-    torch.manual_seed(0)
     shape = {"encoder_depth": 1, "decoder_depth": 5, "diffloss_d": 2, "diffloss_w": 16}
     shape["num_sampling_steps"] = "ddim20"
-    small = mar.MAR(**{**mar.SIZES["mar_tiny"], **mar.TINY, **shape}).eval()
-    for parameter in small.parameters():  # adaLN and output layers start at zero
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
+    small = small_mar(**{**mar.SIZES["mar_tiny"], **mar.TINY, **shape})
 
     def load(self: MARHost, device: torch.device) -> Loaded:
         return Loaded(small, self.open_tokenizer(device), "of the test")

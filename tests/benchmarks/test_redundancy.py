@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import plots, redundancy, redundancy_figures
+from benchmarks import plots, redundancy
 from benchmarks.redundancy import GROUPS, Observer, Request, lazy_strip, measure, positions_of
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig, step_policies
@@ -162,16 +162,3 @@ def test_without_matplotlib_the_extra_is_named(script, monkeypatch):
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install '\.\[figures\]'"):
         script()
-
-
-def test_the_strip_shows_at_most_64_of_many_steps():
-    pytest.importorskip("matplotlib")
-    steps = 100
-    numbers = {
-        "steps": list(range(steps)), "refresh": [True] * steps, "known": [4] * steps, "grid": 2,
-        "ranks": [0, 1, 2, 3], "maps": ["npc."] * steps,
-    }  # fmt: skip
-    figure = redundancy_figures.strip_figure(numbers, np.zeros((4, 4, 3), np.uint8))
-    titles = [cell.get_title() for cell in figure.axes if cell.get_title()]
-    assert len(titles) == 64
-    assert (titles[0], titles[-1]) == ("0", "99")

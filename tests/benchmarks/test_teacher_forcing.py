@@ -17,6 +17,7 @@ from benchmarks.teacher_forcing import (
 from models.lazy_mar import LazyMARConfig, step_policies
 from models.mar import MAR
 from models.plan import DecodingPlan
+from tests.support.sampling import small_mar
 
 LAZY = LazyMARConfig(
     warmup=1, interval=3, probe_layer=1, keep_floor=1, keep=((0, 0.2),), head_interval=3
@@ -27,18 +28,8 @@ SEEDS, LABELS = (3, 4, 5), (1, 2, 0)
 
 @pytest.fixture(scope="module")
 def model() -> MAR:
-    """36 tokens of 4 channels with weights that make every path matter."""
-    torch.manual_seed(0)
-    widths = {f"{side}_embed_dim": 32 for side in ("encoder", "decoder")}
-    depths = {"encoder_depth": 2, "decoder_depth": 4, "diffloss_d": 5, "diffloss_w": 16}
-    heads = {f"{side}_num_heads": 4 for side in ("encoder", "decoder")}
-    model = MAR(
-        img_size=24, vae_stride=4, vae_embed_dim=4, class_num=3, buffer_size=3,
-        num_sampling_steps="ddim20", **widths, **depths, **heads,
-    ).eval()  # fmt: skip
-    for parameter in model.parameters():  # adaLN and output layers start at zero
-        parameter.data.add_(0.05 * torch.randn_like(parameter))
-    return model
+    """36 tokens."""
+    return small_mar(img_size=24, num_sampling_steps="ddim20")
 
 
 @pytest.fixture(scope="module")

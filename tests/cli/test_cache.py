@@ -13,10 +13,9 @@ from safetensors.torch import save_file
 import main_cache
 import main_mar
 from engine import cli
-from models import mar, tokenizers
+from models import tokenizers
 from models.linear_tokenizer import LinearTokenizer
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
-from tests.support.train_small import WIDTHS
 from util import dist
 from util.data.config import DataConfig
 from util.data.datasets import BatchPlan, CachedFolder, ImageFolder, to_unit_range
@@ -124,12 +123,6 @@ def test_processes_share_the_pictures(root):
 def test_a_missing_tokenizer_is_one_sentence(root):
     with pytest.raises(UserError, match="nowhere"):
         cache(root, "--vae_path", "nowhere.safetensors")
-
-
-@pytest.fixture
-def small_model(monkeypatch):
-    for name in ("mar_tiny", "mar_large"):
-        monkeypatch.setitem(mar.SIZES, name, WIDTHS)
 
 
 def test_a_truncated_picture_is_named_and_the_last_checkpoint_stays(root, small_model, capsys):

@@ -7,15 +7,13 @@ import pytest
 import torch
 
 from models.vae import AutoencoderKL
+from tests.support import NEEDS_GPU
 from tests.support.processes import agent, finish, free_port, result_of
 from tests.support.runs import scores
 from util.device import to_device, to_host
 from util.images import png_name
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = NEEDS_GPU
 IMAGES = 2000
 
 
@@ -25,16 +23,8 @@ def test_two_thousand_images_of_the_bundled_model_resumed_and_streamed(tmp_path,
     argv = ["--model", "mar_tiny", "--num_images", str(IMAGES), "--eval_bsz", "250", *method]
 
     def run(folder, *flags):
-        return result_of(
-            finish(
-                agent(
-                    1,
-                    processes,
-                    free_port(),
-                    [*argv, "--output_dir", str(tmp_path / folder), *flags],
-                )
-            )
-        )
+        words = [*argv, "--output_dir", str(tmp_path / folder), *flags]
+        return result_of(finish(agent(1, processes, free_port(), words)))
 
     whole = run("whole")
     print({k: v for k, v in whole.items() if k.startswith(("images_per_s", "fid", "device"))})

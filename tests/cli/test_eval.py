@@ -1,8 +1,6 @@
 """eval.py as its users call it: images, score, repair, refusals. The model is random and small."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -29,16 +27,6 @@ from util.evaluation.conditions import image_label
 from util.images import to_uint8
 
 # ---- one scored run, as a command ------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scored(weights, tmp_path_factory) -> tuple[list[str], subprocess.CompletedProcess]:
-    """The flags of a run with two images per class, and what the command printed."""
-    out = tmp_path_factory.mktemp("scored")
-    flags = ["--num_images", NUM_IMAGES, "--eval_bsz", NUM_IMAGES]
-    argv = flags_for(weights / "official", out, *flags)
-    command = [sys.executable, "eval.py", *argv]
-    return argv, subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -156,23 +144,26 @@ def test_main_mar_evaluate_makes_the_images_of_eval(run, weights, tmp_path, docu
 # ---- the run's folder --------------------------------------------------------------------------------
 
 
-def test_a_folder_refuses_the_images_of_another_configuration(run, refused, tmp_path):
-    first = run("--no_score")
-    images = images_of(first)
-    message = refused("--no_score", "--seed", 2, out=tmp_path / "out")
-    assert "seed 1" in message
-    assert "--overwrite" in message
-    assert images_of(first) == images
-
-
 @pytest.mark.parametrize(
-    "flags",
-    [["--no_ema"], ["--latent_scale", 1.5], ["--dtype", "bf16"], ["--num_sampling_steps", "ddim4"]],
-    ids=lambda flags: flags[0],
+    ("flags", "words"),
+    [
+        (
+            ["--seed", 2],
+            "holds a run with seed 1, not 2: choose another --output_dir or discard it",
+        ),
+        (["--seed_mode", "rank"], "seed_mode 'image'"),
+        (["--vae_dtype", "bf16"], "vae_dtype 'float32', not 'bfloat16'"),
+        (["--no_ema"], "holds a run with weights"),
+        (["--latent_scale", 1.5], "holds a run with"),
+        (["--dtype", "bf16"], "holds a run with"),
+        (["--num_sampling_steps", "ddim4"], "holds a run with"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_whatever_changes_the_images_is_part_of_the_configuration(run, refused, tmp_path, flags):
-    run("--no_score")
-    assert "holds a run with" in refused("--no_score", *flags, out=tmp_path / "out")
+def test_a_folder_refuses_whatever_changes_the_images(run, refused, tmp_path, flags, words):
+    images = images_of(first := run("--no_score"))
+    assert words in refused("--no_score", *flags, out=tmp_path / "out")
+    assert images_of(first) == images
 
 
 def test_overwrite_replaces_the_images_of_another_configuration(run, tmp_path):

@@ -1,8 +1,6 @@
 """eval.py with a GPT: the same run folder, seeds and refusals; official containers load."""
 
 import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +13,10 @@ from models.line_cache import LineARConfig
 from models.vq import vq_tiny
 from tests.support import ROOT
 from tests.support.llamagen_data import recipe_gpt
+from tests.support.runs import manifest_of, pixels_of
 from util.evaluation.batches import image_seed
 from util.evaluation.conditions import image_label
-from util.images import read_image, to_uint8
+from util.images import to_uint8
 from util.weights import load_into, save_safetensors
 
 TINY = {"dim": 128, "n_layer": 6, "n_head": 4, "num_classes": 10, "vocab_size": 512}
@@ -50,22 +49,17 @@ def sample(run, files):
     return call
 
 
-def images_of(result: dict) -> list[np.ndarray]:
-    return [read_image(f"{result['images_dir']}/{i:05d}.png") for i in range(result["num_images"])]
-
-
 def test_every_official_container_gives_the_same_images(sample, files, tmp_path):
-    one = images_of(sample())
+    one = pixels_of(sample())
     for name in ("bare.pt", "model.safetensors"):
-        other = images_of(sample(resume=files / name, out=tmp_path / name))
-        assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+        assert np.array_equal(pixels_of(sample(resume=files / name, out=tmp_path / name)), one)
 
 
 def test_the_images_are_those_of_their_labels_and_seeds_in_any_batch(sample):
     result = sample("--eval_bsz", 3)
     model, tokenizer = recipe_gpt(**TINY, block_size=64), vq_tiny().eval()
     load_into(tokenizer, ROOT / cli.named("gpt_tiny").host().images.vae_path, use_ema=False)
-    for i, image in enumerate(images_of(result)):
+    for i, image in enumerate(pixels_of(result)):
         label, seed = image_label(i, 3, 10), image_seed(1, i)
         one = GPTGenerator(model, tokenizer, GPTSampling(2.0), 32).generate(([label], [seed]))
         difference = to_uint8(one)[0].astype(int) - image
@@ -81,7 +75,7 @@ def test_a_run_resumes_and_a_compressed_one_has_its_own_folder(sample):
     assert line["line_ar"]
     assert line["method"] == "LineAR 3/8, anchors 4, recent 1"
     assert line["images_dir"] != full["images_dir"]
-    assert not np.array_equal(images_of(line)[0], images_of(full)[0])
+    assert not np.array_equal(pixels_of(line)[0], pixels_of(full)[0])
 
 
 def test_the_folder_is_named_after_model_method_and_settings(sample):
@@ -90,15 +84,13 @@ def test_the_folder_is_named_after_model_method_and_settings(sample):
     assert "/gpt_tiny-h2o_3-cfg2-top_k9-3/" in result["images_dir"]
 
 
-def test_the_tokenizer_may_decode_fewer_pictures_at_once(sample, tmp_path):
-    together = images_of(sample("--eval_bsz", 3, "--image_size_eval", 20))
-    flags = ("--eval_bsz", 3, "--image_size_eval", 20, "--vae_bsz", 2)
-    for a, b in zip(together, images_of(sample(*flags, out=tmp_path / "few")), strict=True):
-        assert abs(a.astype(int) - b).max() <= 1
-
-
-def test_pictures_are_resized_to_the_size_of_evaluation(sample):
-    assert images_of(sample("--image_size_eval", 20))[0].shape == (20, 20, 3)
+def test_pictures_are_resized_and_the_tokenizer_may_decode_fewer_at_once(sample, tmp_path):
+    flags = ("--eval_bsz", 3, "--image_size_eval", 20)
+    together = pixels_of(sample(*flags))
+    assert together.shape == (3, 20, 20, 3)
+    assert (
+        abs(together - pixels_of(sample(*flags, "--vae_bsz", 2, out=tmp_path / "few"))).max() <= 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,18 +101,14 @@ def test_pictures_are_resized_to_the_size_of_evaluation(sample):
             "32 tokens (2 lines of 16) is too small for 8 anchors and 32 recent",
         ),
         (("--line_ar", "--line_budget", "2/0"), "'2/0' is not a budget like 1/6, 0.25 or 4"),
-        (("--line_ar", "--line_budget", "1e400"), "'1e400' is not a budget like 1/6, 0.25 or 4"),
         (("--line_ar", "--line_budget", "2.5"), "budget is 2.5"),
         (
             ("--line_ar", "--line_method", "h2o", "--line_anchors", 3),
             "--line_anchors has no effect with --line_method h2o",
         ),
         (("--num_iter", "32"), "--num_iter is for MAR models; --model gpt_tiny is a GPT model"),
-        (("--cfg_schedule", "constant"), "--cfg_schedule is for MAR models"),
-        (("--latent_scale", "0.2"), "--latent_scale is for MAR models"),
         (("--line_ar", "--line_method", "magic"), "'magic'; use one of none, linear"),
         (("--line_anchors", "4"), "--line_anchors belongs to LineAR: add --line_ar"),
-        (("--lazy_mar",), "--lazy_mar is for MAR models"),
         (("--img_size", "30"), "--img_size is 30; it must be a multiple of --vae_stride 4"),
         (("--top_p", "0"), "top_p is 0.0"),
         (("--top_k", "-1"), "--top_k is -1"),
@@ -135,11 +123,8 @@ def test_a_mistake_is_one_sentence(refused, files, flags, sentence):
 
 
 def test_flags_of_a_gpt_are_refused_for_mar(refused):
-    assert (
-        "--line_ar is for GPT, Janus and Lumina models; --model mar_tiny is a MAR model"
-        in refused("--line_ar")
-    )
-    assert "--top_k is for GPT, Janus and Lumina models" in refused("--top_k", 5)
+    words = "--line_ar is for GPT, Janus and Lumina models; --model mar_tiny is a MAR model"
+    assert words in refused("--line_ar")
 
 
 @pytest.mark.parametrize("name", ["gpt_b", "gpt_xl"])
@@ -194,6 +179,5 @@ def test_weights_that_are_not_numbers_make_no_picture(refused, files, tmp_path):
 
 def test_settings_of_line_ar_reach_the_configuration_of_the_run(sample):
     result = sample("--line_ar", "--line_recent", 1, "--line_anchors", 0, "--line_pooling", "max")
-    config = json.loads((Path(result["images_dir"]).parent / "manifest.json").read_text())["config"]
     want = LineARConfig(recent=1, anchors=0, pooling="max")
-    assert config["line_ar"] == {field: getattr(want, field) for field in vars(want)}
+    assert manifest_of(result)["config"]["line_ar"] == vars(want)

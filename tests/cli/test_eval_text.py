@@ -1,6 +1,5 @@
 """eval.py draws prompts with Janus and Lumina-mGPT: run folder, resuming, scores, refusals."""
 
-import json
 import shutil
 import sys
 from functools import partial
@@ -46,7 +45,7 @@ def janus(tmp_path_factory):
 
 
 @pytest.fixture
-def draw(one_thread, monkeypatch, capsys, tmp_path):
+def draw(one_thread, document_of, tmp_path):
     """Calls eval.py; returns its last line, parsed."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
@@ -54,9 +53,7 @@ def draw(one_thread, monkeypatch, capsys, tmp_path):
     def call(model: str, *flags: object, out: str = "out", bsz: int = 2) -> dict:
         words = ["--model", model, "--prompts", prompts, "--num_images", 4, "--eval_bsz", bsz]
         words += ["--device", "cpu", "--threads", 1, "--output_dir", tmp_path / out, *flags]
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
-        eval_script.main()
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        return document_of(eval_script, *words)
 
     return call
 

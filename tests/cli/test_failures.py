@@ -10,16 +10,14 @@ import threading
 import time
 from contextlib import suppress
 
-import numpy as np
 import pytest
 import torch
 
 import main_mar
-from models import mar
 from tests.support import ROOT
-from tests.support.assertions import assert_same
-from tests.support.train_small import WIDTHS
-from util import checkpoint, dist
+from tests.support.assertions import assert_same_run
+from tests.support.train_small import GEOMETRY, SCHEDULE
+from util import checkpoint
 from util.data import datasets
 from util.errors import UserError, sentence_of
 from util.evaluation.run_folder import RunFolder
@@ -27,45 +25,20 @@ from util.training import step as training
 from util.training.signals import StopRequest
 from util.weights import read_pickle
 
-GEOMETRY = ["--model", "mar_tiny", "--img_size", "16", "--vae_embed_dim", "4", "--class_num", "2"]
-GEOMETRY += ["--buffer_size", "2", "--diffloss_d", "1", "--diffloss_w", "16", "--latent_scale", "1"]
-GEOMETRY += ["--vae_stride", "4", "--device", "cpu", "--batch_size", "8", "--log_freq", "1"]
 STEPS = 5  # per epoch
 
 
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    root = tmp_path_factory.mktemp("latents")
-    random = np.random.default_rng(0)
-    for label, name in enumerate(("a", "b")):
-        (root / name).mkdir()
-        for i in range(4 * STEPS):
-            moments = random.normal(label, 0.1, (8, 4, 4)).astype(np.float32)
-            np.savez(root / name / f"{i}.npz", moments=moments, moments_flip=moments[..., ::-1])
-    return root
-
-
 @pytest.fixture
-def train(latents, tmp_path, monkeypatch):
-    """Runs main_mar in this process; returns its checkpoint."""
-    monkeypatch.setitem(mar.SIZES, "mar_tiny", WIDTHS)
-
-    def run(*flags, out="out"):
-        words = [*GEOMETRY, "--use_cached", "--cached_path", latents, "--num_workers", 0]
-        words += ["--epochs", 2, "--blr", 0.3, "--output_dir", tmp_path / out, *flags]
-        main_mar.run(main_mar.parse([str(word) for word in words]), dist.Rendezvous())
-        return read_pickle(tmp_path / out / "checkpoint-last.pth", mmap=False)
-
-    return run
+def train(train):
+    """Trains for two epochs; returns the checkpoint."""
+    return lambda *flags, **out: train("--epochs", 2, *flags, **out)[0]
 
 
 def assert_goes_on(train, tmp_path, step):
     """The run in "out" has a checkpoint of `step`, from which it equals the unbroken one."""
     content = read_pickle(tmp_path / "out" / "checkpoint-last.pth", mmap=False)
     assert content["progress"]["step"] == step
-    resumed, whole = train("--resume", tmp_path / "out"), train(out="whole")
-    for key in ("model", "model_ema", "optimizer", "epoch", "progress"):
-        assert_same(whole[key], resumed[key])
+    assert_same_run(train(out="whole"), train("--resume", tmp_path / "out"))
 
 
 def fail_at(monkeypatch, target, name, call, error):
@@ -234,7 +207,8 @@ def test_batches_are_pinned_without_a_thread_that_could_print(monkeypatch):
 
 
 def started(latents, out, *flags):
-    words = [*GEOMETRY, "--use_cached", "--cached_path", latents, "--output_dir", out, *flags]
+    words = [*GEOMETRY, *SCHEDULE, "--use_cached", "--cached_path", latents]
+    words += ["--output_dir", out, *flags]
     return subprocess.Popen(
         [sys.executable, "-m", "tests.support.train_small", *map(str, words)],
         cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -311,14 +285,9 @@ def test_a_failed_evaluation_is_a_note_and_training_continues(
     monkeypatch.setattr(Tokenizer, "decode", lambda *_: (_ for _ in ()).throw(error))
     train(*ONLINE, "--epochs", 1)
     resumed = train(*ONLINE, "--resume", tmp_path / "out")  # evaluates epoch 1 again first
-    for key in ("model", "model_ema", "optimizer", "epoch", "progress"):
-        assert_same(whole[key], resumed[key])
+    assert_same_run(whole, resumed)
     notes = [line for line in capsys.readouterr().err.splitlines() if "has no score" in line]
-    assert [note.split(" has")[0] for note in notes] == [
-        "note: epoch 1",
-        "note: epoch 1",
-        "note: epoch 2",
-    ]
+    assert [note.split()[2] for note in notes] == ["1", "1", "2"]
     assert not list(tmp_path.rglob("images/*.png"))
 
 

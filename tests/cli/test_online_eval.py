@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 import main_mar
-from models import mar
 from tests.support.assertions import assert_same
 from tests.support.processes import train_in_two_processes
-from tests.support.train_small import WIDTHS
+from tests.support.runs import log_of
 from util.errors import run_main
 from util.evaluation import generation
 from util.images import read_image
@@ -36,9 +35,8 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def train(one_thread, monkeypatch, pictures, tmp_path, capsys):
+def train(one_thread, small_model, monkeypatch, pictures, tmp_path, capsys):
     """Calls main_mar.py in this process; returns the output folder and what it printed."""
-    monkeypatch.setitem(mar.SIZES, "mar_tiny", WIDTHS)
 
     def call(*flags, out="out"):
         out = tmp_path / out
@@ -48,10 +46,6 @@ def train(one_thread, monkeypatch, pictures, tmp_path, capsys):
         return out, capsys.readouterr()
 
     return call
-
-
-def log_of(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def results_of(out: Path) -> dict[str, dict]:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from functools import partial
 
 import numpy as np
@@ -10,22 +9,20 @@ import pytest
 
 import eval as eval_script
 from tests.support import ROOT
-from tests.support.runs import flags_for, folder_of, pixels_of, scores, snapshot
-from util.errors import UserError, run_main
-
-SCORED = ["--num_images", 20, "--eval_bsz", 8]
+from tests.support.runs import SCORED, folder_of, pixels_of, scores, snapshot
+from util.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def scored_run(weights, tmp_path_factory):
-    """Folder of a finished and scored run; the flags are SCORED."""
-    out = tmp_path_factory.mktemp("scored_run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setattr(sys, "argv", ["eval.py", *flags_for(weights / "official", out, *SCORED)])
-        run_main(eval_script.main)
-    (folder,) = out.iterdir()
-    return folder
+@pytest.fixture
+def expected(scored) -> dict:
+    """The results of the scored run."""
+    return json.loads(scored[1].stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def folder(expected, tmp_path):
+    """A copy of its folder."""
+    return shutil.copytree(folder_of(expected), tmp_path / "run")
 
 
 @pytest.fixture
@@ -34,30 +31,24 @@ def score_only(one_thread, document_of):
     return partial(document_of, eval_script, "--device", "cpu", "--score_only")
 
 
-def test_images_that_are_never_saved_score_the_same(run, scored_run, tmp_path):
+def test_images_that_are_never_saved_score_the_same(run, expected, tmp_path):
     result = run(*SCORED, "--no_save")
-    expected = json.loads((scored_run / "results.json").read_text())
     assert scores(result) == pytest.approx(scores(expected), rel=1e-6)
     assert result["images_dir"] is None
     assert result["images_per_s"] > 0
     assert list(tmp_path.rglob("*.png")) == []
 
 
-def test_scoring_a_folder_again_changes_only_its_results(scored_run, score_only, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(scored_run, folder)
+def test_scoring_a_folder_again_changes_only_its_results(folder, expected, score_only):
     before = snapshot(folder)
     result = score_only(folder)
-    expected = json.loads(before["results.json"])
     assert scores(result) == pytest.approx(scores(expected), rel=1e-9)
     assert result["sec_per_image"] == expected["sec_per_image"]
     after = snapshot(folder)
     assert {name for name in after if after[name] != before.get(name)} <= {"results.json"}
 
 
-def test_scores_against_another_reference_replace_the_old_ones(scored_run, score_only, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(scored_run, folder)
+def test_scores_against_another_reference_replace_the_old_ones(folder, score_only, tmp_path):
     assert score_only(folder, "--metrics", "fid")["is_mean"] > 1  # the same reference
     with np.load(ROOT / "pretrained_models/mar_tiny/fid_stats.npz") as file:
         np.savez(tmp_path / "other.npz", mu=file["mu"] + 1, sigma=file["sigma"])
@@ -74,20 +65,17 @@ def test_generating_again_without_scoring_keeps_the_scores(run, tmp_path):
     assert replaced["fid"] is None
 
 
-def test_a_folder_of_pictures_alone_is_scored_and_stays_as_it_is(scored_run, score_only, tmp_path):
-    folder = tmp_path / "pictures"
-    shutil.copytree(scored_run / "images", folder)
-    before = snapshot(folder)
-    result = score_only(folder, "--model", "mar_tiny", "--num_images", 20, "--metrics", "fid")
-    expected = json.loads((scored_run / "results.json").read_text())
+def test_a_folder_of_pictures_alone_is_scored_and_stays_as_it_is(folder, expected, score_only):
+    pictures = folder.parent / "pictures"
+    (folder / "images").rename(pictures)
+    before = snapshot(pictures)
+    result = score_only(pictures, "--model", "mar_tiny", "--num_images", 20, "--metrics", "fid")
     assert result["fid"] == pytest.approx(expected["fid"], rel=1e-9)
     assert "is_mean" not in result
-    assert snapshot(folder) == before
+    assert snapshot(pictures) == before
 
 
-def test_fewer_images_than_the_run_should_have_are_not_scored(scored_run, score_only, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(scored_run, folder)
+def test_fewer_images_than_the_run_should_have_are_not_scored(folder, score_only):
     (folder / "images" / "00007.png").unlink()
     before = snapshot(folder)
     with pytest.raises(UserError, match="holds 19 images, but 20 are to be scored"):

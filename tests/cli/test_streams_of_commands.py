@@ -26,7 +26,6 @@ TRAINING += ["--batch_size", "2", "--max_steps", "3", "--log_freq", "1"]
 TRAINING += ["--num_sampling_steps", "2", "--diffloss_d", "1", "--diffloss_w", "16"]
 SAMPLING = ["--model", "mar_tiny", "--num_images", "4", "--eval_bsz", "2", "--num_iter", "1"]
 SAMPLING += ["--num_sampling_steps", "2", "--device", "cpu"]
-FLAGS: dict[str, list[str]] = {}
 
 
 def test_every_command_runs_in_run_main():
@@ -46,7 +45,7 @@ def walked(tmp_path_factory):
         for i in range(4):
             moments = np.random.default_rng(i).normal(size=(16, 16, 16)).astype(np.float32)
             np.savez(folder / "latents" / name / f"{i}.npz", moments=moments, moments_flip=moments)
-    runs = [[module, FLAGS.get(module, ["--help"])] for module in sorted(COMMANDS)]
+    runs = [[module, ["--help"]] for module in sorted(COMMANDS)]
     runs.append(["eval", [*SAMPLING, "--output_dir", f"{folder}/eval-STATE"]])
     data = ["--cached_path", f"{folder}/latents", "--output_dir", f"{folder}/train-STATE"]
     runs.append(["main_mar", [*TRAINING, *data]])

@@ -1,6 +1,5 @@
 """Training: the loss falls, a run stopped anywhere continues exactly, bad steps are skipped."""
 
-import json
 import os
 import signal
 
@@ -9,12 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-import main_mar
-from models import mar
-from tests.support.assertions import assert_same
+from tests.support.assertions import assert_same, assert_same_run
 from tests.support.processes import train_in_two_processes
-from tests.support.train_small import WIDTHS
-from util import dist
+from tests.support.runs import log_of
+from tests.support.train_small import GEOMETRY, SCHEDULE
 from util.errors import UserError
 from util.training import step as training
 from util.training.ema import EMA
@@ -22,55 +19,13 @@ from util.training.log import RunLog
 from util.training.optimizer import LRSchedule, make_optimizer
 from util.weights import read_pickle
 
-GEOMETRY = ["--img_size", "16", "--vae_stride", "4", "--vae_embed_dim", "4", "--class_num", "2"]
-GEOMETRY += ["--buffer_size", "2", "--diffloss_d", "1", "--diffloss_w", "16"]
-GEOMETRY += ["--latent_scale", "1", "--device", "cpu", "--num_workers", "0"]
-SCHEDULE = ["--blr", "0.3", "--epochs", "4", "--warmup_epochs", "1", "--ema_rate", "0.9"]
-SCHEDULE += ["--log_freq", "1"]
-
-
-@pytest.fixture(autouse=True)
-def small_model(monkeypatch):
-    monkeypatch.setitem(mar.SIZES, "mar_tiny", WIDTHS)
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    root = tmp_path_factory.mktemp("latents")
-    random = np.random.default_rng(0)
-    for label, name in enumerate(("a", "b")):
-        (root / name).mkdir()
-        for i in range(20):
-            moments = random.normal(label, 0.1, (8, 4, 4)).astype(np.float32)
-            np.savez(root / name / f"{i}.npz", moments=moments, moments_flip=moments[..., ::-1])
-    return root
-
-
-@pytest.fixture
-def train(latents, tmp_path):
-    """Runs main_mar in this process; returns the checkpoint and the log lines."""
-
-    def run(*flags, out="out"):
-        out = tmp_path / out
-        args = [*GEOMETRY, "--use_cached", "--cached_path", str(latents), "--model", "mar_tiny"]
-        args += ["--output_dir", str(out), "--batch_size", "8", *SCHEDULE]
-        main_mar.run(main_mar.parse([*args, *map(str, flags)]), dist.Rendezvous())
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        return read_pickle(out / "checkpoint-last.pth", mmap=False), log
-
-    return run
-
-
-RUN_KEYS = ("model", "model_ema", "optimizer", "epoch", "progress")
-
 
 @pytest.mark.parametrize("stop", [5, 7], ids=["between epochs", "inside an epoch"])
 def test_a_stopped_and_resumed_run_equals_the_unbroken_one_exactly(train, tmp_path, stop):
     whole, log = train(out="whole")
     train("--max_steps", stop, out="parts")
     resumed, log_of_parts = train("--resume", tmp_path / "parts", out="parts")
-    for key in RUN_KEYS:
-        assert_same(whole[key], resumed[key])
+    assert_same_run(whole, resumed)
     assert [r["loss"] for r in log] == [r["loss"] for r in log_of_parts]
     assert [r["step"] for r in log_of_parts] == list(range(1, 21))
 
@@ -249,10 +204,9 @@ def test_accumulated_batches_follow_the_whole_batch(train, count):
 
 def test_two_processes_with_half_the_batch_follow_one_with_the_whole(train, latents, tmp_path):
     whole = train(*NO_DROPOUT)
-    flags = ["--model", "mar_tiny", "--use_cached", "--cached_path", latents]
+    flags = ["--use_cached", "--cached_path", latents, "--num_workers", 0]
     flags += ["--output_dir", tmp_path / "2", "--batch_size", 2, "--accum_iter", 2]
     train_in_two_processes(*GEOMETRY, *NO_DROPOUT, *SCHEDULE, *flags)
     content = read_pickle(tmp_path / "2" / "checkpoint-last.pth")
     assert not any(name.startswith("module.") for name in content["model"])
-    log = [json.loads(line) for line in (tmp_path / "2" / "log.jsonl").read_text().splitlines()]
-    assert_follows(whole, (content, log))
+    assert_follows(whole, (content, log_of(tmp_path / "2")))

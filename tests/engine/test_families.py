@@ -182,8 +182,3 @@ def test_flags_and_prompts_that_do_not_fit_are_refused(monkeypatch, words, sente
         selection = cli.parse("eval", words=words.split())
         selection.host().conditions(selection.flags.value("prompts"))
     assert sentence in str(error.value)
-
-
-def test_only_the_bundled_families_are_registered():
-    assert list(engine.FAMILIES) == [family.name for family in engine.FAMILIES.values()]
-    assert "Toy" not in engine.FAMILIES

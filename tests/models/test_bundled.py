@@ -1,7 +1,5 @@
 """The bundled models draw what their label says, with and without caches."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -63,9 +61,3 @@ def test_held_out_pictures_survive_the_tokenizer_of_the_gpt():
     images = pictures(HELD_OUT_START, 20).float() / 127.5 - 1
     error = ((tokenizer.decode(tokenizer.encode(images)) - images) / 2).square().mean()
     assert -10 * error.log10() > 33  # dB
-
-
-def test_a_changed_sampling_leaves_the_host_as_it_was():
-    host = cli.named("mar_tiny").host()
-    assert host.with_sampling(cfg=1.0) == replace(host, sampling=replace(host.sampling, cfg=1.0))
-    assert host.sampling.cfg != 1.0

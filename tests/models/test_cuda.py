@@ -8,18 +8,11 @@ import torch
 
 from models.decoding import Decoding
 from models.sampler import Sampler
-from tests.support.golden_data import golden, golden_model, golden_noise, relative_error
+from tests.support import NEEDS_GPU
+from tests.support.golden_data import RECORDED, golden, golden_model, golden_noise, relative_error
 from tests.support.sampling import CONFIGS, noise_of, small_mar
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-RECORDED = pytest.mark.parametrize(
-    ("file", "key"),
-    [("mar.npz", "mar_T64_cfg3_linear"), ("lazymar.npz", "lazy_T64_cfg3_linear")],
-    ids=["mar", "lazymar"],
-)
+pytestmark = NEEDS_GPU
 CONTROLS = {name: replace(CONFIGS["all"], token_selection=name) for name in ("random", "oldest")}
 KINDS = {"mar": None, "lazymar": CONFIGS["all"], **CONTROLS}
 

@@ -8,14 +8,12 @@ import torch
 from models.gpt_sampler import GPTDecoding, GPTSampler
 from models.line_config import LineARConfig
 from models.line_methods import METHODS
+from tests.support import NEEDS_GPU
 from tests.support.golden_data import golden
 from tests.support.line_oracle import Oracle
 from tests.support.llamagen_data import golden_gpt, random_codes, small_gpt
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = NEEDS_GPU
 CACHES = {
     "full": None,
     **{m: LineARConfig(budget=3, anchors=2, recent=1, method=m) for m in METHODS},

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import cli
 from models import mar, vae
 from models.vae import AutoencoderKL
 from tests.support.train_small import WIDTHS
-from util import download
 from util.weights import read_pickle
 
 KL16 = {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4)}
@@ -100,15 +98,3 @@ def test_kl16_is_built_as_in_the_notebook():
     with torch.device("meta"):
         kl16 = AutoencoderKL(**KL16, ckpt_path=None)
     assert round(sum(p.numel() for p in kl16.parameters()) / 1e6, 1) == 66.5
-
-
-@pytest.mark.parametrize(
-    ("call", "name"), [("vae", None), ("marb", "mar_base"), ("marl", "mar_large"), ("marh", None)]
-)
-def test_the_download_calls_bring_what_the_models_look_for(call, name, monkeypatch):
-    asked = []
-    monkeypatch.setattr(download, "fetch", lambda item, overwrite: asked.append(item.path))
-    getattr(download, f"download_pretrained_{call}")(overwrite=False)
-    host = cli.named(name or "mar_huge").host()
-    file = host.tokenizer.vae_path if call == "vae" else f"{host.resume}/checkpoint-last.pth"
-    assert asked == [file]

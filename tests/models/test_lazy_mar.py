@@ -95,8 +95,3 @@ def test_caches_are_as_large_as_what_they_hold():
 def test_impossible_constants_are_named(field, value, named):
     with pytest.raises(ValueError, match=named):
         LazyMARConfig(**{field: value})
-
-
-def test_the_config_is_frozen():
-    with pytest.raises(AttributeError):
-        LazyMARConfig().interval = 3

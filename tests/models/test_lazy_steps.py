@@ -7,13 +7,11 @@ import torch
 
 from models.fast_mar import PRESETS, FastMARConfig
 from models.flops import MARGeometry, image_work
-from models.head_config import HeadConfig
 from models.lazy_mar import LazyMARConfig, step_policies
 from models.mar import MAR, mar_base, mar_huge, mar_large
 from models.plan import DecodingPlan
-from models.sampler import Sampler
 from tests.support.golden_data import relative_error
-from tests.support.sampling import CLOSE, GEOMETRIES, Replays, noise_of, sample, small_mar
+from tests.support.sampling import CLOSE, GEOMETRIES, sample, small_mar
 
 PROBE = LazyMARConfig(warmup=2, interval=4, head_cache=False)
 LOCAL = replace(PROBE, lazy_step="local")
@@ -65,23 +63,6 @@ def test_an_image_of_local_steps_depends_on_its_seed_alone(config):
     crowd = sample(model, seeds=[1, 11, 3], labels=[0, 4, 2], lazy_mar=config)
     assert relative_error(crowd[1:2], alone) < 1e-4
     assert 1e-5 < relative_error(alone, sample(model, seeds=[11], labels=[4])) < 1.0
-
-
-@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
-def test_recorded_local_steps_depend_on_fixed_tensors_alone(config):
-    model = small_mar()
-    sampler = Sampler(model, torch.float32)
-    head = HeadConfig((20, 5), guidance_start=0.25, guidance_interval=(225, 807))
-    arguments = {"num_iter": 12, "lazy_mar": config, "head": head}
-    expected = sample(model, seeds=(8, 9), labels=(3, 0), **arguments)
-    first = {"cfg": 3.0, "labels": (1, 2), "noise": noise_of(model, (3, 4))}
-    sampler.sample_tokens(2, **arguments, **first)
-    decoding = sampler._last[1]
-    decoding.run_step, decoding.run_head = Replays(), Replays()
-    sampler.sample_tokens(2, **arguments, **first)
-    second = {"cfg": 3.0, "labels": (3, 0), "noise": noise_of(model, (8, 9))}
-    assert torch.equal(sampler.sample_tokens(2, **arguments, **second), expected)
-    assert sampler._last[1] is decoding
 
 
 def test_listed_refreshes_replace_warmup_and_interval():

@@ -12,7 +12,6 @@ from tests.support.llamagen_data import golden_gpt, random_codes, small_gpt
 
 PUBLISHED = {"gpt_b": "GPT-B", "gpt_l": "GPT-L", "gpt_xl": "GPT-XL", "gpt_xxl": "GPT-XXL"}
 FROZEN = [6866841, 8090049, 16628172]
-MILLIONS = {"gpt_b": 110.9, "gpt_l": 342.9, "gpt_xl": 774.7, "gpt_xxl": 1411.3, "gpt_3b": 3096.7}
 
 
 def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
@@ -27,10 +26,9 @@ def test_keys_and_shapes_are_those_of_the_published_checkpoint(name):
     assert list(shapes_of(name).items()) == list(published.items())
 
 
-@pytest.mark.parametrize("name", MILLIONS)
-def test_size_is_the_published_one(name):
-    parameters = sum(torch.Size(shape).numel() for shape in shapes_of(name).values())
-    assert parameters / 1e6 == pytest.approx(MILLIONS[name], rel=1e-3)
+def test_the_size_of_gpt_3b_is_the_published_one():
+    parameters = sum(torch.Size(shape).numel() for shape in shapes_of("gpt_3b").values())
+    assert parameters / 1e6 == pytest.approx(3096.7, rel=1e-3)
 
 
 def test_logits_are_the_recorded_ones():

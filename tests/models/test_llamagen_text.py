@@ -1,5 +1,6 @@
 """LlamaGen's text-to-image GPT: the caption in front of the image, padded on the left, and its cache."""
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -82,9 +83,7 @@ def test_teacher_forcing_without_a_mask_gives_the_same_codes(model):
 
 @pytest.mark.parametrize("line_ar", [None, LineARConfig(2, anchors=2, recent=1, method="rkv")])
 def test_an_image_depends_on_its_caption_and_seed_alone(model, line_ar):
-    exact = GPT(64, 2, 4, 30, vocab_size=40, cls_token_num=TOKENS, caption_dim=CHANNELS, grid=GRID)
-    exact.load_state_dict(model.state_dict())
-    exact.double()
+    exact = deepcopy(model).double()
     draw = lambda given, mask, seeds: sample_tokens(  # noqa: E731
         exact, given.double(), mask, top_k=0, line_ar=line_ar, seeds=seeds
     )

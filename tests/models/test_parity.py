@@ -9,7 +9,14 @@ import torch
 from models.decoding import Decoding
 from models.denoiser import guide
 from models.lazy_predictor import LazyPredictor
-from tests.support.golden_data import golden, golden_model, golden_noise, load_npz, relative_error
+from tests.support.golden_data import (
+    RECORDED,
+    golden,
+    golden_model,
+    golden_noise,
+    load_npz,
+    relative_error,
+)
 
 EXACT, SAMPLED = 1e-5, 1e-4
 SAMPLE_KEY = re.compile(r"(?:mar|lazy)_T(\d+)_cfg(\d+)(?:_(linear|constant))?(?:_temp([\d.]+))?$")
@@ -99,11 +106,7 @@ class TestParts:
         assert np.allclose(head.train_diffusion.betas, data["train_betas"].numpy(), rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("file", "key"),
-    [("mar.npz", "mar_T64_cfg3_linear"), ("lazymar.npz", "lazy_T64_cfg3_linear")],
-    ids=["mar", "lazymar"],
-)
+@RECORDED
 def test_the_decoders_output_equals_the_recorded_one_step_by_step(monkeypatch, file, key):
     recorded = []
     original = Decoding._write_z

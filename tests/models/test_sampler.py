@@ -9,8 +9,8 @@ from models.denoiser import ADALN_OUTPUTS, FINAL_COLUMNS, ModulationTable, time_
 from models.lazy_mar import LazyMARConfig
 from models.sampler import Sampler
 from models.sampling_copy import CastLinear, PackedLinear, sampling_copy, sampling_linear
-from tests.support.golden_data import golden, golden_model, golden_noise, relative_error
-from tests.support.sampling import CLOSE, CONFIGS, Replays, noise_of, sample, small_mar
+from tests.support.golden_data import RECORDED, golden, golden_model, golden_noise, relative_error
+from tests.support.sampling import CLOSE, CONFIGS, noise_of, sample, small_mar
 
 KINDS = {"mar": None, "lazymar": CONFIGS["all"], "from the first step": LazyMARConfig(warmup=0)}
 
@@ -29,23 +29,6 @@ def test_a_sampler_leaves_nothing_of_one_batch_in_the_next(lazy_mar):
     for seeds, labels in (((3, 4), (1, 2)), ((5, 6), (0, 1)), ((3, 4), (1, 2)), ((7,), (4,))):
         expected = sample(model, seeds=seeds, labels=labels, lazy_mar=lazy_mar)
         assert torch.equal(batch(sampler, seeds, labels, lazy_mar), expected)
-
-
-@pytest.mark.parametrize("cfg", [1.0, 3.0])
-@pytest.mark.parametrize("lazy_mar", KINDS.values(), ids=KINDS)
-def test_recorded_calls_depend_on_fixed_tensors_alone(lazy_mar, cfg):
-    model = small_mar()
-    sampler = Sampler(model, torch.float32)
-    expected = sample(model, seeds=(8, 9), labels=(3, 0), cfg=cfg, lazy_mar=lazy_mar)
-    sample_of = {"cfg": cfg, "lazy_mar": lazy_mar}
-    first = {"labels": (1, 2), "noise": noise_of(model, (3, 4))}
-    sampler.sample_tokens(2, 12, **sample_of, **first)
-    decoding = sampler._last[1]
-    decoding.run_step, decoding.run_head = Replays(), Replays()
-    sampler.sample_tokens(2, 12, **sample_of, **first)
-    again = sampler.sample_tokens(2, 12, labels=(3, 0), noise=noise_of(model, (8, 9)), **sample_of)
-    assert sampler._last[1] is decoding
-    assert torch.equal(again, expected)
 
 
 @pytest.mark.parametrize("lazy_mar", [None, CONFIGS["all"]], ids=["mar", "lazymar"])
@@ -130,11 +113,7 @@ def test_packing_does_not_change_the_image(monkeypatch, lazy_mar):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("file", "key"),
-    [("mar.npz", "mar_T64_cfg3_linear"), ("lazymar.npz", "lazy_T64_cfg3_linear")],
-    ids=["mar", "lazymar"],
-)
+@RECORDED
 def test_compiled_sampling_equals_the_recorded_latents(file, key):
     sampler = Sampler(golden_model(), torch.float32, compile=True)
     noise, labels = golden_noise(file)

@@ -14,8 +14,7 @@ from util.training.ema import EMA
 from util.training.optimizer import make_optimizer
 from util.weights import read_pickle
 
-# MAR, table 1 of the paper's repository: parameters in millions, tensors
-SIZES = {"mar_base": (207.9, 364), "mar_large": (478.3, 476), "mar_huge": (942.4, 604)}
+NAMES = ("mar_base", "mar_large", "mar_huge")
 TRAINING_OPTIONS = {"aux_weight": 0.5, "masked_keep": 0.4, "pos_init": "sincos"}
 
 
@@ -35,12 +34,12 @@ def shapes(model: mar.MAR) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", NAMES)
 def test_keys_and_shapes_are_those_of_the_published_checkpoint(name):
     assert shapes(build(name, **head_of(name))) == load_shapes(name)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_training_checkpoint_has_the_official_names_in_that_order(name, tmp_path):
     model, published = build(name, **head_of(name)), load_shapes(name)
     optimizer = make_optimizer(model, 1e-4, 0.02)
@@ -75,15 +74,7 @@ def test_a_training_checkpoint_has_the_official_names_in_that_order(name, tmp_pa
         assert tuple(state[number]["exp_avg"].shape) == published[k]
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_size_is_the_published_one(name):
-    model = build(name, **head_of(name))
-    millions, tensors = SIZES[name]
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
-    assert len(model.state_dict()) == tensors
-
-
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", NAMES)
 def test_without_a_head_the_factories_take_that_of_the_original_constructor(name):
     ours, published = shapes(build(name)), load_shapes(name)
     assert len(build(name).diffloss.net.res_blocks) == 3
@@ -125,11 +116,3 @@ def test_flags_win_over_the_geometry_of_mar_tiny():
 def test_options_of_training_change_neither_names_nor_shapes(name, option):
     plain, changed = build(name), build(name, **{option: TRAINING_OPTIONS[option]})
     assert shapes(changed) == shapes(plain)
-
-
-def test_weights_trained_with_options_load_into_a_model_without_them():
-    small = {"diffloss_d": 1, "diffloss_w": 16}
-    trained = mar.mar_tiny(**small, **TRAINING_OPTIONS)
-    missing = mar.mar_tiny(**small).load_state_dict(trained.state_dict(), strict=True)
-    assert not missing.missing_keys
-    assert not missing.unexpected_keys

@@ -14,10 +14,9 @@ from models.lazy_mar import (
     step_policies,
 )
 from models.plan import DecodingPlan
-from models.sampler import Sampler
 from models.token_selection import lowest, random_score
 from tests.support.golden_data import relative_error
-from tests.support.sampling import Replays, noise_of, sample, small_mar
+from tests.support.sampling import sample, small_mar
 
 # Few positions, for long: then it matters which ones.
 CONFIG = LazyMARConfig(
@@ -54,26 +53,6 @@ def test_a_control_depends_on_the_image_alone_not_on_its_batch(name):
     alone = sample(model, seeds=[11], labels=[4], lazy_mar=lazy_mar)
     crowd = sample(model, seeds=[1, 11, 3], labels=[0, 4, 2], lazy_mar=lazy_mar)
     assert relative_error(crowd[1:2], alone) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["random", "oldest"])
-@pytest.mark.parametrize("condition_cache", [True, False])
-def test_a_control_can_be_recorded(name, condition_cache):
-    model = small_mar()
-    config = replace(config_of(name), condition_cache=condition_cache)
-    sampler = Sampler(model, torch.float32)
-
-    def batch(seeds, labels):
-        noise = noise_of(model, seeds)
-        return sampler.sample_tokens(2, 12, 3.0, labels=labels, noise=noise, lazy_mar=config)
-
-    batch((3, 4), (1, 2))
-    decoding = sampler._last[1]
-    decoding.run_step = Replays()
-    batch((3, 4), (1, 2))
-    again = batch((8, 9), (3, 0))
-    expected = sample(model, seeds=(8, 9), labels=(3, 0), lazy_mar=config)
-    assert torch.equal(again, expected)
 
 
 def test_the_lowest_scores_are_chosen_behind_those_always_kept():

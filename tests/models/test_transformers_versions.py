@@ -7,12 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
+
 OLDEST = "5.12.1"
-ROOT = Path(__file__).parents[2]
 DRAWING = """
 import json, transformers
 from models import janus, lumina

@@ -8,7 +8,8 @@ import torch
 from torch import distributions
 
 from models.vae import AutoencoderKL, DiagonalGaussianDistribution
-from tests.support.golden_recipe import GOLDEN, load_shapes, recipe_state_dict
+from tests.support.golden_data import golden, relative_error
+from tests.support.golden_recipe import load_shapes, recipe_state_dict
 
 SMALL = {"embed_dim": 4, "ch_mult": (1, 2), "ch": 32, "num_res_blocks": 1}
 
@@ -20,20 +21,10 @@ def kl16() -> AutoencoderKL:
     return vae
 
 
-@pytest.fixture(scope="module")
-def golden() -> dict[str, torch.Tensor]:
-    with np.load(GOLDEN / "vae_kl16.npz", allow_pickle=False) as file:
-        return {name: torch.from_numpy(file[name]) for name in file.files}
-
-
 @pytest.fixture
 def small() -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(**SMALL).eval().requires_grad_(False)
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).norm() / theirs.norm()).item()
 
 
 def test_names_shapes_and_their_order_are_those_of_the_published_file(kl16):
@@ -42,15 +33,13 @@ def test_names_shapes_and_their_order_are_those_of_the_published_file(kl16):
     assert len(ours) == 312
 
 
-def test_encoding_matches_the_published_implementation(kl16, golden):
-    posterior = kl16.encode(golden["image"])
-    assert relative(posterior.parameters, golden["moments"]) < 1e-5
-    assert relative(posterior.mean, golden["mean"]) < 1e-5
-    assert relative(posterior.std, golden["std"]) < 1e-5
-
-
-def test_decoding_matches_the_published_implementation(kl16, golden):
-    assert relative(kl16.decode(golden["latent"]), golden["decoded"]) < 1e-5
+def test_encoding_and_decoding_match_the_published_implementation(kl16):
+    data = golden("vae_kl16.npz")
+    posterior = kl16.encode(data["image"])
+    assert relative_error(posterior.parameters, data["moments"]) < 1e-5
+    assert relative_error(posterior.mean, data["mean"]) < 1e-5
+    assert relative_error(posterior.std, data["std"]) < 1e-5
+    assert relative_error(kl16.decode(data["latent"]), data["decoded"]) < 1e-5
 
 
 def test_forward_is_encoding_then_decoding(small):

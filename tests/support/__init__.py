@@ -2,9 +2,16 @@
 
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "docs/*.md", "pretrained_models/*/README.md")
     for path in ROOT.glob(pattern)
 )
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]

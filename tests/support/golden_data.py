@@ -5,12 +5,18 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from models.mar import MAR
 from models.noise import ImageNoise
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+RECORDED = pytest.mark.parametrize(
+    ("file", "key"),
+    [("mar.npz", "mar_T64_cfg3_linear"), ("lazymar.npz", "lazy_T64_cfg3_linear")],
+    ids=["mar", "lazymar"],
+)
 
 
 def load_npz(name: str) -> dict[str, np.ndarray]:

@@ -7,13 +7,12 @@ state_dicts.json there holds the keys and shapes of the published checkpoints.
 import json
 import math
 import zlib
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+from tests.support.golden_data import GOLDEN
 
 
 def recipe_state_dict(

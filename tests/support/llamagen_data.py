@@ -6,7 +6,8 @@ from functools import cache
 import torch
 
 from models.llamagen import GPT
-from tests.support.golden_recipe import GOLDEN, recipe_state_dict
+from tests.support.golden_data import GOLDEN
+from tests.support.golden_recipe import recipe_state_dict
 
 
 def recipe_gpt(**kwargs: object) -> GPT:

@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 
 from models import mar
+from util.images import png_name, save_png
 
 HEAD = {"diffloss_d": 1, "diffloss_w": 16, "num_sampling_steps": "ddim5"}
 NUM_IMAGES = 20
+SCORED = ["--num_images", NUM_IMAGES, "--eval_bsz", NUM_IMAGES]
 PROMISED = {
     "model", "lazy_mar", "num_images", "num_iter", "cfg", "fid", "is_mean", "is_std",
     "sec_per_image", "images_dir", "device", "dtype",
@@ -59,6 +61,31 @@ def folder_of(result: dict) -> Path:
 
 def manifest_of(result: dict) -> dict:
     return json.loads((folder_of(result) / "manifest.json").read_text())
+
+
+def write_run(
+    folder: Path, images: list[np.ndarray], config: dict[str, object], results: dict[str, object]
+) -> Path:
+    """A finished run of these images; what config and results leave out is that of a small one."""
+    (folder / "images").mkdir(parents=True)
+    for index, image in enumerate(images):
+        save_png(folder / "images" / png_name(index), image)
+    usual = {"model": "mar_tiny", "weights": "w", "num_images": len(images), "seed": 1}
+    config = {**usual, "class_num": len(images), "seed_mode": "image", **config}
+    (folder / "manifest.json").write_text(json.dumps({"config": config, "calls": []}))
+    usual = {
+        "method": "MAR", "images_dir": str(folder / "images"), "num_iter": 4, "cfg": 3.0,
+        "sec_per_image": None, "fid": None, "is_mean": None, "device": "cpu", "dtype": "float32",
+        "processes": 1, "threads": 1, "eval_bsz": 3, "torch": "2", "commit": "abc",
+        "command": "eval.py",
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps({**usual, **results}))
+    return folder
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The lines of a training's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

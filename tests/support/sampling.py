@@ -51,13 +51,3 @@ def sample(model, seeds=(3, 4), labels=(1, 2), num_iter=12, cfg=3.0, **kwargs):
     return model.sample_tokens(
         len(seeds), num_iter, cfg, labels=labels, noise=noise_of(model, seeds), **kwargs
     )
-
-
-class Replays:
-    """As CudaGraphs, but on any device: does what was given when a key was new, ever after."""
-
-    def __init__(self):
-        self.calls = {}
-
-    def __call__(self, key, call):
-        self.calls.setdefault(key, call)()

@@ -6,12 +6,12 @@ features.
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 from torch_fidelity import FeatureExtractorBase
 
+from tests.support.assertions import refusal
 from util import metrics
 from util.evaluation.extractors import judge_labels
-from util.evaluation.image_source import image_batches, open_source
+from util.evaluation.image_source import Pictures, image_batches, open_source
 from util.evaluation.request import ScoreRequest
 from util.images import png_name, save_png
 
@@ -52,18 +52,6 @@ metrics.register_features(
 )
 
 
-class Pictures(Dataset):
-    def __init__(self, images, labels=None):
-        self.images, self.labels = images, labels
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        image = torch.from_numpy(self.images[index]).permute(2, 0, 1)
-        return image if self.labels is None else (image, self.labels[index])
-
-
 def pictures(count, seed=0, size=8):
     draws = np.random.default_rng(seed)
     light = draws.integers(1, 256, (count, 1, 1, 3))
@@ -88,6 +76,11 @@ def toy_score(source, num_images, stats, **options):
 
 def request(stats, *names, features="toy", path=None):
     return ScoreRequest(features, path, stats, names or ("fid", "isc"))
+
+
+def refused(asked, num_images=None):
+    """The sentence with which a request is refused before anything is generated."""
+    return refusal(lambda: metrics.check_ready(asked, num_images))
 
 
 def features_of(source, batch_size=64, name="toy", path=None):

@@ -1,6 +1,5 @@
 """Sharing: a checkpoint as safetensors and JSON, and back, bit for bit; never the wrong weights."""
 
-import argparse
 import json
 import sys
 
@@ -9,11 +8,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from util import checkpoint
+from tests.support.assertions import assert_same
+from tests.support.checkpoints import Run
 from util.checkpoint import convert, main
 from util.errors import UserError, run_main
 from util.files import sha256_of
-from util.training.ema import EMA
 from util.weights import LAST, load_into, load_state_dict_file, read_pickle, save_safetensors
 
 ARGS = {"model": "mar_tiny", "diffloss_w": 16, "num_sampling_steps": "100", "lr": None}
@@ -23,26 +22,11 @@ PRIVATE = {"data_path": "/home/someone/data", "output_dir": "out", "keep": [1]}
 @pytest.fixture
 def run(tmp_path):
     """A training run's folder; its averages differ from its weights."""
-    torch.manual_seed(0)
-    model = nn.Linear(3, 2)
-    ema = EMA(model, 0.9)
-    for average in ema.averages:
+    run = Run()
+    for average in run.ema.averages:
         average += torch.randn_like(average)
-    checkpoint.save_checkpoint(
-        tmp_path / "run" / LAST,
-        model=model,
-        ema=ema,
-        optimizer=torch.optim.AdamW(model.parameters()),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        epochs_done=3,
-        args=argparse.Namespace(**ARGS, **PRIVATE),
-        progress={"step": 7},
-    )
+    run.save(tmp_path / "run" / LAST, {"step": 7}, **ARGS, **PRIVATE)
     return tmp_path / "run"
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
@@ -51,11 +35,11 @@ def test_converting_back_gives_the_same_bits_in_the_official_dict(run, tmp_path,
     expected = read_pickle(run / LAST)[key]
     shared = tmp_path / "shared" / "a.safetensors"
     convert(run, shared, use_ema)
-    assert same(load_state_dict_file(shared, use_ema), expected)
+    assert_same(load_state_dict_file(shared, use_ema), expected)
     convert(shared, tmp_path / "back.pth")  # the file knows which weights it holds
     back = read_pickle(tmp_path / "back.pth")
-    assert same(back[key], expected)
-    assert same(back["model"], expected)  # the original fills its model from it first
+    assert_same(back[key], expected)
+    assert_same(back["model"], expected)  # the original fills its model from it first
     assert ("model_ema" in back) == use_ema
     assert (back["epoch"], vars(back["args"])) == (2, ARGS)
     convert(tmp_path / "back.pth", tmp_path / "again.safetensors", use_ema)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from models.detok import DeTok
 from models.tokenizers import load_detok, load_tokenizer
+from tests.support.assertions import refusal
 from tests.support.golden_data import GOLDEN
 from tests.support.golden_detok import recorded, tokenizer, weights
 from util.checkpoint import main
@@ -110,19 +111,14 @@ def test_a_foreign_pickle_is_one_sentence_and_its_code_never_runs(tmp_path, kind
     assert not (tmp_path / "s.safetensors").exists()
 
 
-@pytest.mark.parametrize("length", [0, 1, 10, 200, 800, 1500, 1572])
-def test_a_truncated_pickle_is_one_sentence(tmp_path, length):
-    (tmp_path / "s.pkl").write_bytes(EXAMPLE.read_bytes()[:length])
-    with pytest.raises(UserError, match="is damaged or no pickle") as caught:
-        convert_statistics(tmp_path / "s.pkl", tmp_path / "s.safetensors")
-    assert "\n" not in str(caught.value)
+CUT = [EXAMPLE.read_bytes()[:length] for length in (0, 1, 10, 200, 800, 1500, 1572)]
 
 
-@pytest.mark.parametrize("content", [b"<html>Sign in", b"PK\x03\x04 zip", b"\x93NUMPY", bytes(50)])
-def test_another_kind_of_file_is_one_sentence(tmp_path, content):
+@pytest.mark.parametrize("content", [*CUT, b"<html>Sign in", b"PK\x03\x04 zip"], ids=range(9))
+def test_a_truncated_pickle_and_another_kind_of_file_are_one_sentence(tmp_path, content):
     (tmp_path / "s.pkl").write_bytes(content)
-    with pytest.raises(UserError, match="damaged or no pickle"):
-        convert_statistics(tmp_path / "s.pkl", tmp_path / "s.safetensors")
+    said = refusal(lambda: convert_statistics(tmp_path / "s.pkl", tmp_path / "s.safetensors"))
+    assert "is damaged or no pickle" in said
 
 
 def test_the_command_converts_and_overwrites_nothing_unasked(tmp_path, monkeypatch, capsys):

@@ -3,16 +3,15 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support import ROOT
 from util import dist
 from util.dist import World, world_from_env
 from util.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "OMPI_", "PMI_", "MV2_", "FLUX_", "MPI_")
 PREFIXES += ("SLURM_",)
 

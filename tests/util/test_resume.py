@@ -1,37 +1,17 @@
 """Resuming from a checkpoint with a missing, empty or foreign entry is one sentence that names it."""
 
-import argparse
 import copy
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
+from tests.support.checkpoints import Run
 from util import checkpoint
 from util.errors import UserError
-from util.training.ema import EMA
 from util.weights import LAST, read_pickle
 
 PROGRESS = {"step_in_epoch": 1, "step": 7, "images_per_step": 4, "images": 12, "skipped": 0}
-
-
-class Run:
-    """A small model and what trains it."""
-
-    def __init__(self, seed: int = 0, fp16: bool = False) -> None:
-        torch.manual_seed(seed)
-        self.model = nn.Linear(3, 2)
-        self.ema = EMA(self.model, 0.9)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.scaler = torch.amp.GradScaler("cpu", enabled=fp16)
-
-    def step(self) -> None:
-        self.model(torch.ones(1, 3)).sum().backward()
-        self.optimizer.step()
-
-    def parts(self) -> dict:
-        return {key: getattr(self, key) for key in ("model", "ema", "optimizer", "scaler")}
 
 
 @pytest.fixture
@@ -39,8 +19,7 @@ def content(tmp_path) -> dict:
     """What a run wrote after some steps; restore() reads it back from a file."""
     run = Run()
     run.step()
-    more = {"epochs_done": 3, "args": argparse.Namespace(), "progress": PROGRESS}
-    checkpoint.save_checkpoint(tmp_path / LAST, **run.parts(), **more)
+    run.save(tmp_path / LAST, PROGRESS)
     return copy.deepcopy(read_pickle(tmp_path / LAST))
 
 

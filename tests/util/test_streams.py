@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+
 # A command that writes to both streams before, in the middle of and after its work.
 COMMAND = """
 import sys

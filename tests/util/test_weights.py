@@ -1,9 +1,12 @@
 """The one reader of weights: what people really have is loaded, everything else is one sentence."""
 
 import argparse
+import io
+import os
 import pathlib
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -200,17 +203,38 @@ def test_what_cannot_be_loaded_is_one_sentence_that_names_it(model, tmp_path, ca
     assert same(model.state_dict(), before)
 
 
+class Code:
+    """What an attacker would put into a pickle."""
+
+    def __reduce__(self):
+        return os.system, ("false",)
+
+
+def bytes_of(write) -> bytes:
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
+
+
+def write_zip(buffer) -> None:
+    with zipfile.ZipFile(buffer, "w") as file:
+        file.writestr("readme.txt", "no weights here")
+
+
 FOREIGN = {
+    "nothing": (b"", "is empty"),
+    "a web page": (b"\n<!DOCTYPE html><p>Sign in", "HTML page"),
     "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "`git lfs pull`"),
     "text": (b"hello world", "not a PyTorch file"),
-    "JSON": (b'{"error": "Not Found"}', "not a PyTorch file"),
+    "zip": (bytes_of(write_zip), "not a PyTorch file"),
+    "code": (bytes_of(lambda buffer: torch.save({"model": Code()}, buffer)), "read safely"),
     "gzip": (b"\x1f\x8b\x08\0" + bytes(range(60)), "not a PyTorch file"),
     "safetensors": (save({"first.bias": torch.zeros(2)}), "not a PyTorch file"),
 }
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_file_of_another_kind_is_not_said_to_run_code(tmp_path, kind):
+def test_a_file_of_another_kind_is_refused_as_what_it_is(tmp_path, kind):
     content, words = FOREIGN[kind]
     (tmp_path / "x.pth").write_bytes(content)
     assert words in refusal(lambda: load_state_dict_file(tmp_path / "x.pth"))
@@ -218,8 +242,9 @@ def test_a_file_of_another_kind_is_not_said_to_run_code(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in FOREIGN if kind != "safetensors"])
 def test_a_file_of_another_kind_is_no_safetensors_file(tmp_path, kind):
-    words = "`git lfs pull`" if kind == "a pointer" else "not a safetensors file"
-    (tmp_path / "x.safetensors").write_bytes(FOREIGN[kind][0])
+    content, words = FOREIGN[kind]
+    (tmp_path / "x.safetensors").write_bytes(content)
+    words = words if kind in ("nothing", "a web page", "a pointer") else "not a safetensors file"
     assert words in refusal(lambda: load_state_dict_file(tmp_path / "x.safetensors"))
 
 

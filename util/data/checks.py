@@ -91,7 +91,7 @@ def _check_classes(data: ImageFolder | CachedFolder, class_num: int, world: Worl
 def unusual(data: CachedFolder) -> list[int]:
     """Indices of files that are not as long as most: npz files of one shape have one length.
 
-    None if very many differ, as compressed files do.
+    Empty if very many differ, as compressed files do.
     """
     lengths, counts = np.unique(data.files.sizes, return_counts=True)
     odd = np.flatnonzero(data.files.sizes != lengths[counts.argmax()])

@@ -9,14 +9,12 @@ All three are small files, made once from the shapes data set in a few minutes o
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from models.linear_tokenizer import LinearTokenizer
 from util.data.datasets import to_unit_range
@@ -37,15 +35,6 @@ LABEL_SMOOTHING = 0.01  # keeps the logits finite: IS is 9.0, not 10, for perfec
 PIXEL_NOISE = 0.04  # largest deviation of the noise added in training; pixels are in [-1, 1]
 
 
-def batches(start: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pictures start .. start + length - 1 in order, as uint8 (B, 3, 64, 64), labels (B,)."""
-    stop = start + length
-    desc = f"pictures {start}..{stop - 1}"
-    for first in tqdm(range(start, stop, training.BATCH), desc=desc, leave=False, disable=None):
-        indices = range(first, min(first + training.BATCH, stop))
-        yield pictures(first, len(indices)), torch.tensor([label_of(i) for i in indices])
-
-
 def restore(tokenizer: LinearTokenizer, images: Tensor) -> Tensor:
     """uint8 images encoded and decoded, as uint8 like a saved image."""
     return to_bytes(tokenizer.decode(tokenizer.encode(to_unit_range(images)).mode()))
@@ -55,7 +44,7 @@ def psnr(tokenizer: LinearTokenizer) -> float:
     """Peak signal-to-noise ratio of the tokenizer over all pixels of the test pictures, in dB."""
     errors = [
         (restore(tokenizer, images).double() - images.double()).square().mean().item()
-        for images, _ in batches(HELD_OUT_START, TEST_IMAGES)
+        for images, _ in training.batches(pictures, HELD_OUT_START, TEST_IMAGES)
     ]
     return float(10 * np.log10(255**2 / np.mean(errors)))
 
@@ -63,9 +52,10 @@ def psnr(tokenizer: LinearTokenizer) -> float:
 def accuracy(classifier: ShapeClassifier, tokenizer: LinearTokenizer | None) -> float:
     """Share of the test pictures that are classified correctly, raw or through a tokenizer."""
     right = 0
-    for images, labels in batches(HELD_OUT_START, TEST_IMAGES):
+    for images, indices in training.batches(pictures, HELD_OUT_START, TEST_IMAGES):
         images = images if tokenizer is None else restore(tokenizer, images)
-        right += (classifier(images)[1].argmax(1) == labels).sum().item()
+        found = classifier(images)[1].argmax(1).tolist()
+        right += sum(label == label_of(i) for label, i in zip(found, indices, strict=True))
     return right / TEST_IMAGES
 
 
@@ -90,7 +80,8 @@ def channel_spread(tokenizer: LinearTokenizer, images: Tensor) -> list[list[floa
 @torch.inference_mode()
 def make_tokenizer(folder: Path, num_images: int) -> dict[str, object]:
     """Fit the tokenizer, print a table of its channels and write tokenizer.safetensors."""
-    images = torch.cat([to_unit_range(images) for images, _ in batches(0, num_images)])
+    drawn = training.batches(pictures, 0, num_images)
+    images = torch.cat([to_unit_range(images) for images, _ in drawn])
     tokenizer = LinearTokenizer.fit(images)
     print("channel   std  largest  kurtosis   (of the latents times latent_scale)")
     for k, (std, largest, kurtosis) in enumerate(channel_spread(tokenizer, images)):
@@ -114,8 +105,8 @@ def make_classifier(folder: Path, num_images: int) -> dict[str, object]:
     the shapes rather than artefacts of the tokenizer.
     """
     tokenizer = load_tokenizer(folder / "tokenizer.safetensors")
-    data = list(batches(0, num_images))
-    images, labels = (torch.cat(part) for part in zip(*data, strict=True))
+    images = torch.cat([images for images, _ in training.batches(pictures, 0, num_images)])
+    labels = torch.tensor([label_of(i) for i in range(num_images)])
     torch.manual_seed(0)  # the initial weights
     classifier = ShapeClassifier()
 
@@ -146,7 +137,7 @@ def make_stats(folder: Path, num_images: int) -> dict[str, object]:
             f"the same, got {num_images}"
         )
     classifier = ShapeClassifier.from_file(folder / "classifier.safetensors")
-    held_out = (images for images, _ in batches(HELD_OUT_START, num_images))
+    held_out = training.batches(pictures, HELD_OUT_START, num_images)
     save_stats(folder / "fid_stats.npz", training.statistics_of(classifier, held_out))
     return {"made_by": f"python -m util.tiny.assets stats --num_images {num_images}"}
 

@@ -120,8 +120,8 @@ def caption_of(index: int) -> str:
     return describe(scene if names_ground else replace(scene, ground=None), in_order)
 
 
-def render(index: int, size: int = shapes.IMAGE_SIZE) -> np.ndarray:
-    """Picture `index` (>= 0) at size x size pixels => uint8 (size, size, 3)."""
+def render(index: int) -> np.ndarray:
+    """Picture `index` (>= 0), uint8 (64, 64, 3)."""
     scene, random = scene_of(index), _random(index, LAYOUT)
     single = scene.arrangement == SINGLE
     assert scene.ground is not None  # that of a picture never is
@@ -135,9 +135,9 @@ def render(index: int, size: int = shapes.IMAGE_SIZE) -> np.ndarray:
             middle = middle if scene.arrangement == VERTICAL else middle[::-1]
         radius = random.uniform(*(shapes.RADIUS if single else PAIR_RADIUS))
         angle = math.radians(random.uniform(-shapes.ROTATION, shapes.ROTATION))
-        cover = shapes.coverage(shape, middle + shapes.IMAGE_SIZE / 2, radius, angle, size)
+        cover = shapes.coverage(shape, middle + shapes.IMAGE_SIZE / 2, radius, angle)
         paint = np.array(COLOURS[colour], np.float32)
-        picture = picture + cover * (paint - picture)  # (size, size, 3)
+        picture = picture + cover * (paint - picture)
     return np.rint(picture).astype(np.uint8)
 
 

@@ -23,9 +23,9 @@ from util.files import sha256_of
 from util.shapes import label_of
 from util.tiny.training import load_checkpoint, save_checkpoint, save_weights
 from util.tiny.vq import BUNDLE as TOKENIZER
-from util.tiny.vq import Pictures, learning_rate, pictures
+from util.tiny.vq import Pictures, learning_rate, load_tokenizer, pictures
 from util.training.step import attention_for_training
-from util.weights import load_into, read_safetensors, save_safetensors
+from util.weights import read_safetensors, save_safetensors
 
 BUNDLE = Path("pretrained_models/gpt_tiny/model.safetensors")
 PICTURES = 20_000
@@ -42,14 +42,8 @@ ENCODE_BATCH = 50  # pictures
 CPU = torch.device("cpu")
 
 
-def read_tokenizer(path: Path) -> VQModel:
-    tokenizer = vq_tiny().eval()
-    load_into(tokenizer, path)
-    return tokenizer
-
-
 @torch.no_grad()
-def encode_pictures(tokenizer: VQModel, count: int, draw: Pictures = pictures) -> Tensor:
+def encode_pictures(tokenizer: VQModel, count: int, draw: Pictures) -> Tensor:
     """Codes (count, N) int16 of pictures 0 .. count - 1."""
     parts = []
     for start in tqdm(range(0, count, ENCODE_BATCH), desc="codes", unit="batch", disable=None):
@@ -62,16 +56,16 @@ def load_codes(
     output_dir: Path,
     count: int,
     tokenizer_path: Path = TOKENIZER,
-    read: Callable[[Path], VQModel] = read_tokenizer,
+    make: Callable[[], VQModel] = vq_tiny,
     draw: Pictures = pictures,
 ) -> Tensor:
     """Codes (count, N) int64, made once and kept. UserError if there are too few, or of another tokenizer.
 
-    read: loads the tokenizer of that path. draw: pictures by start and count.
+    make: the tokenizer of that path, with other weights. draw: pictures by start and count.
     """
     path, digest = output_dir / "codes.safetensors", sha256_of(tokenizer_path)
     if not path.exists():
-        made = {"codes": encode_pictures(read(tokenizer_path), count, draw)}
+        made = {"codes": encode_pictures(load_tokenizer(tokenizer_path, make), count, draw)}
         save_safetensors(path, made, {"tokenizer_sha256": digest})
     tensors, made_by = read_safetensors(path)
     codes = tensors.get("codes", torch.empty(0)).long()

@@ -30,12 +30,13 @@ from transformers import (
 )
 
 from util.errors import UserError, run_main
-from util.images import to_bytes
+from util.images import contact_sheet, save_png, to_bytes
 from util.shapes import HELD_OUT_START, IMAGE_SIZE
 from util.tiny import janus_vq
 from util.tiny.captions import WORDS, caption_of
 from util.tiny.gpt import fit, load_codes
 from util.tiny.prompt_classifier import CLASSIFIER, FOLDER, PromptClassifier, prompt_agreement
+from util.tiny.vq import load_tokenizer
 
 GRID = 16  # codes per line, and lines
 WIDTH = 128
@@ -145,9 +146,8 @@ def start(tokenizer_path: Path) -> JanusForConditionalGeneration:
     torch.manual_seed(0)
     model = make_model().requires_grad_(False)
     inner = model.model
-    inner.vqmodel.load_state_dict(
-        janus_vq.janus_weights(janus_vq.load_tokenizer(tokenizer_path).state_dict())
-    )
+    tokenizer = load_tokenizer(tokenizer_path, janus_vq.janus_vq)
+    inner.vqmodel.load_state_dict(janus_vq.janus_weights(tokenizer.state_dict()))
     codes = inner.vqmodel.quantize.embedding.weight
     inner.generation_embeddings.weight.copy_(codes * janus_vq.CODE_CHANNELS**0.5)
     small = [inner.generation_aligner, inner.generation_head]
@@ -184,7 +184,7 @@ def train(
 ) -> tuple[JanusForConditionalGeneration, float]:
     """Train, or continue from the checkpoint in output_dir; the model and its last mean loss."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    codes = load_codes(output_dir, count, tokenizer_path, janus_vq.load_tokenizer, janus_vq.draw)
+    codes = load_codes(output_dir, count, tokenizer_path, janus_vq.janus_vq, janus_vq.draw)
     prompts = make_processor()(
         text=[caption_of(index) for index in range(count)],
         generation_mode="image",
@@ -241,7 +241,8 @@ def main() -> None:
     save(model.half(), args.bundle)
     prompts = [caption_of(HELD_OUT_START + n) for n in range(TEST_PICTURES)]
     images = draw_prompts(args.bundle, prompts, seed=0)
-    janus_vq.save_sheet(args.output_dir / "samples.png", images.unflatten(0, (-1, 10)))
+    sheet = contact_sheet(images.permute(0, 2, 3, 1).numpy(), columns=10, padding=0)
+    save_png(args.output_dir / "samples.png", sheet)
     agreement = prompt_agreement(classifier, images, prompts)
     print(json.dumps({"training_loss_nats": round(loss, 4), "agreement": agreement}))
 

@@ -18,12 +18,11 @@ from torch import Tensor
 from models.vq import VQModel
 from util.data.datasets import to_unit_range
 from util.errors import UserError, run_main
-from util.images import save_png, to_bytes
+from util.images import contact_sheet, save_png, to_uint8
 from util.shapes import HELD_OUT_START
 from util.tiny import captions
 from util.tiny.training import save_weights
 from util.tiny.vq import test, train
-from util.weights import load_into
 
 TOKENIZER, RECONSTRUCTIONS = "tokenizer.safetensors", "reconstructions.png"  # in the output folder
 STEPS = 2000
@@ -70,26 +69,13 @@ def draw(start: int, count: int) -> Tensor:
     return to_unit_range(captions.pictures(start, count))
 
 
-def load_tokenizer(path: Path) -> VQModel:
-    """The trained tokenizer, float32, in evaluation mode. UserError when the file is not one."""
-    model = janus_vq()
-    load_into(model, path)
-    return model.eval().requires_grad_(False)
-
-
-def save_sheet(path: Path, images: Tensor) -> None:
-    """Write pictures (rows, columns, 3, H, W), uint8 or float in [-1, 1], as one PNG."""
-    pixels = images if images.dtype == torch.uint8 else to_bytes(images)
-    lines = pixels.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (rows * H, columns * W, 3)
-    save_png(path, lines.contiguous().numpy())
-
-
 @torch.no_grad()
 def save_reconstructions(model: VQModel, path: Path, rows: int = 4, columns: int = 10) -> None:
     """Write a sheet of held-out pictures, each row followed by its reconstructions."""
     images = draw(HELD_OUT_START, rows * columns)
     both = torch.stack([images, model.decode(model.encode(images))])  # (2, rows * columns, ...)
-    save_sheet(path, both.unflatten(1, (rows, columns)).transpose(0, 1).flatten(0, 1))
+    lines = both.unflatten(1, (rows, columns)).transpose(0, 1).flatten(0, 2)
+    save_png(path, contact_sheet(to_uint8(lines), columns, padding=0))
 
 
 def main() -> None:

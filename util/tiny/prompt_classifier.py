@@ -8,7 +8,7 @@ object. An image agrees with a prompt if everything that the prompt states is ri
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -140,16 +140,9 @@ def labels_of(index: int) -> list[int]:
     return labels if scene.arrangement != captions.SINGLE else labels[:4] + [ABSENT, ABSENT]
 
 
-def batches(start: int, count: int) -> Iterator[tuple[Tensor, range]]:
-    """Pictures start .. start + count - 1 in batches, with their indices."""
-    for first in range(start, start + count, training.BATCH):
-        size = min(training.BATCH, start + count - first)
-        yield captions.pictures(first, size), range(first, first + size)
-
-
 def train(count: int) -> PromptClassifier:
     """Train on images 0 .. count - 1, randomly blurred and noisy, as generated images may be."""
-    images = torch.cat([batch for batch, _ in batches(0, count)])
+    images = torch.cat([batch for batch, _ in training.batches(captions.pictures, 0, count)])
     labels = torch.tensor([labels_of(index) for index in range(count)])
     torch.manual_seed(0)  # the initial weights
     classifier = PromptClassifier()
@@ -171,7 +164,7 @@ def accuracy(classifier: PromptClassifier, count: int) -> dict[str, float]:
     """Share of held-out pictures whose scene is right: in everything, and per attribute."""
     results = [
         compare(captions.scene_of(index), found)
-        for batch, indices in batches(HELD_OUT_START, count)
+        for batch, indices in training.batches(captions.pictures, HELD_OUT_START, count)
         for index, found in zip(indices, classifier.scenes(batch), strict=True)
     ]
     return _shares(results)
@@ -191,7 +184,7 @@ def main() -> None:
     classifier = PromptClassifier()
     classifier.load_state_dict(weights)  # what is tested is what is written
     result = accuracy(classifier.eval(), TEST_PICTURES)
-    held_out = (batch for batch, _ in batches(HELD_OUT_START, args.num_images))
+    held_out = training.batches(captions.pictures, HELD_OUT_START, args.num_images)
     save_stats(args.output_dir / STATISTICS, training.statistics_of(classifier, held_out))
     metadata = {
         "kind": "PromptClassifier",

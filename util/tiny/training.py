@@ -1,7 +1,7 @@
 """Shared by the trainings of the bundled models: checkpoints, weight files, the classifiers' loop."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,16 @@ from util.tiny.classifier import TinyClassifier
 from util.weights import read_pickle, save_safetensors
 
 BATCH = 100  # images of a classifier's step
+
+
+def batches(
+    draw: Callable[[int, int], Tensor], start: int, count: int
+) -> Iterator[tuple[Tensor, range]]:
+    """Pictures start .. start + count - 1 in order, as draw(first, size) makes them, with their indices."""
+    stop, desc = start + count, f"pictures {start}..{start + count - 1}"
+    for first in tqdm(range(start, stop, BATCH), desc=desc, leave=False, disable=None):
+        indices = range(first, min(first + BATCH, stop))
+        yield draw(first, len(indices)), indices
 
 
 def save_checkpoint(
@@ -98,7 +108,9 @@ def normalise(classifier: TinyClassifier, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def statistics_of(classifier: TinyClassifier, batches: Iterable[Tensor]) -> FidStatistics:
-    """Mean (64,) and covariance (64, 64) of the features of images, float64."""
-    features = torch.cat([classifier(batch)[0] for batch in batches]).double().numpy()
+def statistics_of(
+    classifier: TinyClassifier, pictures: Iterable[tuple[Tensor, range]]
+) -> FidStatistics:
+    """Mean (64,) and covariance (64, 64) of the features of `batches`, float64."""
+    features = torch.cat([classifier(images)[0] for images, _ in pictures]).double().numpy()
     return FidStatistics(features.mean(0), np.cov(features, rowvar=False))

@@ -24,6 +24,7 @@ from util.data.datasets import to_unit_range
 from util.errors import run_main
 from util.shapes import HELD_OUT_START
 from util.tiny.training import load_checkpoint, save_checkpoint, save_weights
+from util.weights import load_into
 
 BUNDLE = Path("pretrained_models/gpt_tiny/tokenizer.safetensors")
 STEPS = 1000
@@ -109,6 +110,13 @@ def test(model: VQModel, draw: Pictures) -> dict[str, float]:
         "held_out_psnr_db": round(-10 * math.log10(sum(errors) / len(errors)), 2),
         "codes_used": len(used),
     }
+
+
+def load_tokenizer(path: Path, make: Callable[[], VQModel] = vq_tiny) -> VQModel:
+    """The trained tokenizer that `make` makes, in evaluation mode. UserError when the file is not one."""
+    model = make()
+    load_into(model, path)
+    return model.eval().requires_grad_(False)
 
 
 def train(

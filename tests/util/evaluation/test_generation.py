@@ -1,17 +1,15 @@
 """The pipeline of batches, driven by a generator that draws flat pictures."""
 
-import errno
 import threading
 
 import pytest
 import torch
 
-from util import images
 from util.errors import UserError
 from util.evaluation.batches import BatchGrid, Task, jobs_of
 from util.evaluation.conditions import ClassLabels
 from util.evaluation.generation import FeatureSink, PngSink, produce
-from util.images import is_complete_png, png_name, read_image
+from util.images import png_name, read_image
 
 CPU = torch.device("cpu")
 TASK = Task(BatchGrid.create(10, 4), ClassLabels(10), seed=0)
@@ -88,22 +86,6 @@ def test_a_failing_model_ends_the_run_and_keeps_what_is_made(tmp_path, method):
     with pytest.raises(RuntimeError, match="out of memory"):
         make(generator, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [png_name(i) for i in range(8)]
-
-
-def test_a_full_disk_ends_the_run_in_one_sentence_with_whole_files(tmp_path, monkeypatch):
-    save = images.Image.Image.save
-
-    def full(self, path, **options):
-        if "00005" in str(path):
-            path.write_bytes(b"half a picture")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(self, path, **options)
-
-    monkeypatch.setattr(images.Image.Image, "save", full)
-    with pytest.raises(UserError, match=r"cannot write .*00005\.png \(No space left on device\)"):
-        make(Flat(), tmp_path)
-    assert all(is_complete_png(path) for path in tmp_path.iterdir())
-    assert not (tmp_path / png_name(5)).exists()
 
 
 def test_images_that_are_scored_as_they_come_are_bytes_without_padding():

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
@@ -36,11 +35,6 @@ def test_the_commit_of_a_repository_around_unpacked_code_is_not_ours(code):
     found = run_folder.provenance()
     assert found["commit"] is None
     assert found["commit_unknown"] == "the git repository around the code does not track it"
-
-
-def test_code_that_is_ignored_there_is_not_ours_either(code):
-    (code.parent / ".gitignore").write_text("unpacked\n")
-    assert run_folder.provenance()["commit"] is None
 
 
 def test_code_that_is_committed_has_a_commit_with_a_plus_if_files_changed(code):
@@ -104,12 +98,3 @@ def test_the_bundled_classifier_needs_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (feature_weights.SHAPES, feature_weights.PROMPTS):
         assert os.path.isfile(feature_weights.bundled_weights(name, None))
-
-
-def test_a_run_started_elsewhere_uses_them(tmp_path):
-    code = "from engine import cli; print(cli.named('mar_tiny').request().stats_path)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert os.path.isfile(done.stdout.strip())

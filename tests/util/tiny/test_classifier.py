@@ -1,18 +1,19 @@
 """The shape classifier and the FID statistics made with it: right, deterministic, and bundled."""
 
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from tests.support import ROOT
 from util.errors import UserError
 from util.shapes import HELD_OUT_START
 from util.shapes import pictures as shapes
 from util.tiny.assets import load_tokenizer, make_stats, make_tokenizer, restore
 from util.tiny.classifier import ShapeClassifier
 
-FOLDER = Path(__file__).parents[3] / "pretrained_models" / "mar_tiny"
+FOLDER = ROOT / "pretrained_models" / "mar_tiny"
 UNSEEN = HELD_OUT_START + 500_000  # neither trained on nor in the statistics
 
 
@@ -73,9 +74,7 @@ def test_the_bundled_statistics_are_those_of_the_bundled_classifier(classifier, 
 
 
 def test_statistics_are_mean_and_covariance_of_the_held_out_features(classifier, tmp_path):
-    (tmp_path / "classifier.safetensors").write_bytes(
-        (FOLDER / "classifier.safetensors").read_bytes()
-    )
+    shutil.copy(FOLDER / "classifier.safetensors", tmp_path)
     make_stats(tmp_path, 100)
     features = classifier(shapes(HELD_OUT_START, 100))[0].double()
     with np.load(tmp_path / "fid_stats.npz", allow_pickle=False) as stats:

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from util.errors import UserError
-from util.files import sha256_of
 from util.shapes import HELD_OUT_START
-from util.tiny import gpt as tiny_gpt
 from util.tiny.captions import WORDS, caption_of, parse
 from util.tiny.janus_vq import janus_vq
 from util.tiny.prompt_classifier import CLASSIFIER, FOLDER, PromptClassifier, prompt_agreement
@@ -33,25 +31,11 @@ def tokenizer(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def codes_of(tokenizer, monkeypatch):
-    """Writes random codes into a folder, as those of the tokenizer; small steps."""
+def test_only_the_parts_that_draw_are_trained(write_codes, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(janus, "BATCH", 2)
-    monkeypatch.setattr(tiny_gpt, "SAVE_EVERY", 1)
-
-    def write(folder):
-        torch.manual_seed(5)
-        codes = torch.randint(512, (PICTURES, 256), dtype=torch.int16)
-        metadata = {"tokenizer_sha256": sha256_of(tokenizer)}
-        save_safetensors(folder / "codes.safetensors", {"codes": codes}, metadata)
-        return folder
-
-    return write
-
-
-def test_only_the_parts_that_draw_are_trained(codes_of, tokenizer, tmp_path):
     before = janus.start(tokenizer).state_dict()
-    after = janus.train(codes_of(tmp_path / "one"), tokenizer, 2, PICTURES)[0].state_dict()
+    folder = write_codes(tmp_path / "one", tokenizer)
+    after = janus.train(folder, tokenizer, 2, PICTURES)[0].state_dict()
     changed = {name.split(".")[1] for name in after if not torch.equal(after[name], before[name])}
     trained = {"language_model", "generation_embeddings", "generation_aligner", "generation_head"}
     assert changed - {"weight"} == trained  # lm_head.weight is tied to the text embeddings

@@ -5,8 +5,7 @@ import torch
 
 from util.errors import UserError
 from util.tiny import janus_vq
-
-STEPS = 4
+from util.tiny.vq import load_tokenizer
 
 
 def test_transformers_class_gives_the_same_codes_and_pictures_from_the_renamed_weights():
@@ -42,4 +41,5 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     from tests.support import ROOT
 
     with pytest.raises(UserError, match="of another model|check the model's flags"):
-        janus_vq.load_tokenizer(ROOT / "pretrained_models/gpt_tiny/tokenizer.safetensors")
+        path = ROOT / "pretrained_models/gpt_tiny/tokenizer.safetensors"
+        load_tokenizer(path, janus_vq.janus_vq)

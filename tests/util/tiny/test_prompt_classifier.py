@@ -135,6 +135,3 @@ def test_wrong_use_is_refused_in_one_sentence(classifier, images, tmp_path):
         prompt_agreement(classifier, images[:1], ["a cat"])
     with pytest.raises(UserError, match=r"util\.tiny\.prompt_classifier"):
         PromptClassifier.from_file(tmp_path / CLASSIFIER)
-    (tmp_path / CLASSIFIER).write_bytes((FOLDER / CLASSIFIER).read_bytes()[:3000])
-    with pytest.raises(UserError, match="not a prompt classifier"):
-        PromptClassifier.from_file(tmp_path / CLASSIFIER)

@@ -1,55 +1,35 @@
 """Training of the bundled GPT: stopped and started again it is the same, and codes are of its tokenizer."""
 
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import save
 
 from tests.support import ROOT
-from tests.support.assertions import refusal
+from tests.support.assertions import assert_same, refusal
 from util.errors import UserError
-from util.files import sha256_of
 from util.tiny import gpt as tiny_gpt
 from util.tiny.training import load_checkpoint, save_checkpoint
-from util.weights import read_pickle, save_safetensors
+from util.weights import read_pickle
 
-PICTURES = 8
+PICTURES = 8  # codes of as many
 
 
 @pytest.fixture
-def codes_of(monkeypatch):
-    """Writes random codes into a folder, as those of the bundled tokenizer or of another; small steps."""
+def codes_of(monkeypatch, write_codes):
+    """Writes codes of the bundled tokenizer, or of another, into a folder; small steps."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(tiny_gpt, "BATCH", 2)
-    monkeypatch.setattr(tiny_gpt, "SAVE_EVERY", 1)
-
-    def write(folder, digest=None):
-        codes = torch.randint(512, (PICTURES, 256), dtype=torch.int16)
-        metadata = {"tokenizer_sha256": digest or sha256_of(tiny_gpt.TOKENIZER)}
-        save_safetensors(folder / "codes.safetensors", {"codes": codes}, metadata)
-        return folder
-
-    return write
+    return partial(write_codes, tokenizer=tiny_gpt.TOKENIZER)
 
 
-def test_a_stopped_training_continues_to_the_same_weights(codes_of, tmp_path, monkeypatch):
-    torch.manual_seed(5)
+def test_a_stopped_training_continues_to_the_same_weights(codes_of, tmp_path, killed_at_step_2):
     whole, loss = tiny_gpt.train(codes_of(tmp_path / "one"), 3, PICTURES)
-    torch.manual_seed(5)
-    folder, step_of = codes_of(tmp_path / "two"), tiny_gpt.learning_rate
-
-    def killed(step, *rest):
-        if step == 2:
-            raise KeyboardInterrupt
-        return step_of(step, *rest)
-
-    monkeypatch.setattr(tiny_gpt, "learning_rate", killed)
-    with pytest.raises(KeyboardInterrupt):
-        tiny_gpt.train(folder, 3, PICTURES)
-    monkeypatch.setattr(tiny_gpt, "learning_rate", step_of)
-    resumed, again = tiny_gpt.train(folder, 3, PICTURES)
+    folder = codes_of(tmp_path / "two")
+    resumed, again = killed_at_step_2(tiny_gpt, lambda: tiny_gpt.train(folder, 3, PICTURES))
     assert again == loss
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], tensor), name
+    assert_same(dict(resumed.state_dict()), dict(whole.state_dict()))
 
 
 def test_codes_of_another_tokenizer_and_too_few_of_them_are_refused(codes_of, tmp_path):
