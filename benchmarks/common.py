@@ -17,7 +17,6 @@ from util.errors import UserError
 from util.evaluation.run_folder import provenance
 from util.files import read_json, write_json, write_text
 
-RESULTS = Path(__file__).parent / "results"  # what the documents cite
 OUTPUT = Path("output_dir/benchmarks")  # where results go by default
 
 

@@ -73,7 +73,6 @@ PRESETS: dict[str, Preset] = {
 }
 # The original's defaults where they are not those of its constructor; cfg is that of LazyMAR's eval.py.
 DEFAULTS: Preset = {"diffloss_d": 12, "diffloss_w": 1536, "diffusion_batch_mul": 1, "cfg": 3.25}
-TRAINING_CFG = 1.0  # MAR's main_mar.py
 
 
 @dataclass(frozen=True)

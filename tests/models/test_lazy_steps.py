@@ -8,7 +8,7 @@ import torch
 from models.fast_mar import PRESETS, FastMARConfig
 from models.flops import MARGeometry, image_work
 from models.lazy_mar import LazyMARConfig, step_policies
-from models.mar import MAR, mar_base, mar_huge, mar_large
+from models.mar import mar_base, mar_huge, mar_large, mar_tiny
 from models.plan import DecodingPlan
 from tests.support.golden_data import relative_error
 from tests.support.sampling import CLOSE, GEOMETRIES, sample, small_mar
@@ -116,21 +116,11 @@ def test_impossible_lazy_steps_are_named(field, value, named):
 # ---- presets -----------------------------------------------------------------------------------------
 
 
-def next_tiny() -> MAR:
-    """The geometry of a bundled model of 4 and 10 layers."""
-    return MAR(
-        img_size=64, vae_stride=4, vae_embed_dim=8, class_num=10, buffer_size=8,
-        encoder_embed_dim=96, encoder_depth=4, encoder_num_heads=3, decoder_embed_dim=96,
-        decoder_depth=10, decoder_num_heads=3, diffloss_d=6, diffloss_w=192,
-        num_sampling_steps="ddim100",
-    )  # fmt: skip
-
-
 MODELS = {
     "mar_base": lambda: mar_base(diffloss_d=6, diffloss_w=1024),
     "mar_large": lambda: mar_large(diffloss_d=8, diffloss_w=1280),
     "mar_huge": lambda: mar_huge(diffloss_d=12, diffloss_w=1536),
-    "mar_tiny": next_tiny,
+    "mar_tiny": mar_tiny,
 }
 
 
