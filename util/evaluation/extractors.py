@@ -68,10 +68,10 @@ class FeatureSpec:
     """Description of a feature extractor.
 
     find_weights: maps the user's path, or None, to the file that the extractor loads; UserError if it
-    is missing. judge: compares logits with the images' conditions, which gives an accuracy. check:
-    raises UserError for a condition that judge cannot read.
+    is missing. judge: compares logits with the images' conditions, which gives an accuracy.
     spatial_module: the module whose output (B, C, h, w) sFID uses, if there is one; spatial_dim: the
-    size of its first channels, which are compared.
+    size of its first channels, which are compared. check: raises UserError for a condition that judge
+    cannot read.
     """
 
     feature_layer: str
@@ -79,9 +79,9 @@ class FeatureSpec:
     logits_layer: str
     find_weights: Callable[[str | None], str]
     judge: Judge | None = None
-    check: Callable[[Condition], object] = lambda condition: None
     spatial_module: str | None = None
     spatial_dim: int | None = None
+    check: Callable[[Condition], object] = lambda condition: None
 
 
 FEATURES: dict[str, FeatureSpec] = {
@@ -144,7 +144,7 @@ def _judge_prompts(logits: torch.Tensor, conditions: Sequence[Condition]) -> lis
 register_features(
     "prompts",
     FeatureSpec(
-        "64", 64, "logits", partial(bundled_weights, PROMPTS), _judge_prompts, _read_prompt
+        "64", 64, "logits", partial(bundled_weights, PROMPTS), _judge_prompts, check=_read_prompt
     ),
     PromptFeatureExtractor,
 )
