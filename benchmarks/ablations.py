@@ -148,7 +148,7 @@ class Ablation:
         found = read_json(file, dict, "remove it") if file.exists() else {}
         if not about.items() <= found.items() or not isinstance(found.get("peak_gb"), float):
             host = self.host_of(row)
-            sampling = host.model, row.config, row.num_iter, host.sampling.cfg
+            sampling = host.model, row.task, host.sampling.cfg
             geometry = tuple(asdict(host.geometry).items())
             sampled = SampledBatch(*sampling, batch, self.dtype, device, geometry)
             found = {**about, "peak_gb": peak_gb(sampled)}

@@ -1,4 +1,4 @@
-"""Seconds per image of MAR and LazyMAR at the real sizes, beside the limits of the hardware.
+"""Seconds per image of MAR, LazyMAR and the presets at the real sizes, beside the limits of the hardware.
 
     python -m benchmarks.latency --models mar_huge --batches 1,8,64,128          # on a GPU: bf16
     python -m benchmarks.latency --models mar_base --batches 1 --threads 1 --device cpu
@@ -14,6 +14,7 @@ import argparse
 import itertools
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -31,10 +32,17 @@ from benchmarks.common import (
 )
 from benchmarks.mar_work import MODELS, MODES, build, count_work
 from benchmarks.memory import SampledBatch, peak_gb
+from models.fast_mar import FastMARConfig
 from models.sampler import Sampler
 from util.device import DTYPES, can_compile, device_name, pick_device
 from util.errors import run_main
 from util.report import markdown_table
+
+
+def task_of(mode: str, args: argparse.Namespace) -> FastMARConfig:
+    """The settings of a mode; --num_iter sets the decoding steps of all."""
+    task = MODES[mode]
+    return task if args.num_iter is None else replace(task, num_iter=args.num_iter)
 
 
 def sampling(sampler: Sampler, mode: str, batch: int, args: argparse.Namespace) -> Callable:
@@ -46,7 +54,7 @@ def sampling(sampler: Sampler, mode: str, batch: int, args: argparse.Namespace) 
         start = next(first)
         labels = [(start + i) % sampler.model.class_num for i in range(batch)]
         return sampler.sample_tokens(
-            batch, args.num_iter, args.cfg, labels=labels, lazy_mar=MODES[mode], noise=noise
+            batch, cfg=args.cfg, labels=labels, noise=noise, **task_of(mode, args).arguments()
         )
 
     return call
@@ -65,18 +73,20 @@ def measure(
     times, peaks = take_turns(calls, device, args.warmup, args.repeats, title)
     rows = []
     for mode in args.modes:
-        work = count_work(name, MODES[mode], args.num_iter, args.cfg, dtype.itemsize)
+        task = task_of(mode, args)
+        work = count_work(name, task, args.cfg, dtype.itemsize)
         seconds = statistics.median(times[mode])
         arithmetic, with_reads = work.limits(batch, *ceilings)
         if args.memory and device.type == "cpu":
-            settings = args.num_iter, args.cfg, batch, dtype, args.device
-            peaks[mode] = peak_gb(SampledBatch(name, MODES[mode], *settings))
+            settings = args.cfg, batch, dtype, args.device
+            peaks[mode] = peak_gb(SampledBatch(name, task, *settings))
         rows.append(
             {
                 "model": name,
                 "dtype": args.dtype,
                 "batch": batch,
                 "mode": mode,
+                "num_iter": task.num_iter,
                 "s_per_image": seconds / batch,
                 "all_s": times[mode],
                 "speedup": statistics.median(times[args.modes[0]]) / seconds,
@@ -96,8 +106,8 @@ def parse() -> argparse.Namespace:
     parser = Parser("latency", __doc__)
     parser.add_argument("--models", default="mar_base", help=f"of {','.join(MODELS)}")
     parser.add_argument("--batches", default="1", help="images per batch")
-    parser.add_argument("--modes", default="plain,lazy", help=f"of {','.join(MODES)}")
-    parser.number("num_iter", 64)
+    parser.add_argument("--modes", default="plain,lazy,balanced,fast", help=f"of {','.join(MODES)}")
+    parser.number("num_iter", None, "decoding steps (64; balanced 40, fast 32)")
     parser.add_argument("--cfg", type=float, default=3.25)
     parser.number("warmup", None, "runs that do not count (CUDA: 3, CPU: 0)", least=0)
     parser.number("repeats", 3)
@@ -135,11 +145,12 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "matrix_gflop_per_s": ceilings[0] / 1e9,
         "read_gb_per_s": ceilings[1] / 1e9,
-        **{name: getattr(args, name) for name in ("compile", "num_iter", "cfg")},
+        **{name: getattr(args, name) for name in ("compile", "cfg")},
         "seeds": "0 .. batch - 1; weights: torch.manual_seed(0)",
     }
-    head = ["model", "dtype", "batch", "mode", "s_per_image", "speedup", "tflop_per_image"]
-    head += ["arithmetic_limit_s", "over_arithmetic", "limit_with_reads_s", "over_limit", "peak_gb"]
+    head = ["model", "dtype", "batch", "mode", "num_iter", "s_per_image", "speedup"]
+    head += ["tflop_per_image", "arithmetic_limit_s", "over_arithmetic"]
+    head += ["limit_with_reads_s", "over_limit", "peak_gb"]
     table = markdown_table(head, [[row[key] for key in head] for row in rows])
     write_result(args.output, {"about": about, "rows": rows}, table)
 

@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.mar import DEFAULTS, PRESETS
 from models import mar
 from models.decoding import Decoding
+from models.fast_mar import PRESETS as FAST_PRESETS
+from models.fast_mar import FastMARConfig
 from models.head_config import HeadConfig
 from models.lazy_head import LazyDenoiser
 from models.lazy_mar import CACHES, LazyMARConfig
@@ -17,10 +19,11 @@ from models.plan import DecodingPlan
 from models.sampling_copy import sampling_copy
 
 MODELS = tuple(mar.SIZES)
-MODES: dict[str, LazyMARConfig | None] = {
-    "plain": None,
-    "lazy": LazyMARConfig(),
-    **{name: LazyMARConfig().with_caches([name]) for name in CACHES},
+MODES: dict[str, FastMARConfig] = {
+    "plain": FastMARConfig.published(),
+    "lazy": FastMARConfig.lazymar(),
+    **{name: FastMARConfig(lazy=LazyMARConfig().with_caches([name])) for name in CACHES},
+    **{name: FAST_PRESETS[name]() for name in ("balanced", "fast")},
 }
 
 
@@ -61,12 +64,13 @@ class Work:
         return arithmetic, batch * self.transformer_flops / rate + head
 
 
-def count_work(
-    name: str, config: LazyMARConfig | None, num_iter: int, cfg: float, itemsize: int
-) -> Work:
+def count_work(name: str, task: FastMARConfig, cfg: float, itemsize: int) -> Work:
     """The work of one image by a model of this name, see `work_of`."""
-    model = build(name, "meta")
-    return work_of(model, config, DecodingPlan.create(model.seq_len, num_iter, cfg), itemsize)
+    model, start = build(name, "meta"), task.head.guidance_start
+    plan = DecodingPlan.create(
+        model.seq_len, task.num_iter, cfg, guidance_start=start, order=task.order
+    )
+    return work_of(model, task.lazy, plan, itemsize, task.head)
 
 
 def work_of(

@@ -5,13 +5,13 @@ import multiprocessing
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from benchmarks.mar_work import build
-from models.lazy_mar import LazyMARConfig
+from models.fast_mar import FastMARConfig
 from models.sampler import Sampler
 
 
@@ -65,8 +65,7 @@ class SampledBatch:
     """
 
     name: str
-    config: LazyMARConfig | None
-    num_iter: int
+    task: FastMARConfig
     cfg: float
     size: int
     dtype: torch.dtype
@@ -76,16 +75,17 @@ class SampledBatch:
     def sample(self) -> None:
         """Sample it on one thread."""
         torch.set_num_threads(1)
-        on_cuda = torch.device(self.device).type == "cuda"
-        few = {} if on_cuda else {"num_sampling_steps": "4"}
+        few, task = {}, self.task
+        if torch.device(self.device).type != "cuda":
+            few["num_sampling_steps"] = "4"
+            task = replace(task, head=replace(task.head, steps=None))
         model = build(self.name, self.device, **{**dict(self.geometry), **few})
         Sampler(model, self.dtype).sample_tokens(
             self.size,
-            self.num_iter,
-            self.cfg,
+            cfg=self.cfg,
             labels=[i % model.class_num for i in range(self.size)],
-            lazy_mar=self.config,
             noise=model.image_noise(range(self.size)),
+            **task.arguments(),
         )
 
 
