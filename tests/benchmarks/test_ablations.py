@@ -29,7 +29,7 @@ def ablate(one_thread, monkeypatch, weights, tmp_path, document_of):
     measured = []
 
     def peak_gb(batch):
-        measured.append(batch.config)
+        measured.append(batch.task.lazy)
         return 0.5
 
     monkeypatch.setattr(ablations, "STEPS", 2)
