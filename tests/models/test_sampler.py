@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models import sampling_copy as sampling_copy_module
 from models.decoding import Decoding
@@ -100,13 +101,25 @@ def test_packed_products_equal_plain_ones(monkeypatch, dtype, outputs):
     assert relative_error(packed(x, outputs).float(), cast(x, outputs).float()) < tolerance
 
 
-def test_small_float32_weights_are_not_packed():
-    assert isinstance(sampling_linear(torch.ones(8, 8), torch.ones(8), torch.float32), CastLinear)
+def test_small_float32_weights_are_packed_only_where_mkl_is_slow(monkeypatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("needs oneDNN")
+    arguments = torch.randn(96, 96), torch.randn(96), torch.float32
+    monkeypatch.setattr(sampling_copy_module, "mkl_lacks_avx512", lambda: False)
+    assert isinstance(sampling_linear(*arguments), CastLinear)
+    monkeypatch.setattr(sampling_copy_module, "mkl_lacks_avx512", lambda: True)
+    packed = sampling_linear(*arguments)
+    assert isinstance(packed, PackedLinear)
+    for rows in (1, 56, 57, 200):  # 2^19 multiply-adds are 56.9 rows of 96^2
+        x = torch.randn(rows, 96)
+        assert relative_error(packed(x), F.linear(x, *arguments[:2])) < 1e-6
+        assert bool(packed._packed) == (rows >= 57)
 
 
 @pytest.mark.parametrize("lazy_mar", [None, CONFIGS["all"]], ids=["mar", "lazymar"])
 def test_packing_does_not_change_the_image(monkeypatch, lazy_mar):
     model = small_mar()
+    monkeypatch.setattr(sampling_copy_module, "mkl_lacks_avx512", lambda: False)
     plain = sample(model, lazy_mar=lazy_mar)
     monkeypatch.setattr(sampling_copy_module, "PACKED_FROM", 0)
     assert relative_error(sample(model, lazy_mar=lazy_mar), plain) < CLOSE
