@@ -2,8 +2,9 @@
 
     python -m benchmarks.fid_difference RUN_OF_MAR RUN_OF_LAZYMAR ... --output output_dir/difference
 
-Runs are folders of eval.py; the others are compared with the first. Runs of equal seeds vary together, so
-the difference varies less than each FID: the bootstrap (95%) resamples images of both runs together.
+Runs are folders of eval.py; the others are compared with the first. Runs that differ only by --seed and
+--num_images are one set of images. Runs of equal seeds vary together, so the difference varies less than
+each FID: the bootstrap (95%) resamples images of both runs together.
 Features are kept in RUN/features.npz; after that, the images may be deleted. The last line is one JSON
 document.
 """
@@ -66,6 +67,21 @@ def features_of(run: Run, request: ScoreRequest, device: str) -> np.ndarray:
     return features
 
 
+def pools_of(runs: list[Run]) -> list[list[Run]]:
+    """Runs of one configuration but for seed and number of images, in the order of their first."""
+    pools: list[tuple[object, list[Run]]] = []
+    for run in runs:
+        config = json.loads((Path(str(run["path"])) / "manifest.json").read_text())["config"]
+        key = {name: value for name, value in config.items() if name not in ("seed", "num_images")}
+        for other, pool in pools:
+            if key == other and run.get("seed") not in [member.get("seed") for member in pool]:
+                pool.append(run)
+                break
+        else:
+            pools.append((key, [run]))
+    return [pool for _, pool in pools]
+
+
 def check_paired(run: Run, first: Run) -> None:
     """UserError unless image i of both runs has the same label, seed and weights."""
     for key in report.PAIRED:
@@ -95,31 +111,44 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     set_threads(args.threads)
-    runs = [report.load_run(path) for path in args.runs]
-    first, *others = runs
-    for run in others:
-        check_paired(run, first)
-    words = ["--model", str(first["model"])]
+    first, *others = pools_of([report.load_run(path) for path in args.runs])
+    if not others:
+        raise UserError("these runs differ only by seed: give runs of two configurations or more")
+    for pool in others:
+        if len(pool) != len(first):
+            raise UserError(
+                f"{first[0]['path']} is one of {len(first)} runs of its configuration, "
+                f"{pool[0]['path']} of {len(pool)}: give the same seeds of both"
+            )
+        for run, base_run in zip(pool, first, strict=True):
+            check_paired(run, base_run)
+    words = ["--model", str(first[0]["model"])]
     for name in ("features", "features_path", "fid_stats"):
         words += [f"--{name}", value] if (value := getattr(args, name)) else []
     request = cli.parse("eval", words=words).request()
     metrics.check_ready(request)
     stats = load_stats(request.stats_path)
     reference = Gaussian(stats.mu, stats.sigma)
-    base = features_of(first, request, args.device)
+
+    def features(pool: list[Run]) -> np.ndarray:
+        return np.concatenate([features_of(run, request, args.device) for run in pool])
+
+    base = features(first)
     rows = []
-    for run in others:
-        found = paired_fid(base, features_of(run, request, args.device), reference, args.resamples)
-        rows.append({"run": str(run["path"]), "method": run["method"], **asdict(found)})
+    for pool in others:
+        found = paired_fid(base, features(pool), reference, args.resamples)
+        paths = [str(run["path"]) for run in pool]
+        rows.append({"runs": paths, "method": pool[0]["method"], **asdict(found)})
     about = {
         **origin(),
-        "base": str(first["path"]),
-        **{key: first.get(key) for key in report.PAIRED},
-        "cfg": first["cfg"],
+        "base": [str(run["path"]) for run in first],
+        "images": len(base),
+        "paired": [{key: run.get(key) for key in report.PAIRED} for run in first],
+        "cfg": first[0]["cfg"],
         "reference": request.reference,
         "interval": f"95%, {args.resamples} bootstrap samples of the images, runs together",
     }
-    cells = [[first["method"], f"{rows[0]['base']:.4f}", "", ""]]
+    cells = [[first[0]["method"], f"{rows[0]['base']:.4f}", "", ""]]
     for row in rows:
         interval = f"{row['low']:+.4f} .. {row['high']:+.4f}"
         cells.append([row["method"], f"{row['fid']:.4f}", f"{row['difference']:+.4f}", interval])

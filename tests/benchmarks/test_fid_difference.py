@@ -14,6 +14,7 @@ from tests.support.runs import write_run
 from util import metrics
 from util.errors import UserError
 from util.evaluation.request import ScoreRequest
+from util.images import png_name
 from util.shapes import render
 
 COUNT = 12
@@ -71,8 +72,36 @@ def test_features_of_another_run_in_the_same_folder_are_made_again(command, runs
     assert command(*runs)["rows"][0]["difference"] > 0
 
 
+def test_runs_of_several_seeds_are_one_set(command, runs, tmp_path):
+    """The FIDs of two seeds together are those of the images in one folder."""
+    parts = {}
+    for method, noise in (("mar", 0), ("lazy", 20)):
+        folders = [tmp_path / f"{method}{seed}" for seed in (1, 2)]
+        for seed, folder in enumerate(folders, 1):
+            make_run(folder, noise + seed, seed=seed, cfg=3.0 if method == "mar" else 2.0)
+        parts[method] = folders
+    document = command(*parts["mar"], *parts["lazy"])
+    assert document["about"]["images"] == 2 * COUNT
+    (row,) = document["rows"]
+    assert row["runs"] == [str(folder) for folder in parts["lazy"]]
+    preset = PRESETS["mar_tiny"]
+    request = ScoreRequest(*(preset[key] for key in ("features", "features_path", "fid_stats")))
+    for key, folders in zip(("base", "fid"), parts.values(), strict=True):
+        together = tmp_path / f"{key}_together"
+        together.mkdir()
+        for k, folder in enumerate(folders):
+            for i in range(COUNT):
+                shutil.copy(folder / "images" / png_name(i), together / png_name(k * COUNT + i))
+        wanted = metrics.score(together, 2 * COUNT, request, "cpu")["fid"]
+        assert row[key] == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(UserError, match="mar1 is one of 2 runs of its configuration, .*lazy1 of 1"):
+        command(*parts["mar"], parts["lazy"][0])
+    with pytest.raises(UserError, match="differ only by seed"):
+        command(*parts["mar"])
+
+
 def test_runs_that_are_not_paired_are_refused_in_a_sentence(command, runs, tmp_path):
-    third = make_run(tmp_path / "c", 5, seed=2)
+    third = make_run(tmp_path / "c", 5, seed=2, cfg=2.0)
     with pytest.raises(UserError, match=r"c has seed 2, .*a has 1: runs to compare share"):
         command(runs[0], third)
     with pytest.raises(UserError, match="a single run cannot be compared"):
