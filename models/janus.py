@@ -109,9 +109,13 @@ class JanusGenerator:
     ) -> tuple[dict[str, Tensor], Sequence[int]]:
         """The prompts as tokens, with the processor's chat template if it has one.
 
-        UserError for a prompt that leaves the model no room for an image.
+        UserError for a prompt that leaves the model no room for an image, or that asks for an input image.
         """
         texts = list(prompts)
+        if image := next((text for text in texts if self.processor.image_token in text), None):
+            raise UserError(
+                f"prompts are text alone: remove {self.processor.image_token} from {image[:60]!r}"
+            )
         if self.processor.chat_template is not None:
             texts = [
                 self.processor.apply_chat_template(

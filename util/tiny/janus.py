@@ -55,7 +55,7 @@ CHAT_TEMPLATE = (  # the words of the user alone: no turn markers, which this mo
 GUIDANCE = 2.0  # of the saved generation config
 
 PICTURES = 40_000
-STEPS = 5000
+STEPS = 8000
 BATCH = 16  # pictures
 PROMPT_DROP = 0.1  # LlamaGen, train_t2i.py: class_dropout_prob
 TEST_PICTURES = 100  # drawn at the end from held-out captions
