@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from models.sampling_copy import sampling_linear
 from util.config import SentenceParser
 from util.device import DTYPES, pick_dtype
 from util.errors import UserError
@@ -51,7 +52,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large linear layer: the ceiling of matrix products."""
     size = 8192 if device.type == "cuda" else 2048
     x, weight = torch.randn(2, size, size, device=device).to(dtype)
-    return 2 * size**3 / best_seconds(lambda: torch.nn.functional.linear(x, weight), device)
+    layer = sampling_linear(weight, weight[0], dtype)
+    return 2 * size**3 / best_seconds(lambda: layer(x), device)
 
 
 def read_rate(device: torch.device) -> float:
