@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine import cli
-from engine.mar import MARHost, SamplingConfig
+from engine.mar import SamplingConfig, mar_host
 from models.mar import MAR
 from models.order import OrderConfig
 from models.sampler import Sampler
@@ -288,7 +288,8 @@ def parse() -> tuple[cli.Selection, int]:
     parser = cli.make_parser("demo", __doc__.splitlines()[0])
     parser.add_flag("port", "of the page on this machine", type=int, metavar="N")
     flags = parser.parse()
-    port = flags.given.pop("port", 7860)
+    (port,) = flags.take("port")
+    port = 7860 if port is None else port
     if not 0 < port < 1 << 16:
         raise UserError(f"--port is {port}; it must be from 1 to 65535")
     selection = cli.select(flags, "demo")
@@ -299,9 +300,7 @@ def parse() -> tuple[cli.Selection, int]:
 def main() -> None:
     """Command line."""
     selection, port = parse()
-    host = selection.host()
-    if not isinstance(host, MARHost):
-        raise UserError(f"the demo draws with MAR models; --model {selection.model} is not one")
+    host = mar_host(selection.host())
     if find_spec("gradio") is None:
         raise UserError("the demo needs gradio: install it with `pip install '.[demo]'`")
     seed = selection.flags.build(EvaluationConfig, {"no_score": True}).seed

@@ -30,7 +30,7 @@ SCORED_AS = ("model", "num_images", "class_num", "features", "prompts", *PATHS)
 def parse() -> tuple[cli.Selection, str | None]:
     """The command line, and the folder of --score_only; flags not given are those of its last call."""
     flags = cli.make_parser("eval", __doc__.splitlines()[0]).parse()
-    folder = flags.given.pop("score_only", None)
+    (folder,) = flags.take("score_only")
     if folder is not None and (manifest := RunFolder(folder).manifest()):
         before = manifest["calls"][-1].get("arguments", {})
         known = {name: before[name] for name in SCORED_AS if before.get(name) is not None}

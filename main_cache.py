@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from engine import cli
-from engine.mar import MARHost
+from engine.mar import MARHost, mar_host
 from util import dist
 from util.data.checks import check_files, note
 from util.data.config import DataConfig
@@ -71,8 +71,7 @@ def cache(
 
 def main() -> None:
     selection = cli.parse("main_cache", __doc__.splitlines()[0])
-    host, place = selection.host(), cli.place(selection.flags)
-    assert isinstance(host, MARHost)
+    host, place = mar_host(selection.host()), cli.place(selection.flags)
     data = selection.flags.build(DataConfig)
     batch_size = selection.flags.build(TrainConfig).batch_size
     written = cache(host, data, batch_size, place.world, place.device)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engine import cli
 from engine.base import Loaded
-from engine.mar import MARHost
+from engine.mar import MARHost, mar_host
 from engine.run import evaluate
 from models import mar
 from models.tokenizers import Tokenizer
@@ -64,8 +64,7 @@ def parse(words: Sequence[str] | None = None) -> Command:
     if "score_only" in flags.given:
         raise UserError("--score_only belongs to eval.py: python eval.py --score_only DIR")
     selection = cli.select(flags, "main_mar")
-    host = selection.host()  # before hours of training, not at the first evaluation
-    assert isinstance(host, MARHost)
+    host = mar_host(selection.host())  # before hours of training, not at the first evaluation
     train = flags.build(TrainConfig)
     if flags.given.get("dry_run") and not train.evaluate:
         raise UserError("--dry_run is for evaluations: use it with eval.py or with --evaluate")

@@ -14,7 +14,7 @@ document.
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -32,7 +32,8 @@ from benchmarks.frontier import Result, conclusion, draw
 from benchmarks.memory import SampledBatch, peak_gb
 from benchmarks.plots import require_matplotlib
 from engine import cli
-from engine.mar import MARHost
+from engine.mar import MARHost, mar_host
+from engine.mar_settings import BEYOND_LAZYMAR
 from engine.run import evaluate
 from models.flops import MARGeometry, image_work
 from models.head_config import HeadConfig
@@ -281,34 +282,31 @@ def parse(words: Sequence[str] | None = None) -> Request:
     parser.add_flag("timing_bsz", "images of a timed batch; default --eval_bsz", type=int)
     parser.add_flag("repeats", "turns in which each row is timed [3]", type=int)
     flags = parser.parse(words)
-    for name in ("lazy_mar", "num_iter", *(field.name for field in fields(LazyMARConfig))):
+    set_by_rows = "is set by the rows of an ablation"
+    flags.refuse((LazyMARConfig, *BEYOND_LAZYMAR), set_by_rows)
+    for name in ("lazy_mar", "num_iter"):
         if name in flags.given:
-            raise UserError(f"--{name} is set by the rows of an ablation: remove it")
+            raise UserError(f"--{name} {set_by_rows}: remove it")
     for name in ("no_save", "no_score"):
         if flags.given.get(name):
             raise UserError(f"an ablation compares images and scores: remove --{name}")
-    own = {
-        name: flags.given.pop(name, None) for name in ("group", "results", "timing_bsz", "repeats")
-    }
-    flags.given["lazy_mar"] = True  # for the base of the rows
+    group, results, timing_bsz, repeats = flags.take("group", "results", "timing_bsz", "repeats")
     selection = cli.select(flags, "ablations")
-    if selection.family.name != "MAR":
-        raise UserError(f"--model {selection.model} has no LazyMAR: use one of the mar_ models")
+    flags.given["lazy_mar"] = True  # for the base of the rows
+    host = mar_host(selection.host())
     small = selection.model == "mar_tiny"
     num_images = flags.given.setdefault("num_images", TINY_IMAGES if small else 50000)
     flags.given.setdefault("eval_bsz", min(100 if small else 128, num_images))
     settings = flags.build(EvaluationConfig)
-    names = list(GROUPS) if own["group"] in (None, "all") else own["group"].split(",")
+    names = list(GROUPS) if group in (None, "all") else group.split(",")
     for name in names:
         if name not in GROUPS:
             raise UserError(f"--group {name} is unknown; use all, or some of {', '.join(GROUPS)}")
-    timing_bsz = settings.eval_bsz if own["timing_bsz"] is None else own["timing_bsz"]
-    repeats = 3 if own["repeats"] is None else own["repeats"]
+    timing_bsz = settings.eval_bsz if timing_bsz is None else timing_bsz
+    repeats = 3 if repeats is None else repeats
     for name, value in (("timing_bsz", timing_bsz), ("repeats", repeats)):
         if value < 1:
             raise UserError(f"--{name} is {value}; it must be at least 1")
-    host = selection.host()
-    assert isinstance(host, MARHost)
     return Request(
         host=host,
         settings=settings,
@@ -316,7 +314,7 @@ def parse(words: Sequence[str] | None = None) -> Request:
         place=cli.place(flags),
         arguments=flags.resolved,
         groups=names,
-        results=Path(own["results"] or OUTPUT),
+        results=Path(results or OUTPUT),
         timing_bsz=timing_bsz,
         repeats=repeats,
     )

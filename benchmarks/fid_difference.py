@@ -122,10 +122,9 @@ def main() -> None:
             )
         for run, base_run in zip(pool, first, strict=True):
             check_paired(run, base_run)
-    words = ["--model", str(first[0]["model"])]
-    for name in ("features", "features_path", "fid_stats"):
-        words += [f"--{name}", value] if (value := getattr(args, name)) else []
-    request = cli.parse("eval", words=words).request()
+    names = ("features", "features_path", "fid_stats")
+    own = {name: value for name in names if (value := getattr(args, name)) is not None}
+    request = cli.named(str(first[0]["model"]), **own).request()
     metrics.check_ready(request)
     stats = load_stats(request.stats_path)
     reference = Gaussian(stats.mu, stats.sigma)

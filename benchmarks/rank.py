@@ -41,10 +41,11 @@ from benchmarks.measures import (
     steps_of_positions,
     tear_ratio,
 )
-from benchmarks.real_images import RealImages, host_of, real_images
+from benchmarks.real_images import RealImages, real_images
 from benchmarks.teacher_forcing import ForcedImages, Teacher
+from engine import cli
 from engine.base import Loaded
-from engine.mar import PRESETS, MARHost
+from engine.mar import PRESETS, MARHost, mar_host
 from models.flops import MARGeometry, image_work
 from models.lazy_mar import CACHES, LazyMARConfig
 from models.mar import MAR
@@ -278,9 +279,8 @@ def main() -> None:
     set_threads(args.threads)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    words = ["--resume", args.resume] if args.resume else []
-    words += ["--cfg", str(args.cfg)] if args.cfg is not None else []
-    host = host_of(args.model, *words)
+    own = {name: value for name in ("resume", "cfg") if (value := getattr(args, name)) is not None}
+    host = mar_host(cli.named(args.model, **own).host())
     loaded = host.load(device)
     first = FIRST_PICTURE + args.seed * args.images
     images = real_images(host, loaded.tokenizer, first, args.images, args.cached_path)

@@ -7,20 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import cli
 from engine.mar import MARHost
 from models.vae import DiagonalGaussianDistribution
 from util.data.datasets import CachedFolder, to_unit_range
 from util.errors import UserError
 from util.shapes import label_of, pictures
-
-
-def host_of(model: str, *words: str) -> MARHost:
-    """A named MAR with eval.py's defaults, and with these of its flags. UserError for other models."""
-    host = cli.parse("eval", words=["--model", model, *words]).host()
-    if not isinstance(host, MARHost):
-        raise UserError(f"--model {model} is not a MAR model")
-    return host
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from benchmarks.common import OUTPUT, origin, prepare_output, with_ending, write
 from benchmarks.plots import require_matplotlib
 from benchmarks.redundancy_figures import draw
 from engine import cli
-from engine.mar import MARHost
+from engine.mar import MARHost, mar_host
+from engine.mar_settings import BEYOND_LAZYMAR
 from models.decoding import Decoding
 from models.lazy_mar import LazyMARConfig
 from models.mar import MAR
@@ -213,7 +214,7 @@ def measure(
     return document, latents
 
 
-def parse() -> tuple[cli.Selection, Path]:
+def parse() -> tuple[cli.Selection, MARHost, Path]:
     """The command line: eval.py's flags and --output."""
     parser = cli.make_parser("redundancy", __doc__.splitlines()[0])
     parser.add_flag(
@@ -223,20 +224,20 @@ def parse() -> tuple[cli.Selection, Path]:
         metavar="PREFIX",
     )
     flags = parser.parse()
-    output = flags.given.pop("output", None)
+    flags.refuse(BEYOND_LAZYMAR, "is not measured here, only MAR and LazyMAR")
+    (output,) = flags.take("output")
+    selection = cli.select(flags, "redundancy")
     flags.given["lazy_mar"] = True
-    selection = cli.select(flags, "redundancy")  # refuses GPT models, which LazyMAR does not know
+    host = mar_host(selection.host())
     output = with_ending(output or OUTPUT / f"redundancy_{selection.model}", "")
     prepare_output(output)
-    return selection, output
+    return selection, host, output
 
 
 def main() -> None:
-    selection, output = parse()
+    selection, host, output = parse()
     require_matplotlib()
-    host = selection.host()
     settings = selection.flags.build(EvaluationConfig, {"no_score": True})  # one image will do
-    assert isinstance(host, MARHost)
     sampling = host.sampling
     lazy_mar = sampling.lazy_mar
     assert lazy_mar is not None

@@ -11,14 +11,13 @@ documents are benchmarks/results/tiny_references.{json,md}.
 
 import argparse
 from collections.abc import Callable
-from typing import cast
 
 import numpy as np
 import torch
 
 from benchmarks.common import OUTPUT, Parser, origin, write_result
 from engine import cli
-from engine.mar import MARHost
+from engine.mar import mar_host
 from models.linear_tokenizer import LinearTokenizer
 from util import metrics
 from util.data.datasets import to_unit_range
@@ -31,7 +30,7 @@ from util.tiny import training
 from util.tiny.assets import DEFAULT_IMAGES, channel_spread, psnr, restore
 
 SELECTION = cli.named("mar_tiny")
-HOST = cast(MARHost, SELECTION.host())
+HOST = mar_host(SELECTION.host())
 START = HELD_OUT_START + DEFAULT_IMAGES["stats"]  # behind those of the statistics
 FEW = 1000  # images, as in most tables
 PATCH = 4  # pixels: the tokenizer's stride

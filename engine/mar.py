@@ -220,6 +220,13 @@ class MARFamily(Family):
         )
 
 
+def mar_host(host: Host) -> MARHost:
+    """The host, if it is MAR's. UserError for models of other families."""
+    if not isinstance(host, MARHost):
+        raise UserError(f"--model {host.model} is not a MAR model: use one of {', '.join(PRESETS)}")
+    return host
+
+
 class MarGenerator:
     """MAR or LazyMAR and a tokenizer as a util.evaluation.generation.ImageGenerator."""
 

@@ -88,31 +88,6 @@ class PresetConfig:
     )
 
 
-def preset_flags(preset: FastMARConfig) -> dict[str, Any]:
-    """The flags that a preset stands for, by name."""
-    values: dict[str, Any] = {"num_iter": preset.num_iter, "lazy_mar": preset.lazy is not None}
-    published = LazyMARConfig()
-    for name, value in vars(preset.lazy or published).items():
-        if value != getattr(published, name):
-            values[name] = value
-    for config in (preset.head, preset.order):
-        for flag in flags_of(type(config)):
-            values[flag.name] = getattr(config, flag.field.name)
-    steps = preset.head.steps
-    if isinstance(steps, tuple):
-        values["diff_upper_steps"], values["diff_lower_steps"] = steps
-    elif steps is not None:
-        values["diff_upper_steps"] = steps
-    return values
-
-
-@dataclass(frozen=True)
-class EMAConfig:
-    """Which of a checkpoint's two sets of weights to use."""
-
-    no_ema: bool = setting(False, "use the weights of `model` instead of `model_ema`")
-
-
 @dataclass(frozen=True)
 class HeadSteps:
     """Denoising steps of the head over the decoding steps (DiSA, arXiv 2505.20297)."""
@@ -139,6 +114,35 @@ class HeadSteps:
                 "give at most as many"
             )
         return self.upper, self.lower
+
+
+# Configs of the flags that go beyond LazyMAR.
+BEYOND_LAZYMAR = (PresetConfig, HeadSteps, HeadConfig, OrderConfig)
+
+
+def preset_flags(preset: FastMARConfig) -> dict[str, Any]:
+    """The flags that a preset stands for, by name."""
+    values: dict[str, Any] = {"num_iter": preset.num_iter, "lazy_mar": preset.lazy is not None}
+    published = LazyMARConfig()
+    for name, value in vars(preset.lazy or published).items():
+        if value != getattr(published, name):
+            values[name] = value
+    for config in (preset.head, preset.order):
+        for flag in flags_of(type(config)):
+            values[flag.name] = getattr(config, flag.field.name)
+    steps = preset.head.steps
+    if isinstance(steps, tuple):
+        values["diff_upper_steps"], values["diff_lower_steps"] = steps
+    elif steps is not None:
+        values["diff_upper_steps"] = steps
+    return values
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Which of a checkpoint's two sets of weights to use."""
+
+    no_ema: bool = setting(False, "use the weights of `model` instead of `model_ema`")
 
 
 @dataclass(frozen=True)

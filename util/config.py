@@ -19,7 +19,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from util.errors import UserError
@@ -151,6 +151,17 @@ class Flags:
             if flag.name in self.given:
                 raise UserError(f"--{flag.name} belongs to {title}: add --{switch}")
         return None
+
+    def refuse(self, configs: Iterable[type], reason: str) -> None:
+        """UserError for a given flag of one of these configs."""
+        for flag in (flag for config in configs for flag in flags_of(config)):
+            if flag.name in self.given:
+                no = "no_" if flag.field.default is True else ""
+                raise UserError(f"--{no}{flag.name} {reason}: remove it")
+
+    def take(self, *names: str) -> list[Any]:
+        """Values of a command's own flags, None where not given; they are no part of any config."""
+        return [self.given.pop(name, None) for name in names]
 
     def refuse_foreign(self, owner: str, model: str) -> None:
         """UserError for a given flag that belongs only to other families than `owner`."""

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from engine import cli
-from engine.mar import MARHost
+from engine.mar import mar_host
 from engine.published import tflops_at_64
 from models.fast_mar import PRESETS, FastMARConfig
 from models.flops import MARGeometry, Work, image_work
@@ -78,8 +78,7 @@ class Share:
 
 
 def geometry_of(name: str) -> MARGeometry:
-    host = cli.named(name).host()
-    assert isinstance(host, MARHost)
+    host = mar_host(cli.named(name).host())
     with torch.device("meta"):
         return MARGeometry.from_model(host.build())
 

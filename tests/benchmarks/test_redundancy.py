@@ -149,6 +149,8 @@ def test_the_script_writes_three_figures_and_their_numbers(script, monkeypatch, 
         (("--num_iter", 9), "features as old as --interval 9 allows need more"),
         (("--num_iter", 2, "--interval", 1), "makes 2 steps"),
         (("--model", "gpt_tiny"), "is for MAR models; --model gpt_tiny is a GPT model"),
+        (("--preset", "fast"), "--preset is not measured here"),
+        (("--diff_upper_steps", 20), "--diff_upper_steps is not measured here"),
         (("--resume", "nowhere"), "no checkpoint at nowhere"),
     ],
 )

@@ -135,7 +135,7 @@ def test_the_caption_compares_seconds_and_pixels():
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--model", "gpt_tiny"], "the demo draws with MAR models"),
+        (["--model", "gpt_tiny"], "gpt_tiny is not a MAR model: use one of mar_base"),
         (["--port", "x"], "--port"),
         (["--port", "99999"], "--port is 99999"),
         (["--num_imges", "4"], "unrecognized arguments: --num_imges 4"),

@@ -96,8 +96,12 @@ def test_an_ablation_has_sizes_that_fit_its_model():
         (["--interval", "3"], "--interval is set by the rows"),
         (["--lazy_mar"], "--lazy_mar is set by the rows"),
         (["--num_iter", "32"], "--num_iter is set by the rows"),
+        (["--no_token_cache"], "--no_token_cache is set by the rows"),
+        (["--preset", "fast"], "--preset is set by the rows"),
+        (["--diff_upper_steps", "20"], "--diff_upper_steps is set by the rows"),
+        (["--decoding_order", "halton"], "--decoding_order is set by the rows"),
         (["--no_save"], "--no_save"),
-        (["--model", "gpt_tiny"], "gpt_tiny has no LazyMAR|LazyMAR|MAR models"),
+        (["--model", "gpt_tiny"], "gpt_tiny is not a MAR model"),
     ],
 )
 def test_what_an_ablation_cannot_do_is_named(words, named):
