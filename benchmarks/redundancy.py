@@ -17,9 +17,10 @@ says; those of the documents are in benchmarks/results. Three figures, each besi
 import sys
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -66,6 +67,8 @@ class Observer(PlainPredictor):
     output from that of each age, from the conditional one plus the residual of each age, and from
     the conditional one, all divided by its norm.
     """
+
+    first_fills = True  # the first step's features are wanted too
 
     def __init__(self, model: MAR, order: Tensor, embedding: Tensor, ages: int) -> None:
         """order (2B, L) decoding order; embedding (2B, D)."""
@@ -198,10 +201,9 @@ def measure(
     model: a sampling copy of a MAR; plan: guided, of more steps than config.interval.
     """
     ages = max(1, request.config.interval - 1)
-    decoding = Decoding(model, len(request.labels), plan, None, temperature)
-    decoding.first_fills = True  # the first step's features are wanted too
-    observer = Observer(model, decoding.order, decoding.embedding, ages)
-    decoding.predictor = observer
+    observing = partial(Observer, ages=ages)
+    decoding = Decoding(model, len(request.labels), plan, None, temperature, predictor=observing)
+    observer = cast(Observer, decoding.predictor)
     noise = model.image_noise(request.seeds)
     decoding(request.labels, noise, progress=sys.stderr.isatty())
     first = ImageNoise(noise.orders[:1], noise.head[:1])

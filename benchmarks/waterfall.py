@@ -17,7 +17,7 @@ import torch
 from benchmarks import eager_mar
 from benchmarks.common import Parser, origin, take_turns, write_result
 from benchmarks.mar_work import MODELS, build
-from models.decoding import Decoding
+from models.decoding import Decoding, MakeDenoiser
 from models.lazy_mar import LazyMARConfig
 from models.mar import MAR
 from models.noise import ImageNoise
@@ -43,12 +43,15 @@ def rows_of(
 
         return run
 
-    def ours(config: LazyMARConfig | None, fast: bool, eager_head: bool = False) -> Call:
+    def ours(
+        config: LazyMARConfig | None, fast: bool, denoiser: MakeDenoiser | None = None
+    ) -> Call:
         on_cuda = fast and device.type == "cuda"
         sampler = Sampler(model, dtype, compile=on_cuda)
-        decoding = Decoding(sampler.model, bsz, plan, config, 1.0, compile=on_cuda, graphs=on_cuda)
-        if eager_head:
-            decoding.denoiser = eager_mar.EagerDenoiser(sampler.model)
+        decoding = Decoding(
+            sampler.model, bsz, plan, config, 1.0,
+            compile=on_cuda, graphs=on_cuda, denoiser=denoiser,
+        )  # fmt: skip
         return fresh(decoding)
 
     def fresh(decoding: Decoding) -> Call:
@@ -58,14 +61,15 @@ def rows_of(
 
         return run
 
-    in_order = Decoding(model, bsz, plan, None, 1.0)
-    in_order.denoiser = eager_mar.EagerDenoiser(model)
+    in_order = Decoding(model, bsz, plan, None, 1.0, denoiser=eager_mar.EagerDenoiser)
     rows = {
         "eager: masks, raster order": autocasted(
             lambda: eager_mar.sample_tokens(model, plan, labels, noise)
         ),
         "+ planned: decoding order, last block where needed": autocasted(fresh(in_order)),
-        "+ weights cast and laid out once": ours(None, fast=False, eager_head=True),
+        "+ weights cast and laid out once": ours(
+            None, fast=False, denoiser=eager_mar.EagerDenoiser
+        ),
         "+ adaLN ahead of the denoising steps": ours(None, fast=False),
     }
     if device.type == "cuda":

@@ -5,7 +5,7 @@ tokens given z. Every count comes from the plan, and nothing in the loop waits f
 communicate through tensors that are allocated once, so that they can be CUDA graphs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,9 @@ from models.predictor import PlainPredictor, Predictor
 if TYPE_CHECKING:
     from models.mar import MAR
 
+MakePredictor = Callable[["MAR", Tensor, Tensor], Predictor]
+MakeDenoiser = Callable[["MAR"], Denoiser]
+
 
 class Decoding:
     """Decodes batches of `bsz` images, one after another.
@@ -43,10 +46,13 @@ class Decoding:
         head: HeadConfig | None = None,
         compile: bool = False,
         graphs: bool = False,
+        predictor: MakePredictor | None = None,
+        denoiser: MakeDenoiser | None = None,
     ) -> None:
         """model: a sampling copy of a MAR; compile: its head with torch.compile.
 
-        graphs: record CUDA graphs from the second batch on.
+        graphs: record CUDA graphs from the second batch on. predictor, denoiser: make other ones,
+        called with model, order (R, L) and embedding (R, D), and with the model.
         """
         self.model, self.bsz, self.plan, self.temperature = model, bsz, plan, temperature
         self.branches = 2 if plan.guided else 1
@@ -72,13 +78,14 @@ class Decoding:
         self.cfg = torch.empty((), device=device)
         self.cfg_of = torch.tensor([step.cfg for step in plan.steps], device=device)
 
-        self.first_fills = False
-        self.predictor: Predictor = PlainPredictor(model, self.order, self.embedding)
-        if config is not None:
-            lazy = LazyPredictor(model, self.order, self.embedding, plan, config)
-            self.predictor, self.first_fills = lazy, lazy.policies[plan.steps[0].index].fills
+        make = predictor or PlainPredictor
+        if predictor is None and config is not None:
+            make = partial(LazyPredictor, plan=plan, config=config)
+        self.predictor: Predictor = make(model, self.order, self.embedding)
         self.denoiser: Denoiser
-        if config is not None and config.head_cache:
+        if denoiser is not None:
+            self.denoiser = denoiser(model)
+        elif config is not None and config.head_cache:
             self.denoiser = LazyDenoiser(net, [*runs.values()], config, own.num_timesteps, compile)
         else:
             self.denoiser = PlainDenoiser(net, [*runs.values()], compile)
@@ -134,7 +141,7 @@ class Decoding:
         if known is not None:
             order = self.order[: self.bsz, : first.start, None]
             self.tokens[:, : first.start] = known.gather(1, order.expand(-1, -1, known.shape[2]))
-        if not self.first_fills and first.start == 0:
+        if not self.predictor.first_fills and first.start == 0:
             classes: list[int | None] = [None] * self.bsz if labels is None else [*labels]
             classes += [None] * self.bsz if first.guided else []
             self._write_z(self._first_conditions(classes))
@@ -142,7 +149,7 @@ class Decoding:
     def _decode(self, noise: ImageNoise, progress: bool) -> Iterator[DecodingStep]:
         """All steps, each when it is done; nothing here waits for the device."""
         for i, step in enumerate(tqdm(self.plan.steps, disable=not progress, leave=False)):
-            if step.start > 0 or self.first_fills:
+            if step.start > 0 or self.predictor.first_fills:
                 self.run_step(i, partial(self._predict, step))
             n, steps = self.bsz * (step.stop - step.start), self.runs[i].num_steps
             self._write_noise(step, noise.head, self._noise(n, steps))

@@ -36,6 +36,7 @@ class LazyPredictor:
         self.order = order
         self.embedding = embedding
         self.policies = step_policies(config, plan, model.buffer_size)
+        self.first_fills = self.policies[plan.steps[0].index].fills
         self.use_residual = config.condition_cache and self.branches == 2
         self.rows = len(order) // self.branches if self.use_residual else len(order)
         self.residual: Tensor | None = None  # uncond - cond from residual_start on

@@ -9,7 +9,12 @@ from models.transformer import MaskedTransformer
 
 
 class Predictor(Protocol):
-    """Computes z of the tokens of a decoding step."""
+    """Computes z of the tokens of a decoding step.
+
+    first_fills: the first step is computed even where z follows from the class alone.
+    """
+
+    first_fills: bool
 
     def __call__(self, step: DecodingStep, tokens: Tensor) -> Tensor:
         """Tokens (B, L, c), known up to step.start -> z (R, stop - start, D); unguided (B, ., D)."""
@@ -17,6 +22,8 @@ class Predictor(Protocol):
 
 class PlainPredictor:
     """Rows are conditional first, then with guidance unconditional."""
+
+    first_fills = False
 
     def __init__(self, model: MaskedTransformer, order: Tensor, embedding: Tensor) -> None:
         """order (R, L) decoding order; embedding (R, D)."""

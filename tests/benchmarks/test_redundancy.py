@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,10 +26,8 @@ def observed():
     """A plain run of two images with its Observer: (model, plan, observer, tokens, order)."""
     model = small_mar()
     plan = DecodingPlan.create(model.seq_len, 12, 3.0)
-    decoding = Decoding(model, 2, plan, None, 1.0)
-    decoding.first_fills = True
-    observer = Observer(model, decoding.order, decoding.embedding, ages=3)
-    decoding.predictor = observer
+    decoding = Decoding(model, 2, plan, None, 1.0, predictor=partial(Observer, ages=3))
+    observer = decoding.predictor
     tokens = decoding([1, 2], noise_of(model, (3, 4)))
     return model, plan, observer, tokens, decoding
 
