@@ -191,7 +191,7 @@ class CaptionHost(LlamaGenHost):
         return self.model.rpartition("_")[0]  # without the size
 
     def load(self, device: torch.device) -> Loaded:
-        remedy = "get it from LlamaGen's repository, see docs/line_ar.md"
+        remedy = "get it from LlamaGen's repository, see docs/text_to_image.md"
         require_file(self.resume, "--resume: the model", remedy)
         require_file(self.images.vae_path, "--vae_path: the tokenizer", remedy)
         loaded = super().load(device)

@@ -1,11 +1,13 @@
 """Who may import whom. The text of every file is parsed; nothing is imported or run."""
 
 import ast
+import re
+import sys
 from graphlib import TopologicalSorter
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import PROJECT, ROOT
 
 LAYERS = ("diffusion", "models", "util", "engine")
 # Modules of util that know nothing of ours but each other; models may use them.
@@ -137,3 +139,19 @@ def test_torch_fidelity_is_imported_by_two_modules_alone():
 
 def test_no_module_imports_itself_in_a_circle():
     TopologicalSorter(GRAPH).prepare()
+
+
+def test_every_package_that_is_imported_is_declared():
+    """Tests run where everything is installed, so a missing declaration would not be seen."""
+    extras = [r for k, v in PROJECT["optional-dependencies"].items() if k != "dev" for r in v]
+    declared = {
+        re.match(r"[\w-]+", requirement)[0].lower().replace("-", "_")
+        for requirement in [*PROJECT["dependencies"], *extras]
+    }
+    named = {"pil": "pillow"}
+    optional = {"lpips"}  # util/report.py says how to install it
+    ours = {top(name) for name in SOURCES}
+    found = {top(name) for name in set().union(*EVERYTHING.values()) if name} - ours
+    used = {named.get(name.lower(), name.lower()) for name in found - sys.stdlib_module_names}
+    assert used - optional <= declared
+    assert declared - used <= {"tensorboard", "playwright"}  # imported by torch, and by a test

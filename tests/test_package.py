@@ -16,16 +16,10 @@ from packaging.utils import canonicalize_name
 from engine.cli import make_parser, select
 from engine.mar import MARHost
 from models.lazy_mar import LazyMARConfig
-from tests.support import ROOT
+from tests.support import PROJECT, ROOT
 
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10; pytest brings this one
-    import tomli as tomllib
-
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-BUNDLES = {"mar_tiny": 25e6, "gpt_tiny": 15e6}  # bytes at most
+BUNDLES = {"mar_tiny": 25e6, "gpt_tiny": 15e6, "janus_tiny": 8e6}  # bytes at most
 
 
 # ---- dependencies ------------------------------------------------------------------------------------

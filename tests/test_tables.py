@@ -15,7 +15,7 @@ from util import flops
 
 TABLE = re.compile(r"(?:^<!-- from (.+) -->\n)?((?:^\|.*\n)+)", re.MULTILINE)
 NUMBER = re.compile(r"[\d.,]+%?")
-PUBLISHED = ("NAME", "method")  # README.md, checked against util/published.py
+PUBLISHED = ("NAME", "method")  # README.md, checked against engine/published.py
 
 
 @dataclass(frozen=True)
