@@ -28,7 +28,10 @@ SCORED_AS = ("model", "num_images", "class_num", "features", "prompts", *PATHS)
 
 
 def parse() -> tuple[cli.Selection, str | None]:
-    """The command line, and the folder of --score_only; flags not given are those of its last call."""
+    """The command line, and the folder of --score_only.
+
+    With --score_only, missing flags of SCORED_AS are taken from the run's last call.
+    """
     flags = cli.make_parser("eval", __doc__.splitlines()[0]).parse()
     (folder,) = flags.take("score_only")
     if folder is not None and (manifest := RunFolder(folder).manifest()):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All measurements on a GPU that the documents promise. One H100-class card takes 25 minutes, a stage less
+# Runs all GPU measurements that the documents announce. One H100-class card takes 25 minutes, a stage less
 # than 8. A stage whose result file exists is skipped, so the same command continues.
 #
 #     benchmarks/gpu.sh                      all stages

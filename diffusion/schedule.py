@@ -36,7 +36,10 @@ def space_timesteps(num_steps: int, respacing: str) -> list[int]:
         for whole in range(1, num_steps + 1):
             if digits == str(len(range(0, num_steps, whole))):
                 return list(range(0, num_steps, whole))
-        raise ValueError(f"no whole stride over {num_steps} steps gives {digits} ({respacing!r})")
+        raise ValueError(
+            f"num_sampling_steps is {respacing!r}, but {digits} steps do not divide {num_steps} "
+            "timesteps evenly: give a divisor"
+        )
     counts = [int(part) for part in digits.split(",")]
     size, extra = divmod(num_steps, len(counts))
     kept: list[int] = []
@@ -88,11 +91,6 @@ def coupling(fine_abar: np.ndarray, coarse_abar: np.ndarray) -> np.ndarray:
     norm 1 and no two rows share a column, so coarse noise is exactly standard normal and independent.
     """
     steps, coarse_steps = len(fine_abar), len(coarse_abar)
-    if coarse_steps > steps:
-        raise ValueError(
-            f"a run of {coarse_steps} denoising steps needs noise of {coarse_steps} steps, but there is "
-            f"noise of {steps}: use fewer steps, or a model with more num_sampling_steps"
-        )
     log_q, coarse_log_q = (np.log(a / (1.0 - a))[::-1] for a in (fine_abar, coarse_abar))
     # In units of x_T: W(q) has variance q; log_q ascends, and span k leads to boundary k.
     q = np.exp(log_q)

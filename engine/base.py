@@ -34,7 +34,9 @@ class WeightsConfig:
 class ComputeConfig:
     """How images are computed; changes pixels by rounding at most."""
 
-    vae_bsz: int | None = setting(None, "images decoded at once; default a batch", least=1)
+    vae_bsz: int | None = setting(
+        None, "images per call of the tokenizer's decoder; default: the whole batch", least=1
+    )
     no_compile: bool = setting(False, "on CUDA: no torch.compile and no CUDA graphs")
 
 

@@ -40,7 +40,10 @@ class GPTHost(Host):
         return self.sampling.run_name(self.model, num_images)
 
     def flops(self, parts: Iterable[nn.Module], layers: int, width: int, tokens: int) -> float:
-        """Of an image with the full cache, the prompt not counted; `parts` see every token."""
+        """FLOPs of one image with the full cache, without the prompt.
+
+        parts: modules applied to every token.
+        """
         branches = 2 if self.sampling.cfg > 1 else 1
         modules = (module for part in parts for module in part.modules())
         matrices = sum(m.weight.numel() for m in modules if isinstance(m, nn.Linear))

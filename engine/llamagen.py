@@ -83,7 +83,9 @@ class GPTImageConfig:
     vae_stride: int = setting(16, "pixels per code and side", least=1)
     class_num: int = setting(1000, "number of classes", least=1)
     tokenizer: str = setting("vq16", "kind of the tokenizer", choices=tuple(TOKENIZERS))
-    vae_path: str = setting(f"{_LLAMAGEN}/vq_ds16_c2i.pt", "its weights", metavar="FILE")
+    vae_path: str = setting(
+        f"{_LLAMAGEN}/vq_ds16_c2i.pt", "weights of the tokenizer", metavar="FILE"
+    )
 
     def __post_init__(self) -> None:
         if self.img_size % self.vae_stride:

@@ -207,9 +207,12 @@ class MARFamily(Family):
             sampling = replace(sampling, head=None if head == HeadConfig() else head)
             own = create_diffusion(geometry.num_sampling_steps)
             plan = sampling.plan(geometry.grid_size**2)
-            denoising_runs(sampling.head, own, plan)  # raises for more steps than the model has
         except ValueError as error:
             raise UserError(str(error)) from error
+        try:
+            denoising_runs(sampling.head, own, plan)
+        except ValueError as error:
+            raise UserError(f"--diff_upper_steps: {error}") from error
         return MARHost(
             model=model,
             geometry=geometry,

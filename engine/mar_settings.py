@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from diffusion import DIFFUSION_STEPS
 from engine.base import Preset
 from models.fast_mar import PRESETS as FAST_PRESETS
 from models.fast_mar import FastMARConfig
@@ -38,7 +39,9 @@ class TokenizerConfig:
     """The autoencoder between images and latents."""
 
     tokenizer: str = setting("kl16", "kind of the autoencoder", choices=tuple(TOKENIZERS))
-    vae_path: str = setting("pretrained_models/vae/kl16.ckpt", "its weights", metavar="FILE")
+    vae_path: str = setting(
+        "pretrained_models/vae/kl16.ckpt", "weights of the tokenizer", metavar="FILE"
+    )
     latent_scale: float | None = setting(  # 0.2325: MAR's code, for KL-16
         0.2325, "factor from its latents to the model's", least=1e-6
     )
@@ -94,12 +97,16 @@ class HeadSteps:
 
     upper: int | None = setting(
         None,
-        "denoising steps at the first decoding step; default the model's",
+        "denoising steps at the first decoding step; default: the model's",
         flag="diff_upper_steps",
         least=2,
+        most=DIFFUSION_STEPS,
     )
     lower: int | None = setting(
-        None, "at the last one; default the same", flag="diff_lower_steps", least=2
+        None,
+        "denoising steps at the last decoding step; default: --diff_upper_steps",
+        flag="diff_lower_steps",
+        least=2,
     )
 
     def steps(self) -> int | tuple[int, int] | None:

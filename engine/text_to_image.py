@@ -27,7 +27,7 @@ class TextToImageHost(GPTHost):
 
     @abstractmethod
     def open(self, folder: Path) -> tuple[nn.Module, Any]:
-        """Model, float32, and its processor. Any error says that the folder is none of the model."""
+        """Model, float32, and its processor. Raises if the folder does not hold this model."""
 
     @abstractmethod
     def grid(self, model: Any) -> tuple[int, int]:

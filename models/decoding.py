@@ -33,7 +33,7 @@ MakeDenoiser = Callable[["MAR"], Denoiser]
 class Decoding:
     """Decodes batches of `bsz` images, one after another.
 
-    Rows are all images, conditional, then with guidance all images, unconditional.
+    Rows: the conditional images, then with guidance the unconditional ones.
     """
 
     def __init__(

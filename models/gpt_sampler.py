@@ -36,8 +36,8 @@ class Guidance:
 class GPTDecoding:
     """Decodes batches of `batch` images, one after another.
 
-    Steps communicate through tensors that are allocated once, so that they can be CUDA graphs. Rows are all
-    images, conditional, then with guidance all images, unconditional.
+    Steps communicate through tensors that are allocated once, so that they can be CUDA graphs. Rows: the
+    conditional images, then with guidance the unconditional ones.
     """
 
     def __init__(

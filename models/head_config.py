@@ -78,13 +78,13 @@ class HeadConfig:
     steps: int | tuple[int, int] | None = None
     annealing: str = setting(
         "linear",
-        "from the first number of denoising steps to the last",
+        "how the number of denoising steps falls over decoding",
         flag="diff_annealing_strategy",
         choices=tuple(ANNEALINGS),
     )
     t_start: int | None = setting(
         None,
-        "first timestep of the head, 950 or 980 for few steps (the model's)",
+        "highest timestep used, e.g. 950 for few steps; default: the model's",
         flag="diff_t_start",
     )
     spacing: str = setting(
@@ -166,7 +166,10 @@ class DenoisingRun:
 def denoising_runs(
     config: HeadConfig | None, own: Solver, plan: DecodingPlan
 ) -> tuple[DenoisingRun, ...]:
-    """The run of each step of the plan, where the model itself samples with `own`."""
+    """The run of each step of the plan, where the model itself samples with `own`.
+
+    ValueError for more denoising steps than the model has.
+    """
     config = config or HeadConfig()
     betas = cosine_betas(DIFFUSION_STEPS)
     runs: dict[int, DenoisingRun] = {}  # number of steps before the clip -> run
@@ -176,6 +179,11 @@ def denoising_runs(
         count = config.steps_at(step.index, plan.num_iter, own.num_timesteps)
         if count not in runs:
             solver = _solver(config, own, betas, count)
+            if solver.num_timesteps > own.num_timesteps:  # an image has noise for the model's steps
+                raise ValueError(
+                    f"{count} denoising steps exceed the model's {own.num_timesteps} "
+                    f"(num_sampling_steps): use at most {own.num_timesteps}"
+                )
             run = by_length.setdefault(solver.num_timesteps, _run(config, own, solver))
             runs[count] = run
         chosen.append(runs[count])

@@ -109,7 +109,10 @@ def config_of(original: Mapping[str, Any]) -> JanusConfig:
         codes = original["gen_vision_config"]["params"]
         numbers, channels = codes["image_token_size"], codes["n_embed"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"config.json has no {error}: it is not deepseek-ai's") from error
+        missing = error if isinstance(error, KeyError) else "entries"
+        raise ValueError(
+            f"config.json lacks {missing}, so it is not a deepseek-ai Janus config"
+        ) from error
     for name in ("model_type", "torch_dtype", "_attn_implementation"):
         text.pop(name, None)
     language = LlamaConfig(**text)

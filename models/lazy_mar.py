@@ -78,7 +78,8 @@ class LazyMARConfig:
         steps of the model's own number; shorter runs divide it in proportion and round down, so that at
         1 all steps are full.
     head_skip: head blocks (from 0) that other denoising steps replace by their last change.
-    head_warm: share of the denoising steps above which MLPs of the other blocks are recomputed.
+    head_warm: while more than this share of the denoising steps is left, steps that are not full
+        recompute the MLPs of the blocks that they do not skip.
     head_reuse_adaln: such steps also take the last full step's modulations (not in the paper).
     forecast_order: 0 reuses the last change of skipped blocks and the last guidance residual; 1
         extrapolates them linearly from the last two full steps (TaylorSeer, arXiv 2503.06923).
@@ -100,11 +101,13 @@ class LazyMARConfig:
     token_cache: bool = setting(True, "compute only tokens that changed")
     condition_cache: bool = setting(True, "unconditional branch = conditional + cached residual")
     head_cache: bool = setting(True, "cache blocks inside the diffusion head")
-    head_interval: int = setting(7, "denoising steps from one full one to the next")
+    head_interval: int = setting(7, "every N-th denoising step evaluates the head in full")
     head_skip: tuple[int, ...] = setting(
         (1, 2, 3, 4), "head blocks skipped in between", parse=parse_blocks, metavar="I,..."
     )
-    head_warm: float = setting(0.9, "share of steps above which other blocks are recomputed")
+    head_warm: float = setting(
+        0.9, "while more than this share of steps is left, recompute MLPs of unskipped blocks"
+    )
     head_reuse_adaln: bool = setting(False, "reuse modulations too (not in the paper)")
     refresh_steps: tuple[float, ...] | None = setting(
         None,

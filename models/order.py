@@ -1,4 +1,4 @@
-"""In which order MAR decodes its tokens: which come together, and how many per step. Integers only."""
+"""Decoding order: which tokens are decoded at each step. Integers only."""
 
 import math
 import operator
@@ -81,7 +81,7 @@ class OrderConfig:
 
 
 def _shares(sizes: list[int], rates: tuple[float, ...], num_iter: int) -> list[int]:
-    """Steps of each stage: size / rate in proportion, rounded, at least 1 for as long as there are."""
+    """Steps of each stage: size / rate in proportion, rounded; at least 1 while steps remain."""
     wanted = [size / rate for size, rate in zip(sizes, rates, strict=True)]
     left, steps = num_iter, []
     for k in reversed(range(len(sizes))):  # the short last stages first, the first takes the rest

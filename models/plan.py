@@ -58,9 +58,9 @@ class DecodingPlan:
         """The counts of an order (None: MAR's random order) with MAR's guidance schedule.
 
         guidance_start: steps before this progress s/T are not guided. known: tokens that are known from
-        the beginning; the run then starts at the step that predicts the next one. Its counts are those
-        of the random order: an order's stages end elsewhere in what is left. Where T exceeds L some
-        steps predict nothing; they are left out.
+        the beginning; the run then starts at the step that predicts the next one, with the counts of
+        the random order: stage boundaries are ignored. Where T exceeds L some steps predict nothing;
+        they are left out.
         Raises ValueError for num_iter < 1 or an unknown schedule.
         """
         whole = isinstance(num_iter, Integral) and not isinstance(num_iter, bool)

@@ -114,7 +114,7 @@ def sampling_dtype(model: nn.Module) -> torch.dtype:
 
 
 def sampling_copy(model: Model, dtype: torch.dtype, whole: nn.Module, pack: bool = True) -> Model:
-    """A copy of `model` with its linear layers and the whole of its part `whole` in `dtype`.
+    """A copy of `model`: its linear layers, and all of submodule `whole`, are in `dtype`.
 
     Elsewhere sums, norms and tables keep the dtype of the model, as under autocast.
     pack: False for torch.compile, which cannot trace packed weights.

@@ -107,7 +107,8 @@ def _detok_of(weights: dict[str, Tensor], heads: tuple[int, int] | None) -> DeTo
     for i, part in enumerate(("encoder", "decoder")):
         length, width = weights[f"{part}.positional_embedding"].shape[1:]
         if heads is None and width not in HEADS:
-            raise ValueError(f"no size of l-DeTok has {part} width {width}: its heads are unknown")
+            known = ", ".join(map(str, HEADS))
+            raise ValueError(f"{part} has width {width}; l-DeTok's widths are {known}")
         layers = {name.split(".")[2] for name in weights if name.startswith(f"{part}.transformer.")}
         count = HEADS[width] if heads is None else heads[i]
         sizes.append(TransformerSize(width=width, layers=len(layers), heads=count))

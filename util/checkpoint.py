@@ -193,7 +193,7 @@ def _has_averages(path: Path, asked: bool | None) -> bool:
             stated = (file.metadata() or {}).get("weights")
         known = {"model_ema": True, "model": False}.get(stated or "")
         if known is not None and asked not in (None, known):
-            raise UserError(f"{path} holds {stated}: leave out {'--ema' if asked else '--no_ema'}")
+            raise UserError(f"{path} holds {stated}: remove {'--ema' if asked else '--no_ema'}")
         asked = known if asked is None else asked
         reason = "does not say whether its weights are averaged"
     else:

@@ -102,6 +102,13 @@ def _value_type(hint: Any) -> type:
     return typing.get_origin(hint) or hint
 
 
+def _name_flag(message: str, flags: Sequence[_Flag]) -> str:
+    """The message of a config, with the flag in place of a field's name at its beginning."""
+    field, space, rest = message.partition(" ")
+    names = {flag.field.name: f"--{flag.name}" for flag in flags}
+    return names.get(field, field) + space + rest
+
+
 class Flags:
     """The flags given on a command line, and the configs that follow from them."""
 
@@ -134,7 +141,7 @@ class Flags:
         try:
             return config(**values)
         except ValueError as error:
-            raise UserError(str(error)) from error
+            raise UserError(_name_flag(str(error), flags_of(config, prefix))) from error
 
     def build_optional(
         self,

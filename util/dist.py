@@ -38,10 +38,10 @@ Json = object  # what json.dumps takes
 class LaunchConfig:
     """How the processes of a run were started and find each other."""
 
-    world_size: int = setting(1, "accepted; the launcher says how many there are", least=1)
-    local_rank: int = setting(-1, "accepted; the launcher says it")
+    world_size: int = setting(1, "set by the launcher; above 1, an error without one", least=1)
+    local_rank: int = setting(-1, "ignored; the launcher sets it")
     dist_on_itp: bool = setting(False, "take the ranks from Open MPI's environment")
-    dist_url: str = setting("env://", "where the processes meet", metavar="URL")
+    dist_url: str = setting("env://", "rendezvous address", metavar="URL")
     patience: float = setting(
         PATIENCE, "seconds without a heartbeat until a process counts as dead", least=1
     )
@@ -182,7 +182,7 @@ class Rendezvous:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """Work that may fail: its rounds then end in all processes with the error, but not the run."""
+        """If the block fails, all processes get the error for this attempt; the run continues."""
         self._attempt, self._round = self._attempt + 1, 0
         try:
             yield

@@ -163,7 +163,7 @@ def fetch(
             except _Interrupted as reason:
                 if attempt == attempts - 1:
                     raise UserError(
-                        f"Fetching {item.name} failed {attempts} times, lastly because {reason}: "
+                        f"Fetching {item.name} failed {attempts} times (last error: {reason}): "
                         f"run the command again to continue, {item.by_hand}."
                     ) from reason
                 print(f"{item.name}: {reason}; trying again", file=sys.stderr)

@@ -78,7 +78,9 @@ def load_run(path: Path) -> dict[str, Any]:
                 f"{path} has the {name} {run[name]!r}, which is not a number: score it again"
             )
     if not run["num_images"] or run["num_images"] < 1:
-        raise UserError(f"{path} has {run['num_images']} images by its results: score it again")
+        raise UserError(
+            f"{path / 'results.json'} states num_images {run['num_images']}: score it again"
+        )
     return run
 
 

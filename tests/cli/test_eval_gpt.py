@@ -101,7 +101,7 @@ def test_pictures_are_resized_and_the_tokenizer_may_decode_fewer_at_once(sample,
             "32 tokens (2 lines of 16) is too small for 8 anchors and 32 recent",
         ),
         (("--line_ar", "--line_budget", "2/0"), "'2/0' is not a budget like 1/6, 0.25 or 4"),
-        (("--line_ar", "--line_budget", "2.5"), "budget is 2.5"),
+        (("--line_ar", "--line_budget", "2.5"), "--line_budget is 2.5"),
         (
             ("--line_ar", "--line_method", "h2o", "--line_anchors", 3),
             "--line_anchors has no effect with --line_method h2o",

@@ -86,7 +86,9 @@ def test_a_run_is_not_scored_by_other_prompts(draw, janus, tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["eval.py", "--score_only", str(folder)])
     eval_script.main()
     (tmp_path / "prompts.txt").write_text("a red disc\na green ring")
-    with pytest.raises(UserError, match=r"shows prompts 'prompts.txt 3 .*, not 'prompts.txt 2 "):
+    with pytest.raises(
+        UserError, match=r"made from prompts 'prompts.txt 3 .*, not 'prompts.txt 2 "
+    ):
         eval_script.main()
 
 

@@ -286,8 +286,8 @@ def test_a_failed_evaluation_is_a_note_and_training_continues(
     train(*ONLINE, "--epochs", 1)
     resumed = train(*ONLINE, "--resume", tmp_path / "out")  # evaluates epoch 1 again first
     assert_same_run(whole, resumed)
-    notes = [line for line in capsys.readouterr().err.splitlines() if "has no score" in line]
-    assert [note.split()[2] for note in notes] == ["1", "1", "2"]
+    notes = [line for line in capsys.readouterr().err.splitlines() if "evaluation after" in line]
+    assert [note.split()[4] for note in notes] == ["1", "1", "2"]
     assert not list(tmp_path.rglob("images/*.png"))
 
 

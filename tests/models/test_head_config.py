@@ -115,10 +115,8 @@ def test_a_head_of_another_type_and_a_temperature_that_is_no_number_are_refused(
         sample(small_mar(), **argument)
 
 
-def test_more_steps_than_the_image_has_noise_for_are_refused():
-    with pytest.raises(
-        ValueError, match="39 denoising steps needs noise of 39 steps, but there is noise of 25"
-    ):
+def test_more_steps_than_the_model_has_are_refused():
+    with pytest.raises(ValueError, match=r"40 denoising steps exceed the model's 25 .* at most 25"):
         sample(small_mar(), head=HeadConfig(steps=40))
 
 
@@ -200,10 +198,10 @@ def test_the_default_changes_nothing():
 def test_every_setting_changes_the_image_and_works_with_lazymar(head):
     model = small_mar()
     plain = sample(model, head=head)
-    assert plain.isfinite().all()
     assert relative_error(plain, sample(model)) > 1e-4
     assert relative_error(sample(model, head=head, lazy_mar=EVERY_STEP), plain) < CLOSE
-    assert sample(model, head=head, lazy_mar=CONFIGS["all"]).isfinite().all()
+    lazy = sample(model, head=head, lazy_mar=CONFIGS["all"])
+    assert 1e-4 < relative_error(lazy, plain) < 0.2  # other seeds differ by 1.4
 
 
 @pytest.mark.parametrize("name", CONFIGS)

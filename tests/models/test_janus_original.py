@@ -64,7 +64,7 @@ def test_original_files_that_do_not_fit_are_refused(tmp_path):
     weights = original_weights(source_model(), tiny_vq())
     with pytest.raises(ValueError, match="decoder.what is not a key of deepseek-ai's"):
         from_original({**weights, "decoder.what": torch.zeros(1)})
-    with pytest.raises(ValueError, match="no 'vision_config': it is not deepseek-ai's"):
+    with pytest.raises(ValueError, match="lacks 'vision_config', so it is not"):
         config_of({"language_config": CONFIG["language_config"]})
     kept = weights.pop("gen_embed.weight")
     folder = write_original(tmp_path / "lacking", weights)

@@ -27,10 +27,13 @@ KINDS = {
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("config", [LOCAL, FROZEN], ids=["buffer", "frozen buffer"])
-def test_local_steps_work_in_every_geometry(geometry, config):
+def test_local_steps_stay_near_mar_in_every_geometry(geometry, config):
     model = small_mar(**GEOMETRIES[geometry])
     for cfg in (1.0, 2.5):
-        assert sample(model, num_iter=7, cfg=cfg, lazy_mar=config).isfinite().all()
+        plain = sample(model, num_iter=7, cfg=cfg)
+        error = relative_error(sample(model, num_iter=7, cfg=cfg, lazy_mar=config), plain)
+        assert error < 0.2  # other seeds differ by 1.3
+        assert (error < 1e-3) == (geometry == "one token")  # which has no lazy step
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["buffer", "frozen buffer"])

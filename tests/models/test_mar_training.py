@@ -109,7 +109,7 @@ def test_latents_of_another_shape_are_refused(shape):
         ({"decoder_depth": 0}, "decoder_depth is 0"),
         ({"buffer_size": -1}, "buffer_size is -1"),
         ({"num_sampling_steps": "fast"}, "'fast'"),
-        ({"num_sampling_steps": "ddim600"}, "no whole stride"),
+        ({"num_sampling_steps": "ddim600"}, "600 steps do not divide 1000 timesteps evenly"),
         ({"pos_init": "random"}, "'random'"),
     ],
 )

@@ -31,6 +31,8 @@ class Kitchen:
     def __post_init__(self) -> None:
         if self.dish == "stew" and not self.hot:
             raise ValueError("a stew is served hot: remove --no_hot")
+        if self.size[0] > self.size[1]:
+            raise ValueError(f"size is {self.size}; it must ascend")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Oven:
     """An optional group."""
 
     degrees: int = setting(180, "of the oven", least=50)
+
+    def __post_init__(self) -> None:
+        if self.degrees % 10:
+            raise ValueError(f"degrees is {self.degrees}; it must be a multiple of 10")
 
 
 def parser_of(**defaults) -> FlagParser:
@@ -107,6 +113,7 @@ def test_dashes_and_underscores_are_the_same_in_names_and_stay_in_values():
         ("--hot maybe", "'maybe' is neither true nor false"),
         ("--dish cake", "'cake' (choose from"),
         ("--table 1", "'1' is not a pair"),
+        ("--table 3,2", "--table is (3, 2); it must ascend"),
         ("--fork 1", "unrecognized arguments: --fork 1"),
         ("--dish stew --no_hot", "a stew is served hot: remove --no_hot"),
     ],
@@ -136,6 +143,8 @@ def test_an_optional_group_is_none_until_its_switch_and_its_flags_ask_for_the_sw
         optional("--oven_degrees", "220")
     with pytest.raises(UserError, match="--oven_degrees is 20"):
         optional("--bake", "--oven_degrees", "20")
+    with pytest.raises(UserError, match="--oven_degrees is 205; it must be a multiple of 10"):
+        optional("--bake", "--oven_degrees", "205")
 
 
 def test_flags_of_another_family_are_refused_and_shared_ones_are_not():

@@ -73,7 +73,7 @@ def test_the_file_or_the_user_says_whether_weights_are_averaged(run, tmp_path):
     convert(run, tmp_path / "ema.safetensors", True)
     with pytest.raises(UserError, match="not averaged ones"):
         convert(tmp_path / "plain.safetensors", tmp_path / "x.pth", True)
-    with pytest.raises(UserError, match="holds model_ema: leave out --no_ema"):
+    with pytest.raises(UserError, match="holds model_ema: remove --no_ema"):
         convert(tmp_path / "ema.safetensors", tmp_path / "x.pth", False)
     assert not (tmp_path / "x.pth").exists()
 

@@ -170,7 +170,7 @@ def test_another_process_continues_what_a_killed_one_has_left(server, make):
 def test_a_stalled_server_is_given_up_and_what_arrived_is_kept(server, make):
     item = make()
     server.limits, server.stall = [100_000, 10_000], threading.Event()
-    with pytest.raises(UserError, match=r"failed 2 times, lastly because nothing arrived for 0.2"):
+    with pytest.raises(UserError, match=r"failed 2 times \(last error: nothing arrived for 0.2"):
         fetch(item, attempts=2, timeout=0.2)
     assert part_of(item).read_bytes() == CONTENT[:110_000]
     assert not Path(item.path).exists()

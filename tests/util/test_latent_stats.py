@@ -192,7 +192,7 @@ def test_files_that_do_not_fit_the_tokenizer_are_one_sentence(files, tmp_path):
     for arguments, words in cases:
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             load_detok(*arguments, heads=(3, 2))
-    with pytest.raises(ValueError, match="encoder width 48: its heads are unknown"):
+    with pytest.raises(ValueError, match="encoder has width 48; l-DeTok's widths are 512, 768"):
         load_detok(path, stats)
     save_file({"mean": torch.zeros(4), "std": torch.ones(4)}, tmp_path / "s4.safetensors")
     with pytest.raises(ValueError, match="statistics of 4 channels, but the latents of .* have 16"):

@@ -81,7 +81,7 @@ def _check_classes(data: ImageFolder | CachedFolder, class_num: int, world: Worl
     if count < class_num:
         note(
             f"the data have {count} classes, the model {class_num}: classes from {count} on "
-            f"are never trained, and an evaluation samples all; give --class_num {count}",
+            f"are never trained but would be sampled; give --class_num {count}",
             world,
         )
     for text in data.files.notes():

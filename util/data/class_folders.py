@@ -71,7 +71,8 @@ class ClassFolders:
             raise UserError(f"{root} must hold one folder per class, it holds no folder")
         empty = [path for (path, _), size in zip(samples, sizes, strict=True) if size == 0]
         if empty:
-            raise UserError(f"{name_some(empty)} of 0 bytes: remove or replace what is empty")
+            are, them = ("is", "it") if len(empty) == 1 else ("are", "them")
+            raise UserError(f"{name_some(empty)} {are} empty: remove or replace {them}")
         example = others[0] if others else ""
         return cls(root, tuple(classes), samples, np.array(sizes), len(others), example, outside)
 

@@ -184,7 +184,7 @@ class Extractor:
         self._spatial: torch.Tensor | None = None
         if spatial:
             if self.spec.spatial_module is None:
-                raise UserError(f"{features} has no spatial features: leave sfid out of --metrics")
+                raise UserError(f"{features} has no spatial features: remove sfid from --metrics")
             network.get_submodule(self.spec.spatial_module).register_forward_hook(self._remember)
 
     def _remember(self, module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:

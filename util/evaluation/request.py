@@ -31,7 +31,7 @@ class ScoreRequest:
     """features: name of the extractor; features_path: its weights; stats_path: the reference's npz."""
 
     features: str = setting("inception-v3-compat", "extractor for FID and IS", metavar="NAME")
-    features_path: str | None = setting(None, "its weights", metavar="FILE")
+    features_path: str | None = setting(None, "weights of the extractor", metavar="FILE")
     stats_path: str | os.PathLike = setting(
         "fid_stats/adm_in256_stats.npz",
         "npz with mu and sigma of the reference images",

@@ -173,7 +173,8 @@ def score_only(
     )
     if drawn not in (None, given):
         raise UserError(
-            f"{path} shows prompts {drawn!r}, not {given!r}: give theirs with --prompts"
+            f"images in {path} were made from prompts {drawn!r}, not {given!r}: pass that file with "
+            "--prompts"
         )
     former = folder.results() if is_run else {}
     images = folder.images if is_run else path
@@ -220,8 +221,8 @@ def _open(
     batches = len(run.task.grid)
     if batches < world.size:
         print(
-            f"note: {world.size} processes share {batches} batch(es); use all by an --eval_bsz of "
-            f"{max(1, run.num_images // world.size)} or less",
+            f"note: only {batches} of {world.size} processes have work; --eval_bsz "
+            f"{max(1, run.num_images // world.size)} or less uses {min(world.size, run.num_images)}",
             file=sys.stderr,
         )
 

@@ -128,7 +128,9 @@ class Scorer:
 
 def _check_neighbours(*counts: int) -> None:
     if min(counts) <= 3:  # torch-fidelity's default neighbourhood
-        raise UserError("precision and recall need more than 3 images on either side")
+        raise UserError(
+            "precision and recall need more than 3 generated and more than 3 reference images"
+        )
 
 
 def _frechet(ours: Gaussian, theirs: Gaussian) -> float:

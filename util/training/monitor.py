@@ -100,8 +100,8 @@ class TrainingMonitor:
             except Exception as error:
                 if self.world.is_main:
                     print(
-                        f"note: epoch {epoch} has no score ({dist.reason_of(error)}): the training "
-                        "continues",
+                        f"note: evaluation after epoch {epoch} failed ({dist.reason_of(error)}); "
+                        "training continues",
                         file=sys.stderr,
                         flush=True,
                     )

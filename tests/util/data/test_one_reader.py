@@ -130,7 +130,7 @@ def test_a_link_to_nothing_is_refused(root, place):
 
 def test_an_empty_file_and_an_empty_class_are_refused(root):
     (root / "cat" / "3.png").touch()
-    assert "cat/3.png of 0 bytes" in refusal(root)
+    assert "cat/3.png is empty: remove or replace it" in refusal(root)
     (root / "cat" / "3.png").unlink()
     (root / "bird").mkdir()
     assert "bird holds no files" in refusal(root)

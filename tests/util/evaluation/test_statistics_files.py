@@ -137,7 +137,7 @@ def test_one_flipped_byte_of_the_reference_images_is_found_before_the_first_imag
         (IMAGES[..., 0], "arr_0 uint8 (5, 64, 64)"),
         (IMAGES[:0], "arr_0 uint8 (0, 64, 64, 3)"),
         (np.array([None]), "arr_0"),
-        (IMAGES[:3], "more than 3 images"),
+        (IMAGES[:3], "more than 3 reference images"),
         (IMAGES[:, :32], "64x64 images, got 32x64"),
     ],
 )
