@@ -21,7 +21,7 @@ PRESETS: dict[str, Preset] = {
     "janus_pro_1b": {**_PUBLISHED, "resume": "pretrained_models/janus/Janus-Pro-1B"},
     "janus_pro_7b": {**_PUBLISHED, "resume": "pretrained_models/janus/Janus-Pro-7B"},
     "janus_tiny": {
-        "cfg": 2.0,
+        "cfg": 1.5,
         "line_recent": 1,  # of 16 lines, few are kept
         "resume": _TINY,
         "features": "prompts",

@@ -52,7 +52,7 @@ CHAT_TEMPLATE = (  # the words of the user alone: no turn markers, which this mo
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
     "{% endfor %}"
 )
-GUIDANCE = 2.0  # of the saved generation config
+GUIDANCE = 1.5  # of the saved generation config
 
 PICTURES = 40_000
 STEPS = 8000
