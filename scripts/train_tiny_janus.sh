@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train janus_tiny from scratch on one CPU core: prompt classifier, tokenizer, model. About 2 hours. Run the same
-# command again to resume. Bundled files that exist are kept. The model only works with the tokenizer that it was
+# Train janus_tiny from scratch on one CPU core: prompt classifier, tokenizer, model. One to two hours.
+# Run the same command again to resume. Bundled files that exist are kept. The model only works with the tokenizer that it was
 # trained with: to train both again, delete the output folder and pretrained_models/janus_tiny first.
 set -euo pipefail
 cd "$(dirname "$0")/.."

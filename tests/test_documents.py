@@ -42,7 +42,8 @@ def commands(name: str) -> list[list[str]]:
     lines = re.sub(r"\\\n", " ", "\n".join([*blocks, *spans])).splitlines()
     lines = [re.sub(r"^\s*([A-Z_]+=\S+ +)*", "", line) for line in lines]
     found = [shlex.split(line, comments=True) for line in lines if line.startswith(STARTS)]
-    return [[word for word in command if word != "..."] for command in found]
+    unsaid = ("...", ">")  # more flags, and a redirection: >FILE
+    return [[word for word in command if not word.startswith(unsaid)] for command in found]
 
 
 COMMANDS = [(name, command) for name in DOCUMENTS for command in commands(name)]
