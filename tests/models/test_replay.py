@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models import decoding, gpt_sampler
+from models import decoding, gpt_sampler, sampling_copy
 from models.fast_mar import FastMARConfig
 from models.gpt_sampler import GPTSampler
 from models.head_config import HeadConfig
@@ -43,6 +43,14 @@ MARS = {
 }
 BATCHES = (((3, 4), (1, 2)), ((5, 6), (0, 1)), ((7, 8), (4, 4)))  # as it is, recorded, replayed
 GRID = (6, 4)
+
+
+@pytest.fixture(autouse=True)
+def no_packed_weights(monkeypatch):
+    """As on CUDA: packed weights, which AMD processors get, have no memory that a replay could refill."""
+    monkeypatch.setattr(sampling_copy, "mkl_lacks_avx512", lambda: False)
+
+
 GPTS = {"full": None, **{m: LineARConfig(budget=3, anchors=2, recent=1, method=m) for m in METHODS}}
 
 

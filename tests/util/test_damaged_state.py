@@ -77,8 +77,8 @@ def test_results_that_are_damaged_are_named_by_all_who_read_them(tmp_path, conte
     [
         ({"fid": "low"}, "the fid 'low', which is not a number"),
         ({"is_std": [1]}, "the is_std"),
-        ({"num_images": -1}, "has -1 images"),
-        ({"num_images": None}, "has None images"),
+        ({"num_images": -1}, "states num_images -1: score it again"),
+        ({"num_images": None}, "states num_images None: score it again"),
         ({"method": ...}, "does not say its method"),
         ({"images_dir": ...}, "does not say its images_dir"),
     ],
