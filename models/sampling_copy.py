@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 # Smaller float32 weights are not worth packing: a call costs 10 us more (measured, 32^2 to 768^2).
 PACKED_FROM = 384**2
-# MKL, which F.linear calls, has no AVX-512 on processors of others: there oneDNN is 2.3 times as fast, and
-# pays from so many multiply-adds a call on (measured on a Zen 5, 32^2 to 1024^2, 1 to 8192 rows).
+# On AVX-512 processors that are not Intel's, MKL, which F.linear calls, is 2.3 times slower than oneDNN.
+# oneDNN wins from this many multiply-adds per call (measured on a Zen 5, 32^2 to 1024^2, 1 to 8192 rows).
 MULTIPLY_ADDS_FROM = 2**19
 
 Model = TypeVar("Model", bound=nn.Module)
