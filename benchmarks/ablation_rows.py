@@ -139,8 +139,6 @@ def frontier_series(base: LazyMARConfig, steps_at: StepsAt) -> Series:
     return series | {
         "presets": [Row("LazyMAR", base), *presets],
         "LazyMAR, fewer steps": lazy_rows(base),
-        "refresh interval": changed(base, *CHANGED["interval"]),
-        "keep scale": keep_rows(base),
         "head interval": changed(base, *CHANGED["head_interval"]),
     }
 

@@ -30,6 +30,7 @@ from benchmarks.common import (
 )
 from benchmarks.frontier import Result, conclusion, draw
 from benchmarks.memory import SampledBatch, peak_gb
+from benchmarks.patches import PatchDistance
 from benchmarks.plots import require_matplotlib
 from engine import cli
 from engine.mar import MARHost, mar_host
@@ -51,6 +52,7 @@ from util.report import markdown_table
 GROUPS = tuple(groups(LazyMARConfig(), lambda row, config: None))
 TINY_IMAGES = 300
 QUALITY = ("", "FID", "IS", "accuracy", "PSNR to MAR, dB")
+PATCHES = ("patch FD", "patch FD - MAR's, 95%")
 NOT_PAIRED = {"psnr": None, "identical": None}
 CUDA_WARMUPS = 2  # one compiles, one records
 PEAK = {True: "of the device", False: "of a whole process, its head with 4 denoising steps"}
@@ -91,6 +93,7 @@ class Ablation:
         self.base = lazy_mar
         self.groups = groups(self.base, self.steps_at)
         self.seconds: dict[object, float] = {}
+        self.patches: dict[object, Result] = {}
 
     def tflops(self, row: Row, executed: bool) -> float:
         """Operations for one image, in T."""
@@ -190,6 +193,19 @@ class Ablation:
             seconds = timed(sample, self.device) / size
             self.seconds[row.task] = min(seconds, self.seconds.get(row.task, seconds))
 
+    def measure_patches(self, rows: list[Row]) -> None:
+        """Fill self.patches: task -> patch Frechet distance, and its difference to MAR's, the first row."""
+        tokenizer = self.loaded.tokenizer
+        distance = PatchDistance(tokenizer, self.request.host.tokenizer.scale(tokenizer))
+        base = report.load_run(self.folder(rows[0]))
+        unique = {row.task: row for row in rows}
+        for task, row in tqdm(unique.items(), desc="patches", unit="row", disable=None):
+            run = base if task == rows[0].task else report.load_run(self.folder(row))
+            found = distance.compare(base, run) if report.paired(run, base) else None
+            if found:
+                interval = [found.difference, found.low, found.high] if run is not base else None
+                self.patches[task] = {"patch_frechet": found.fid, "patch_difference": interval}
+
     def results(self, group: str) -> list[Result]:
         """The rows of a group, measured."""
         rows = self.groups[group]
@@ -207,6 +223,7 @@ class Ablation:
                     "order": row.order.kind,
                     **{key: run.get(key) for key in ("fid", "is_mean", "is_std", "accuracy")},
                     **(report.closeness(run, runs[0]) if pair else NOT_PAIRED),
+                    **self.patches.get(row.task, {}),
                     "tflops_published": self.tflops(row, executed=False),
                     "tflops_executed": self.tflops(row, executed=True),
                     "s_per_image": seconds,
@@ -258,7 +275,7 @@ class Ablation:
 
 
 def table(rows: list[Result]) -> str:
-    body = []
+    body, patches = [], any("patch_frechet" in row for row in rows)
     for row in rows:
         inception = f"{row['is_mean']:.2f} ± {row['is_std']:.2f}"
         accuracy = "-" if row["accuracy"] is None else f"{row['accuracy']:.1%}"
@@ -270,8 +287,12 @@ def table(rows: list[Result]) -> str:
             accuracy,
             report.closeness_text(row, ".2f"),
         ]
+        if patches:
+            difference = row.get("patch_difference")
+            interval = difference and "{:+.3f} ({:+.3f} .. {:+.3f})".format(*difference)
+            quality += [row.get("patch_frechet"), interval]
         body.append([*quality, *costs, f"{row['speedup']:.2f}", row["peak_gb"]])
-    return markdown_table((*QUALITY, *COST), body)
+    return markdown_table((*QUALITY, *(PATCHES if patches else ()), *COST), body)
 
 
 def parse(words: Sequence[str] | None = None) -> Request:
@@ -337,6 +358,8 @@ def main() -> None:
             json.dumps({"dry_run": True, "rows": len({r.task for r in rows}), "seconds": seconds})
         )
         return
+    if request.scoring.features == "shapes":
+        ablation.measure_patches(rows)
     ablation.measure_peaks(rows, place.world.size)
     ablation.measure_seconds(rows)
     for name, path in request.paths().items():

@@ -12,12 +12,19 @@ from models.lazy_mar import LazyMARConfig
 Result = dict[str, Any]  # a measured row
 
 
+def quality_of(rows: list[Result]) -> tuple[str, str]:
+    """Key and name of the measure that tells rows apart best: lower is better."""
+    if all("patch_frechet" in row for row in rows):
+        return "patch_frechet", "patch FD"
+    return "fid", "FID"
+
+
 def undominated(rows: list[Result], cost: str) -> list[Result]:
-    """Rows that no other beats in both FID and cost, the cheapest first."""
-    best, found = float("inf"), []
-    for row in sorted(rows, key=lambda row: (row[cost], row["fid"])):
-        if row["fid"] < best:
-            best = row["fid"]
+    """Rows that no other beats in both quality and cost, the cheapest first."""
+    best, found, (key, _) = float("inf"), [], quality_of(rows)
+    for row in sorted(rows, key=lambda row: (row[cost], row[key])):
+        if row[key] < best:
+            best = row[key]
             found.append(row)
     return found
 
@@ -30,27 +37,28 @@ def default_row(rows: list[Result], base: LazyMARConfig) -> Result:
 
 def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
     """What the frontier says, in sentences made from its numbers; `base` is the default row's."""
-    lazy = default_row(rows, base)
+    lazy, (key, measure) = default_row(rows, base), quality_of(rows)
     lines = [
-        f"LazyMAR with {STEPS} steps has FID {lazy['fid']:.3f} at {lazy['tflops_executed']:.3g} TFLOPs "
-        f"per image as executed, MAR {rows[0]['fid']:.3f} at {rows[0]['tflops_executed']:.3g}."
+        f"LazyMAR with {STEPS} steps has {measure} {lazy[key]:.3f} at {lazy['tflops_executed']:.3g} "
+        f"TFLOPs per image as executed, MAR {rows[0][key]:.3f} at {rows[0]['tflops_executed']:.3g}."
     ]
     for name, config in rivals(base).items():
         tasks = [_task(Row("", config, steps)) for steps in range(1, STEPS + 1)]
         own = [row for row in rows if _measured(row) in tasks]
         near = min(own, key=lambda row: abs(row["tflops_executed"] - lazy["tflops_executed"]))
         lines.append(
-            f"Nearest to the cost of LazyMAR is, of {name}, the row with {near['num_iter']} steps: FID "
-            f"{near['fid']:.3f} at {near['tflops_executed']:.3g} TFLOPs."
+            f"Nearest to the cost of LazyMAR is, of {name}, the row with {near['num_iter']} steps: "
+            f"{measure} {near[key]:.3f} at {near['tflops_executed']:.3g} TFLOPs."
         )
     for cost, title in (("tflops_executed", "FLOPs"), ("s_per_image", "seconds")):
         names = "; ".join(row["name"] for row in undominated(rows, cost))
-        lines.append(f"No row has both a lower FID and fewer {title} than: {names}.")
+        lines.append(f"No row has both a lower {measure} and fewer {title} than: {names}.")
     return "\n\n".join(lines) + "\n"
 
 
 def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) -> None:
-    """Plot FID over operations and over seconds."""
+    """Plot quality over operations and over seconds."""
+    key, measure = quality_of(rows)
     found = {_measured(row): row for row in rows}
     named = {"MAR": rows[0], "LazyMAR": default_row(rows, base)}
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
@@ -62,9 +70,9 @@ def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) ->
         panels[title] = {}
         for name, line in series.items():
             measured = [found[_task(row)] for row in line]
-            panels[title][name] = [(row[cost], row["fid"]) for row in measured]
-        marks[title] = {name: (row[cost], row["fid"]) for name, row in named.items()}
-    save_cost_plot(path, "Quality over cost", "FID", panels, marks)
+            panels[title][name] = [(row[cost], row[key]) for row in measured]
+        marks[title] = {name: (row[cost], row[key]) for name, row in named.items()}
+    save_cost_plot(path, "Quality over cost", measure, panels, marks)
 
 
 def _task(row: Row) -> str:

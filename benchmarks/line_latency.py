@@ -22,6 +22,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from benchmarks.common import Parser, batch_sizes, clock_of, origin, read_rate, write_result
 from benchmarks.line_work import LIBRARY, GPTWork, JanusWork, Variant, Work
@@ -76,7 +77,7 @@ def measure(
     if work.device.type == "cuda":
         turns = [b for b in variants for _ in range(1 + repeats)]
     memory, last = PeakMemory(work.device), ""
-    for b in turns:
+    for b in tqdm(turns, desc=f"batch {batch}", unit="turn", disable=None):
         if fast and b != last:
             work.renew(fast)
             last = b

@@ -65,10 +65,14 @@ def path_kl(weights: Tensor, epsilons: Tensor, others: Tensor) -> Tensor:
     return 0.5 * weights * ((epsilons - others).double() ** 2).sum(-1)
 
 
+def patches(latents: Tensor, size: int = PATCH) -> Tensor:
+    """All size x size windows of latents (N, C, H, W), as (N, windows, C * size^2)."""
+    return unfold(latents, size).transpose(1, 2)
+
+
 def patch_gaussian(latents: Tensor, size: int = PATCH) -> Gaussian:
-    """Gaussian of all size x size windows (C * size^2 dimensions) of latents (N, C, H, W)."""
-    windows = unfold(latents.double(), size)  # (N, C * size^2, windows)
-    windows = windows.transpose(1, 2).flatten(0, 1).cpu()
+    """Gaussian of the windows of all latents (N, C, H, W)."""
+    windows = patches(latents.double(), size).flatten(0, 1).cpu()
     return Gaussian(windows.mean(0).numpy(), windows.T.cov().numpy())
 
 
@@ -157,12 +161,13 @@ def paired_fid(
     reference: Gaussian,
     resamples: int = 1000,
     seed: int = 0,
+    rows_per_image: int = 1,
 ) -> FidDifference:
     """FID of `features` minus that of `base`, with a percentile bootstrap interval.
 
     base, features (N, d): row i of both is of the same label and seed, so images are resampled
-    together: what both sets owe to their seeds cancels. The reference is taken as exact.
-    Raises ValueError for sets of other sizes.
+    together: what both sets owe to their seeds cancels. An image has `rows_per_image` rows, one after
+    the other. The reference is taken as exact. Raises ValueError for sets of other sizes.
     """
     if base.shape != features.shape or len(base) < 2:
         raise ValueError(
@@ -179,13 +184,13 @@ def paired_fid(
         sigma = ((x * counts[:, None]).T @ x - total * np.outer(mu, mu)) / (total - 1)
         return _frechet(mu, sigma, centered, root)
 
-    count = len(base)
-    first, second = (fid_of(x, np.ones(count)) for x in sets)
+    count = len(base) // rows_per_image
+    first, second = (fid_of(x, np.ones(len(base))) for x in sets)
     random = np.random.default_rng(seed)
     differences = []
     for _ in range(resamples):
         counts = np.bincount(random.integers(count, size=count), minlength=count).astype(np.float64)
-        ours, theirs = (fid_of(x, counts) for x in sets)
+        ours, theirs = (fid_of(x, counts.repeat(rows_per_image)) for x in sets)
         differences.append(theirs - ours)
     low, high = np.quantile(differences, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
     return FidDifference(first, second, second - first, low, high)

@@ -69,6 +69,11 @@ def test_rows_become_runs_and_tables_and_are_not_made_again(ablate, tmp_path):
         assert (mar["psnr"], mar["speedup"], mar["lazy_mar"]) == (None, 1.0, None)
         assert all(5 < row["psnr"] < 140 and row["fid"] > 0 for row in others)
         assert all(row["identical"] == 0 and row["s_per_image"] > 0 for row in others)
+        assert mar["patch_difference"] is None
+        for row in others:
+            difference, low, high = row["patch_difference"]
+            assert difference == pytest.approx(row["patch_frechet"] - mar["patch_frechet"])
+            assert low < high
         assert all(row["tflops_executed"] < mar["tflops_executed"] for row in others)
         assert written["about"]["num_images"] == NUM_IMAGES
         text = path.with_suffix(".md").read_text()
@@ -178,6 +183,20 @@ def test_a_row_with_a_shorter_head_costs_less_and_has_its_own_run(one_thread):
     assert ablation.tflops(short, executed=True) < 0.7 * ablation.tflops(plain, executed=True)
     assert ablation.host_of(plain).sampling == ablation.host_of(Row("", None)).sampling
     assert ablation.folder(short) != ablation.folder(plain)
+
+
+def test_patch_distances_rank_where_they_are_known():
+    head = BASE.with_caches(["head"])
+    rows = [
+        result("MAR", 0.10, 9.0),
+        result("LazyMAR", 0.12, 4.5, BASE),
+        result("head", 1, 8, head),
+    ]
+    assert len(frontier.undominated(rows, "s_per_image")) == 2
+    distances = zip(rows, (0.3, 0.2, 0.4), strict=True)
+    measured = [{**row, "patch_frechet": distance} for row, distance in distances]
+    assert frontier.undominated(measured, "s_per_image") == [measured[1]]
+    assert "has patch FD 0.200 at" in frontier.conclusion(measured, BASE)
 
 
 def test_the_conclusion_compares_at_equal_cost_and_names_the_undominated():

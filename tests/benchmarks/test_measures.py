@@ -150,6 +150,20 @@ def test_common_seeds_make_the_interval_narrow():
         measures.paired_fid(a, other[1:], reference)
 
 
+def test_rows_of_one_image_are_resampled_together():
+    random = np.random.default_rng(3)
+    reference = Gaussian(np.zeros(2), np.eye(2))
+    a, b = random.normal(size=(2, 500, 2))
+    single, four = (
+        measures.paired_fid(a.repeat(n, 0), b.repeat(n, 0), reference, 200, rows_per_image=n)
+        for n in (1, 4)
+    )
+    assert four.difference == pytest.approx(single.difference, rel=0.1, abs=1e-4)
+    assert four.high - four.low == pytest.approx(single.high - single.low, rel=0.1)
+    alone = measures.paired_fid(a.repeat(4, 0), b.repeat(4, 0), reference, 200)
+    assert alone.high - alone.low < 0.7 * (single.high - single.low)  # half, were rows independent
+
+
 def test_the_interval_covers_a_difference_of_zero_about_as_often_as_it_says():
     reference = Gaussian(np.zeros(2), np.eye(2))
     covered = 0

@@ -1,0 +1,61 @@
+"""Patch Frechet distance of runs on the shapes data set: a few hundred images tell settings apart."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.measures import FidDifference, paired_fid, patch_gaussian, patches
+from util.data.datasets import to_unit_range
+from util.evaluation.image_source import image_batches, open_source
+from util.shapes import HELD_OUT_START, pictures
+
+PICTURES = 3000  # held out, of the reference
+RESAMPLES = 200
+BATCH = 100
+Json = dict[str, Any]
+
+
+class PatchDistance:
+    """Compares 3x3 windows of the latents of a run's images with those of held-out pictures.
+
+    Images are encoded without the tokenizer's noise. Its latents are a linear function of the pixels.
+    """
+
+    def __init__(self, tokenizer: Any, scale: float) -> None:
+        """scale: factor from the tokenizer's latents to the model's."""
+        self.tokenizer, self.scale = tokenizer, scale
+        starts = range(HELD_OUT_START, HELD_OUT_START + PICTURES, BATCH)
+        self.reference = patch_gaussian(
+            torch.cat([self.encode(pictures(i, BATCH)) for i in starts])
+        )
+        self.known: dict[Path, Tensor] = {}
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 => latents (B, C, h, w)."""
+        device = next(self.tokenizer.parameters()).device
+        return (self.tokenizer.encode(to_unit_range(images.to(device))).mode() * self.scale).cpu()
+
+    def latents(self, run: Json) -> Tensor:
+        """Of all images of a run, (N, C, h, w)."""
+        source = open_source(run["path"] / "images", run["num_images"])
+        return torch.cat([self.encode(images) for _, images in image_batches(source, BATCH)])
+
+    def compare(self, base: Json, run: Json) -> FidDifference:
+        """Distances of two runs of the same seeds; the bootstrap resamples whole images."""
+        if base["path"] not in self.known:
+            self.known = {base["path"]: self.latents(base)}
+        first, second = (
+            patches(latents).double().numpy()
+            for latents in (self.known[base["path"]], self.latents(run))
+        )
+        size = first.shape[-1]
+        return paired_fid(
+            first.reshape(-1, size),
+            second.reshape(-1, size),
+            self.reference,
+            RESAMPLES,
+            rows_per_image=first.shape[1],
+        )
