@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs all GPU measurements that the documents announce. One H100-class card takes 25 minutes, a stage less
+# Runs all GPU measurements that the documents announce. One H100-class card takes half an hour, a stage less
 # than 8. A stage whose result file exists is skipped, so the same command continues.
 #
 #     benchmarks/gpu.sh                      all stages
@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 DEVICE=${DEVICE:-cuda}
 PYTHON=${PYTHON:-python}
 LIMIT=${LIMIT:-470}
-STAGES="latency_base latency_large latency_huge waterfall_1 waterfall_64 line line_largest training"
+STAGES="latency_base latency_large latency_huge waterfall_1 waterfall_64 line line_largest line_janus training"
 
 if [ "$DEVICE" = cpu ]; then
     RESULTS=${RESULTS:-output_dir/gpu_script_on_cpu}
@@ -25,6 +25,7 @@ if [ "$DEVICE" = cpu ]; then
     waterfall_64="waterfall --model mar_tiny --batch 2 $few"
     line="line_latency --model gpt_tiny --lines 8 --batches 1,2 --budgets 1,1/2 --repeats 1"
     line_largest="line_latency --model gpt_tiny --lines 8 --batches 2 --repeats 1 --budgets 1,1/2"
+    line_janus="line_latency --model janus_pro_1b --batches 1 --sizes_only"
     training="training --model mar_tiny --batch 2 --warmup 0 --repeats 1 --rows eager,ours,checkpointing"
 else
     RESULTS=${RESULTS:-benchmarks/results}
@@ -35,6 +36,7 @@ else
     waterfall_64="waterfall --model mar_huge --batch 64 --warmup 2 --repeats 1"
     line="line_latency --model gpt_xl --batches 1,16,64,256 --repeats 2"
     line_largest="line_latency --model gpt_xl --batches 256 --repeats 1 --no_compile --max_batch"
+    line_janus="line_latency --model janus_pro_1b --batches 1,64,128 --budgets dynamic,static,1/6 --repeats 1"
     training="training --model mar_large --batch 64"
 fi
 
