@@ -5,7 +5,8 @@
 
 * condition: share of a line's attention on the class or prompt tokens. LineAR expects it to stay high.
 * older: share on lines older than the last three. LineAR expects it to be small.
-* coverage: share of a line's attention on the tokens of the budget, if these are the ones that the previous
+* coverage: of a line's attention on tokens that may be evicted (not the condition, the anchors or the
+  recent lines), the share on as many as the budget keeps of them, if these are the ones that the previous
   line attended to most. best: the same for the best possible choice of as many tokens.
 
 A model is gpt_tiny, or the folder of a Janus model saved by transformers, with its processor. Shares are
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.common import Parser, origin, write_result
 from benchmarks.line_common import HOST, Run, load_tiny
+from engine import cli
 from models.line_cache import KVCache, KVLayer, LineARConfig, LinePlan
 from util.device import pick_device
 from util.errors import UserError, run_main
@@ -137,23 +139,21 @@ def janus_locality(
     config: LineARConfig, folder: Path, prompts: list[str], seed: int, device: torch.device
 ) -> Shares:
     """A Janus of transformers, fed with what it sampled from the prompts."""
-    from transformers import AutoProcessor, JanusForConditionalGeneration
+    # first, because it says how to get transformers
+    loaded = cli.named("janus_tiny", resume=str(folder)).host().load(device)
 
     from models.gpt_images import GPTSampling
     from models.janus import JanusGenerator, image_grid, sample_tokens
-    from models.janus_original import ABSENT
     from models.transformers_cache import LineARCache, LineARLayer, line_ar_attention
-    from models.transformers_models import Decoder, from_folder
+    from models.transformers_models import Decoder
 
     class Watched(LineARLayer):
         def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
             super().lazy_initialization(key_states, value_states)
             self.kv = WatchedLayer(shares)
 
-    model: Any = from_folder(JanusForConditionalGeneration, folder, ABSENT)
-    model = model.to(device)
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-    generator = JanusGenerator(model, processor, GPTSampling(5.0), 0)
+    model: Any = loaded.model
+    generator = JanusGenerator(model, loaded.tokenizer, GPTSampling(5.0), 0)
     seeds = [image_seed(seed, i) for i in range(len(prompts))]
     inputs, _ = generator.prepare(prompts, seeds)
     ids, mask, grid = inputs["input_ids"], inputs["attention_mask"], image_grid(model)

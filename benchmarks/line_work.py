@@ -49,6 +49,10 @@ class Work(ABC):
         config = LineARConfig(method="none") if isinstance(variant, str) else variant
         return config.plan(self.grid, self.condition)
 
+    def slots(self, variant: Variant) -> int:
+        """Slots for one sequence, as they are allocated."""
+        return self.plan(variant).slots
+
     def read_bytes(self, variant: Variant, rows: int) -> int:
         """Weights once per step, and every slot attended to, over all steps of an image."""
         plan, tokens = self.plan(variant), self.grid[0] * self.grid[1]
@@ -61,7 +65,7 @@ class Work(ABC):
 
     def sizes(self, variant: Variant, rows: int) -> dict[str, Any]:
         """Columns of a table that follow from shapes."""
-        slots = self.plan(variant).slots
+        slots = self.slots(variant)
         held, workspace = self.cache_bytes(variant, rows)
         return {
             "slots": slots,
@@ -139,12 +143,17 @@ class JanusWork(Work):
         parts = (model.model.language_model.layers, model.model.generation_head)
         self.weight_bytes = sum(p.nbytes for part in parts for p in part.parameters())
 
+    def slots(self, variant: Variant) -> int:
+        plan, tokens = self.plan(variant), self.condition + self.grid[0] * self.grid[1]
+        if isinstance(variant, str):  # the last token is never fed, but a StaticCache has its slot
+            return tokens - (variant == DYNAMIC)
+        return self.condition + plan.budget + plan.line
+
     def cache_bytes(self, variant: Variant, rows: int) -> tuple[int, int]:
         from models.transformers_cache import LineARCache, LineARLayer
 
-        tokens = self.condition + self.grid[0] * self.grid[1]
-        if isinstance(variant, str):  # the last token is never fed, but a StaticCache has its slot
-            return rows * (tokens - (variant == DYNAMIC)) * self.slot_bytes, 0
+        if isinstance(variant, str):
+            return rows * self.slots(variant) * self.slot_bytes, 0
         cache = LineARCache(variant, self.grid)
         shape = (rows, self.heads, self.condition, self.head_dim)
         prompt = torch.empty(shape, dtype=self.dtype, device="meta")

@@ -56,12 +56,14 @@ class JanusHost(TextToImageHost):
     def open(self, folder: Path) -> tuple[Any, Any]:
         from transformers import AutoProcessor, JanusForConditionalGeneration
 
+        from models.janus import special_tokens
         from models.janus_original import ABSENT, is_original, open_original
         from models.transformers_models import from_folder
 
         if is_original(folder):
             return open_original(folder)
         model = from_folder(JanusForConditionalGeneration, folder, ABSENT)
+        special_tokens(model)
         return model, AutoProcessor.from_pretrained(folder)
 
     def grid(self, model: Any) -> tuple[int, int]:

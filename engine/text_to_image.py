@@ -43,7 +43,7 @@ class TextToImageHost(GPTHost):
         try:
             files = hub_weights(folder)
             model, processor = self.open(folder)
-        except (OSError, ValueError, RuntimeError, KeyError, AttributeError, UserError) as error:
+        except Exception as error:  # transformers raises errors of many kinds for damaged files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"--resume {self.resume} cannot be loaded as --model {self.model} ({reason}): give the "
@@ -62,7 +62,13 @@ class TextToImageHost(GPTHost):
         if folder.is_dir():
             return folder
         if self.resume.count("/") == 1 and not folder.parent.exists():
-            return hub_folder(self.resume)
+            folder = hub_folder(self.resume)
+            if not list(folder.glob("*.safetensors")):
+                raise UserError(
+                    f"{self.resume} has no safetensors on the Hugging Face Hub, and pickles are not "
+                    f"fetched: {self.remedy}, or download it by hand and give --resume its folder"
+                )
+            return folder
         raise UserError(
             f"there is no folder {self.resume}: {self.remedy}, or give --resume a folder or a name on "
             "the Hugging Face Hub"

@@ -25,7 +25,27 @@ def image_grid(model: JanusForConditionalGeneration) -> tuple[int, int]:
     """Lines of an image, and tokens of a line."""
     vision: Any = model.config.vision_config
     side = math.isqrt(vision.num_image_tokens)
+    if side**2 != vision.num_image_tokens:
+        raise ValueError(f"an image has {vision.num_image_tokens} tokens, which make no square")
     return side, side
+
+
+def special_tokens(model: JanusForConditionalGeneration) -> list[int]:
+    """Begin of the text, begin of the image, padding.
+
+    ValueError if generation_config.json does not give them, or not as tokens of the model.
+    """
+    config: Any = model.generation_config
+    text: Any = model.config.text_config
+    further = getattr(config, "generation_kwargs", None)
+    image = further.get("boi_token_id") if isinstance(further, dict) else None
+    found = [config.bos_token_id, image, config.pad_token_id]
+    if not all(isinstance(token, int) and 0 <= token < text.vocab_size for token in found):
+        raise ValueError(
+            "generation_config.json needs bos_token_id, generation_kwargs.boi_token_id and pad_token_id "
+            f"below {text.vocab_size}, not {found}"
+        )
+    return found
 
 
 def unconditional(model: JanusForConditionalGeneration, input_ids: Tensor) -> Tensor:
@@ -33,11 +53,9 @@ def unconditional(model: JanusForConditionalGeneration, input_ids: Tensor) -> Te
 
     The new padding is attended to, as in the library; that of the prompt is not.
     """
-    config: Any = model.generation_config
-    kept = (input_ids == config.bos_token_id) | (
-        input_ids == config.generation_kwargs["boi_token_id"]
-    )
-    return input_ids.masked_fill(~kept, config.pad_token_id)
+    begin, image, padding = special_tokens(model)
+    kept = (input_ids == begin) | (input_ids == image)
+    return input_ids.masked_fill(~kept, padding)
 
 
 @torch.no_grad()
@@ -64,6 +82,8 @@ def sample_tokens(
     the same draws the codes are those of the library's `generate`.
     """
     check_settings(cfg, temperature, top_k, top_p)
+    if line_ar is not None and cache is not None:
+        raise ValueError("line_ar makes a cache of its own: give either line_ar or cache")
     grid = image_grid(model) if grid is None else grid
     sampler = TokenSampler(
         len(input_ids), math.prod(grid), temperature, top_k, top_p, greedy, seeds, input_ids.device
@@ -109,13 +129,13 @@ class JanusGenerator:
     ) -> tuple[dict[str, Tensor], Sequence[int]]:
         """The prompts as tokens, with the processor's chat template if it has one.
 
-        UserError for a prompt that leaves the model no room for an image, or that asks for an input image.
+        UserError for a prompt that leaves the model no room for an image, or that holds special tokens.
         """
         texts = list(prompts)
-        if image := next((text for text in texts if self.processor.image_token in text), None):
-            raise UserError(
-                f"prompts are text alone: remove {self.processor.image_token} from {image[:60]!r}"
-            )
+        special = [self.processor.image_token, *self.processor.tokenizer.all_special_tokens]
+        for text in texts:
+            if found := next((token for token in special if token in text), None):
+                raise UserError(f"prompts are text alone: remove {found} from {text[:60]!r}")
         if self.processor.chat_template is not None:
             texts = [
                 self.processor.apply_chat_template(

@@ -130,7 +130,7 @@ class LineARCache(Cache):
     end-of-line token included. condition: tokens in front of the image; None: the prompt. Padding on
     the left is never attended to, nor does it change what is kept. layer: a subclass that observes.
 
-    Raises ValueError if the budget does not fit the grid.
+    Raises ValueError for a wrong grid or condition, or if the budget does not fit the grid.
     """
 
     def __init__(
@@ -141,6 +141,12 @@ class LineARCache(Cache):
         layer: type[LineARLayer] = LineARLayer,
     ) -> None:
         config = LineARConfig.from_argument(config)
+        if len(grid) != 2 or not all(isinstance(n, int) and n > 0 for n in grid):
+            raise ValueError(
+                f"grid is {grid!r}; it must be two whole numbers, lines and their tokens"
+            )
+        if condition is not None and condition < 0:
+            raise ValueError(f"condition is {condition}; it must be a number of tokens, or None")
         config.plan(grid)
         # called for each layer of the model; the library declares a class, and only calls it
         make_layer = partial(layer, config, grid, condition)

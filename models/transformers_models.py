@@ -72,11 +72,16 @@ def from_folder(kind: type[Model], folder: Path, absent: tuple[str, ...] = ()) -
 
 
 def check_kind(kind: type[PreTrainedModel], folder: Path) -> None:
-    """ValueError if the folder is of another kind of model, of which the library would only warn."""
-    found = read_json(folder / "config.json", dict, "download it again").get("model_type")
+    """ValueError if the folder is of another kind of model, of which the library would only warn.
+
+    A part whose configuration is missing would get the library's defaults, which have billions of weights.
+    """
+    config = read_json(folder / "config.json", dict, "download it again")
     wanted: Any = kind.config_class
-    if found != wanted.model_type:
+    if (found := config.get("model_type")) != wanted.model_type:
         raise ValueError(f"its model_type is {found!r}, not {wanted.model_type!r}")
+    if lacking := [name for name in wanted.sub_configs if not isinstance(config.get(name), dict)]:
+        raise ValueError(f"its config.json has no {lacking[0]}")
 
 
 def _load(

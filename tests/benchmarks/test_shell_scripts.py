@@ -79,3 +79,6 @@ def test_the_tables_of_text_to_image_are_made_once(script, monkeypatch):
         assert importlib.import_module(words[1]).parse()
     again, _ = script("line_text.sh")
     assert [words[1] for words in again] == ["benchmarks.line_prompts"]  # it resumes by itself
+    monkeypatch.setenv("JANUS", str(ROOT / "pretrained_models" / "other"))
+    other, _ = script("line_text.sh")
+    assert [words[1] for words in other] == ["benchmarks.line_locality", "benchmarks.line_prompts"]

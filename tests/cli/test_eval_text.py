@@ -1,5 +1,6 @@
 """eval.py draws prompts with Janus and Lumina-mGPT: run folder, resuming, scores, refusals."""
 
+import json
 import shutil
 import sys
 from functools import partial
@@ -195,6 +196,52 @@ def test_what_does_not_fit_is_refused_in_one_sentence(draw, janus, tmp_path, wor
         draw(*words.split(), "--no_score")
     assert sentence.replace("HERE", str(tmp_path)) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("model.safetensors", b"", "cannot be loaded"),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "cannot be loaded"),
+        ("config.json", {"text_config": None}, "its config.json has no text_config"),
+        ("config.json", {"text_config": {"hidden_size": "wide"}}, "cannot be loaded"),
+        ("config.json", {"text_config": {"num_attention_heads": 0}}, "cannot be loaded"),
+        ("generation_config.json", None, "needs bos_token_id, generation_kwargs.boi_token_id and"),
+        ("generation_config.json", b"[]", "cannot be loaded"),
+        (
+            "generation_config.json",
+            {"generation_kwargs": {"boi_token_id": 99999}},
+            "below 32, not [1, 99999, 0]",
+        ),
+        ("tokenizer_config.json", None, "cannot be loaded"),
+    ],
+)
+def test_a_damaged_folder_is_refused_before_anything_is_drawn(
+    draw, janus, tmp_path, name, content, sentence
+):
+    folder = tmp_path / "damaged"
+    shutil.copytree(janus, folder)
+    path = folder / name
+    if content is None:
+        path.unlink()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        found = json.loads(path.read_text())
+        for key, value in content.items():
+            found[key] = {**found[key], **value} if isinstance(value, dict) else value
+        path.write_text(json.dumps(found))
+    with pytest.raises(UserError) as error:
+        draw("janus_tiny", "--resume", folder, "--no_score")
+    assert sentence in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_model_without_safetensors_is_refused(draw, monkeypatch, tmp_path):
+    monkeypatch.setattr(text_to_image, "hub_folder", lambda name: tmp_path)
+    with pytest.raises(UserError, match=r"some/janus has no safetensors on the Hugging Face Hub"):
+        draw("janus_pro_1b", "--resume", "some/janus", "--no_score")
 
 
 def test_without_transformers_the_extra_is_named(draw, monkeypatch):

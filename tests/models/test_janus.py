@@ -151,5 +151,6 @@ def test_prompts_become_pictures_whatever_their_batch(template):
     codes = sample_tokens(model, **inputs, seeds=seeds, line_ar=sampling.line_ar)
     pixels = model.decode_image_tokens(codes).movedim(-1, 1)  # 16 pixels: stride 2
     torch.testing.assert_close(images, pixels)
-    with pytest.raises(UserError, match="prompts are text alone: remove <image_placeholder> from"):
-        generator.prepare(["a disc", "a <image_placeholder> disc"], [1, 2])
+    for token in ("<image_placeholder>", generator.processor.tokenizer.bos_token):
+        with pytest.raises(UserError, match=f"prompts are text alone: remove {token} from"):
+            generator.prepare(["a disc", f"a {token} disc"], [1, 2])

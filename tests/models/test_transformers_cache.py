@@ -207,6 +207,14 @@ def test_a_budget_that_does_not_fit_is_refused_before_anything_is_drawn():
         LineARCache(LineARConfig(2, anchors=8, recent=1), GRID)
 
 
+@pytest.mark.parametrize("grid", [(0, 6), (8.0, 6), (8, 6, 2)])
+def test_a_grid_is_two_whole_numbers(grid):
+    with pytest.raises(ValueError, match="it must be two whole numbers"):
+        LineARCache(LineARConfig(), grid)
+    with pytest.raises(ValueError, match="condition is -3"):
+        LineARCache(LineARConfig(), (8, 6), condition=-3)
+
+
 def test_a_prompt_longer_than_the_condition_is_refused():
     model, message = tiny_janus(), "7 tokens, more than the condition of 4"
     with line_ar_attention(model), pytest.raises(ValueError, match=message):

@@ -82,6 +82,8 @@ class Prompts:
             texts = [_of_line(path, number, line) for number, line in _lines(text)]
         else:
             texts = [line for _, line in _lines(text)]
+            if texts and _is_object(texts[0]):
+                raise UserError(f"--prompts {path} holds JSON lines: let its name end in .jsonl")
         if not texts:
             raise UserError(f"--prompts {path} holds no prompt: write one per line")
         return cls(tuple(texts), path.name)
@@ -90,6 +92,13 @@ class Prompts:
 def _lines(text: str) -> list[tuple[int, str]]:
     numbered = enumerate(text.split("\n"), start=1)  # splitlines would cut at U+2028, too
     return [(number, line.strip()) for number, line in numbered if line.strip()]
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _of_line(path: Path, number: int, line: str) -> str:

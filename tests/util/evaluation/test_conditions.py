@@ -66,6 +66,7 @@ def one_caption(**kwargs):
         ("empty.txt", "\n \n", "holds no prompt: write one per line"),
         ("lines.jsonl", '{"prompt": "a"}\n{"caption": "b"}', "line 2, is not a JSON object"),
         ("lines.jsonl", "a cat", "line 1, is not a JSON object"),
+        ("lines.txt", '{"prompt": "a"}\n', "holds JSON lines: let its name end in .jsonl"),
         ("captions.json", "[1]", "is not a COCO captions file"),
         ("captions.json", "[" * 100000, "is not a COCO captions file"),
         ("lines.jsonl", "[" * 100000, "line 1, is not a JSON object"),
