@@ -63,18 +63,17 @@ class FastMARConfig:
 
     @classmethod
     def fast(cls) -> "FastMARConfig":
-        """Half the decoding steps, local lazy steps, a shorter head, guidance where it matters: 8.5x."""
+        """24 decoding steps in the order of GtR, a shorter head, guidance where it matters: 8.3x or more."""
         return cls(
-            num_iter=32,
+            num_iter=24,
+            order=OrderConfig("gtr"),
             head=HeadConfig(
                 steps=(30, 10),
                 t_start=DISA_START,
                 guidance_start=GUIDANCE_START,
                 guidance_interval=GUIDANCE_INTERVAL,
             ),
-            lazy=LazyMARConfig(
-                warmup=3, interval=5, lazy_step="local", buffer_refresh=False, head_cache=False
-            ),
+            lazy=LazyMARConfig(buffer_refresh=False, head_cache=False),
         )
 
 

@@ -153,7 +153,7 @@ def test_a_flag_that_is_given_wins_over_the_preset(program):
 
 
 @pytest.mark.parametrize("model", ["mar_base", "mar_tiny"])
-@pytest.mark.parametrize(("preset", "num_iter"), [("balanced", 40), ("fast", 32)])
+@pytest.mark.parametrize(("preset", "num_iter"), [("balanced", 40), ("fast", 24)])
 def test_a_run_of_a_preset_has_its_name_unless_a_flag_overrides_it(model, preset, num_iter):
     def host(**flags):
         return cli.named(model, preset=preset, **flags).host()
