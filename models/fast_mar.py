@@ -63,7 +63,7 @@ class FastMARConfig:
 
     @classmethod
     def fast(cls) -> "FastMARConfig":
-        """24 decoding steps in the order of GtR, a shorter head, guidance where it matters: 8.3x or more."""
+        """24 decoding steps in GtR's order, a shorter head, guidance where it matters: at least 8.3x."""
         return cls(
             num_iter=24,
             order=OrderConfig("gtr"),
