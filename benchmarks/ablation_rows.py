@@ -180,8 +180,8 @@ def beyond_rows() -> list[Row]:
         "second-order head": replace(fast, head=solver),
         "all steps guided": replace(fast, head=no_limit),
         "local lazy steps": replace(fast, lazy=replace(fast.lazy, lazy_step="local")),
-        "random order": replace(fast, order=OrderConfig()),
         "Halton order": replace(fast, order=OrderConfig("halton")),
+        "gtr order": replace(fast, order=OrderConfig("gtr")),
         "no lazy steps": replace(fast, lazy=None),
     }
     presets = [Row.of(name, make()) for name, make in PRESETS.items() if name != "lazymar"]
