@@ -204,7 +204,7 @@ def test_help_is_grouped_and_fits_on_three_screens(program, capsys):
         ("eval", "--diff_tau 2", "--diff_tau is 2.0"),
         ("eval", "--diff_t_start 2000", "--diff_t_start is 2000"),
         ("eval", "--diff_upper_steps 1", "--diff_upper_steps is 1"),
-        ("eval", "--preset fast --diff_upper_steps 8", "more than --diff_upper_steps 8"),
+        ("eval", "--preset fast --diff_upper_steps 7", "more than --diff_upper_steps 7"),
         ("main_mar", "--batch_size 0", "--batch_size is 0"),
         ("main_mar", "--log_freq 0", "--log_freq is 0"),
         ("main_mar", "--lr -1", "--lr is -1.0"),
