@@ -13,7 +13,7 @@ Result = dict[str, Any]  # a measured row
 
 
 def quality_of(rows: list[Result]) -> tuple[str, str]:
-    """Key and name of the measure that tells rows apart best: lower is better."""
+    """Key and name of the measure that is compared: where it is known patch FD, which varies less."""
     if all("patch_frechet" in row for row in rows):
         return "patch_frechet", "patch FD"
     return "fid", "FID"
