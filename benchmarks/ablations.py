@@ -5,10 +5,11 @@
 
 The rows of each group are in benchmarks/ablation_rows.py. Each row is a run of eval.py in its own folder
 below --output_dir, so the same command resumes, and groups share rows. All flags of eval.py are accepted
-except those of LazyMAR, which the rows set. Then every row is timed --repeats times with batches of
---timing_bsz, rows in turns; the fastest counts (CPU seconds if there is one thread). Results:
-RESULTS/ablations_MODEL_GROUP.{json,md} (--results), and a plot for frontier. The last line is one JSON
-document.
+except those of LazyMAR, which the rows set. Runs of the bundled model also get the Frechet distance of
+3x3 windows of latents to held-out pictures, and its difference to MAR's with a 95% interval. Then every
+row is timed --repeats times with batches of --timing_bsz, rows in turns; the fastest counts (CPU seconds
+if there is one thread). Results: RESULTS/ablations_MODEL_GROUP.{json,md} (--results), and a plot for
+frontier. The last line is one JSON document.
 """
 
 import json
@@ -195,13 +196,12 @@ class Ablation:
 
     def measure_patches(self, rows: list[Row]) -> None:
         """Fill self.patches: task -> patch Frechet distance, and its difference to MAR's, the first row."""
-        tokenizer = self.loaded.tokenizer
-        distance = PatchDistance(tokenizer, self.request.host.tokenizer.scale(tokenizer))
-        base = report.load_run(self.folder(rows[0]))
+        base, tokenizer = report.load_run(self.folder(rows[0])), self.loaded.tokenizer
+        distance = PatchDistance(tokenizer, self.request.host.tokenizer.scale(tokenizer), base)
         unique = {row.task: row for row in rows}
         for task, row in tqdm(unique.items(), desc="patches", unit="row", disable=None):
             run = base if task == rows[0].task else report.load_run(self.folder(row))
-            found = distance.compare(base, run) if report.paired(run, base) else None
+            found = distance.compare(run) if report.paired(run, base) else None
             if found:
                 interval = [found.difference, found.low, found.high] if run is not base else None
                 self.patches[task] = {"patch_frechet": found.fid, "patch_difference": interval}

@@ -14,6 +14,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,13 +33,13 @@ from util.files import atomic_path, sha256_of
 from util.report import markdown_table
 
 FEATURES = "features.npz"
-Run = dict[str, object]
+Run = dict[str, Any]
 
 
 def key_of(run: Run, request: ScoreRequest) -> str:
     """Digest of what decides the features: the run's configuration and the extractor's weights."""
     weights = metrics.feature_spec(request.features).find_weights(request.features_path)
-    manifest = json.loads((Path(str(run["path"])) / "manifest.json").read_text())
+    manifest = json.loads((run["path"] / "manifest.json").read_text())
     words = json.dumps([manifest["config"], request.features, sha256_of(weights)])
     return hashlib.sha256(words.encode()).hexdigest()
 
@@ -48,7 +49,7 @@ def features_of(run: Run, request: ScoreRequest, device: str) -> np.ndarray:
 
     UserError if neither they nor the images are.
     """
-    folder, key = Path(str(run["path"])), key_of(run, request)
+    folder, key = run["path"], key_of(run, request)
     path = folder / FEATURES
     if path.exists():
         names, remedy = ("key", "features"), "delete it, it is made again"
@@ -58,7 +59,7 @@ def features_of(run: Run, request: ScoreRequest, device: str) -> np.ndarray:
     if run["images_dir"] is None:
         raise UserError(f"{folder} has no images and no {FEATURES} of them: run eval.py again")
     extractor = metrics.Extractor(request.features, request.features_path, device)
-    source = open_source(folder / "images", int(str(run["num_images"])))
+    source = open_source(folder / "images", run["num_images"])
     layer = extractor.spec.feature_layer
     parts = [extractor(images)[layer].cpu().numpy() for _, images in image_batches(source, 64)]
     features = np.concatenate(parts).astype(np.float32)
@@ -71,7 +72,7 @@ def pools_of(runs: list[Run]) -> list[list[Run]]:
     """Runs of one configuration but for seed and number of images, in the order of their first."""
     pools: list[tuple[object, list[Run]]] = []
     for run in runs:
-        config = json.loads((Path(str(run["path"])) / "manifest.json").read_text())["config"]
+        config = json.loads((run["path"] / "manifest.json").read_text())["config"]
         key = {name: value for name, value in config.items() if name not in ("seed", "num_images")}
         for other, pool in pools:
             if key == other and run.get("seed") not in [member.get("seed") for member in pool]:
@@ -80,6 +81,18 @@ def pools_of(runs: list[Run]) -> list[list[Run]]:
         else:
             pools.append((key, [run]))
     return [pool for _, pool in pools]
+
+
+def accuracy_of(pool: list[Run]) -> float | None:
+    """Share of right images of all runs together, None if one was not judged."""
+    if any(run.get("accuracy") is None for run in pool):
+        return None
+    images = sum(run["num_images"] for run in pool)
+    return float(sum(run["num_images"] * run["accuracy"] for run in pool) / images)
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2%}"
 
 
 def check_paired(run: Run, first: Run) -> None:
@@ -137,21 +150,30 @@ def main() -> None:
     for pool in others:
         found = paired_fid(base, features(pool), reference, args.resamples)
         paths = [str(run["path"]) for run in pool]
-        rows.append({"runs": paths, "method": pool[0]["method"], **asdict(found)})
+        rows.append(
+            {
+                "runs": paths,
+                "method": pool[0]["method"],
+                "accuracy": accuracy_of(pool),
+                **asdict(found),
+            }
+        )
     about = {
         **origin(),
         "base": [str(run["path"]) for run in first],
         "images": len(base),
+        "accuracy": accuracy_of(first),
         "paired": [{key: run.get(key) for key in report.PAIRED} for run in first],
         "cfg": first[0]["cfg"],
         "reference": request.reference,
         "interval": f"95%, {args.resamples} bootstrap samples of the images, runs together",
     }
-    cells = [[first[0]["method"], f"{rows[0]['base']:.4f}", "", ""]]
+    cells = [[first[0]["method"], f"{rows[0]['base']:.4f}", "", "", percent(accuracy_of(first))]]
     for row in rows:
         interval = f"{row['low']:+.4f} .. {row['high']:+.4f}"
-        cells.append([row["method"], f"{row['fid']:.4f}", f"{row['difference']:+.4f}", interval])
-    text = markdown_table(("", "FID", "difference", "95% interval"), cells)
+        measured = [f"{row['fid']:.4f}", f"{row['difference']:+.4f}", interval]
+        cells.append([row["method"], *measured, percent(row["accuracy"])])
+    text = markdown_table(("", "FID", "difference", "95% interval", "accuracy"), cells)
     write_result(args.output, {"about": about, "rows": rows}, text)
 
 

@@ -1,6 +1,5 @@
 """Patch Frechet distance of runs on the shapes data set: texture and seams, beside the FID."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +22,14 @@ class PatchDistance:
     Images are encoded without the tokenizer's noise. Its latents are a linear function of the pixels.
     """
 
-    def __init__(self, tokenizer: Any, scale: float) -> None:
-        """scale: factor from the tokenizer's latents to the model's."""
+    def __init__(self, tokenizer: Any, scale: float, base: Json) -> None:
+        """scale: factor from the tokenizer's latents to the model's. base: the run to compare with."""
         self.tokenizer, self.scale = tokenizer, scale
         starts = range(HELD_OUT_START, HELD_OUT_START + PICTURES, BATCH)
         self.reference = patch_gaussian(
             torch.cat([self.encode(pictures(i, BATCH)) for i in starts])
         )
-        self.known: dict[Path, Tensor] = {}
+        self.base = self.windows(base)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -38,24 +37,14 @@ class PatchDistance:
         device = next(self.tokenizer.parameters()).device
         return (self.tokenizer.encode(to_unit_range(images.to(device))).mode() * self.scale).cpu()
 
-    def latents(self, run: Json) -> Tensor:
-        """Of all images of a run, (N, C, h, w)."""
+    def windows(self, run: Json) -> Tensor:
+        """Of all images of a run, (N, windows, d) float64."""
         source = open_source(run["path"] / "images", run["num_images"])
-        return torch.cat([self.encode(images) for _, images in image_batches(source, BATCH)])
+        latents = [self.encode(images) for _, images in image_batches(source, BATCH)]
+        return patches(torch.cat(latents).double())
 
-    def compare(self, base: Json, run: Json) -> FidDifference:
-        """Distances of two runs of the same seeds; the bootstrap resamples whole images."""
-        if base["path"] not in self.known:
-            self.known = {base["path"]: self.latents(base)}
-        first, second = (
-            patches(latents).double().numpy()
-            for latents in (self.known[base["path"]], self.latents(run))
-        )
-        size = first.shape[-1]
-        return paired_fid(
-            first.reshape(-1, size),
-            second.reshape(-1, size),
-            self.reference,
-            RESAMPLES,
-            rows_per_image=first.shape[1],
-        )
+    def compare(self, run: Json) -> FidDifference:
+        """Distances of the base and of a run of its seeds; the bootstrap resamples whole images."""
+        first, second = (x.flatten(0, 1).numpy() for x in (self.base, self.windows(run)))
+        per_image = self.base.shape[1]
+        return paired_fid(first, second, self.reference, RESAMPLES, rows_per_image=per_image)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,21 +67,20 @@ def from_folder(kind: type[Model], folder: Path, absent: tuple[str, ...] = ()) -
 
     ValueError if a tensor is missing or of another shape, or the folder is of another kind of model.
     """
-    check_kind(kind, folder)
+    config, wanted = check_kind(kind, folder), cast(Any, kind.config_class)
+    for part in wanted.sub_configs:  # the library's default for one has billions of weights
+        if not isinstance(config.get(part), dict):
+            raise ValueError(f"its config.json has no {part}")
     return _load(kind, folder, absent, False, use_safetensors=True)
 
 
-def check_kind(kind: type[PreTrainedModel], folder: Path) -> None:
-    """ValueError if the folder is of another kind of model, of which the library would only warn.
-
-    A part whose configuration is missing would get the library's defaults, which have billions of weights.
-    """
+def check_kind(kind: type[PreTrainedModel], folder: Path) -> dict[str, Any]:
+    """Its config.json. ValueError for another kind of model, of which the library would only warn."""
     config = read_json(folder / "config.json", dict, "download it again")
     wanted: Any = kind.config_class
     if (found := config.get("model_type")) != wanted.model_type:
         raise ValueError(f"its model_type is {found!r}, not {wanted.model_type!r}")
-    if lacking := [name for name in wanted.sub_configs if not isinstance(config.get(name), dict)]:
-        raise ValueError(f"its config.json has no {lacking[0]}")
+    return config
 
 
 def _load(

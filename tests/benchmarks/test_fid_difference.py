@@ -109,3 +109,17 @@ def test_runs_that_are_not_paired_are_refused_in_a_sentence(command, runs, tmp_p
     (runs[1] / "features.npz").write_bytes(b"none")
     with pytest.raises(UserError, match="is not a file of features .*: delete it"):
         command(*runs)
+
+
+def test_accuracy_is_that_of_all_runs_together(tmp_path, command):
+    found = {"a": (0.5, 7), "b": (1.0, 8), "c": (0.75, 7), "d": (None, 8)}
+    runs = []
+    for name, (accuracy, seed) in found.items():
+        noise = 0 if name in "ab" else 20
+        run = make_run(tmp_path / name, noise, seed=seed, cfg=3.0 if noise else 2.0)
+        results = json.loads((run / "results.json").read_text())
+        (run / "results.json").write_text(json.dumps(results | {"accuracy": accuracy}))
+        runs.append(run)
+    document = command(*runs)
+    assert document["about"]["accuracy"] == 0.75
+    assert document["rows"][0]["accuracy"] is None
