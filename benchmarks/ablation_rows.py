@@ -180,7 +180,7 @@ def beyond_rows() -> list[Row]:
         "second-order head": replace(fast, head=solver),
         "all steps guided": replace(fast, head=no_limit),
         "local lazy steps": replace(fast, lazy=replace(fast.lazy, lazy_step="local")),
-        "Halton order": replace(fast, order=OrderConfig("halton")),
+        "random order": replace(fast, order=OrderConfig("random")),
         "gtr order": replace(fast, order=OrderConfig("gtr")),
         "no lazy steps": replace(fast, lazy=None),
     }
