@@ -135,6 +135,7 @@ def frontier_series(base: LazyMARConfig, steps_at: StepsAt) -> Series:
         rows = [Row(f"{name}, {n} steps", config, n) for n in steps]
         series[f"{name}, fewer steps"] = rows
     series["MAR, fewer steps"][0] = MAR
+    series["MAR, shorter head"] = [MAR, *shorter_heads()]
     presets = [Row.of(name, make()) for name, make in PRESETS.items() if name != "lazymar"]
     return series | {
         "presets": [Row("LazyMAR", base), *presets],
@@ -153,15 +154,22 @@ def selection_rows(base: LazyMARConfig) -> list[Row]:
     ]
 
 
+def shorter_heads() -> list[Row]:
+    """MAR with fewer denoising steps."""
+    disa = HeadConfig(steps=(50, 5), t_start=DISA_START)
+    return [
+        Row("MAR, head 50 to 5", None, head=disa),
+        Row("MAR, head 30 to 10", None, head=replace(disa, steps=(30, 10))),
+        Row("MAR, head 20", None, head=replace(disa, steps=20)),
+    ]
+
+
 def beyond_rows() -> list[Row]:
     """Each technique of models/fast_mar.py added to MAR or LazyMAR, the presets, and fast changed."""
     lazy, fast = LazyMARConfig(), FastMARConfig.fast()
-    disa = HeadConfig(steps=(50, 5), t_start=DISA_START)
     alone = [
         Row("MAR, 32 steps", None, 32),
-        Row("MAR, head 50 to 5", None, head=disa),
-        Row("MAR, head 30 to 10", None, head=replace(disa, steps=(30, 10))),
-        Row("MAR, head 20", None, head=HeadConfig(steps=20, t_start=DISA_START)),
+        *shorter_heads(),
         Row(
             "MAR, guidance from a quarter on", None, head=HeadConfig(guidance_start=GUIDANCE_START)
         ),

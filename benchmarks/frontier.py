@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablation_rows import STEPS, Row, Series, rivals
-from benchmarks.plots import save_cost_plot
+from benchmarks.plots import Point, save_cost_plot
 from models.lazy_mar import LazyMARConfig
 
 Result = dict[str, Any]  # a measured row
 
 
 def quality_of(rows: list[Result]) -> tuple[str, str]:
-    """Key and name of the measure that is compared: where it is known patch FD, which varies less."""
+    """Key and name of the measure that is compared: patch FD where it is known, it has an interval."""
     if all("patch_frechet" in row for row in rows):
         return "patch_frechet", "patch FD"
     return "fid", "FID"
@@ -50,10 +50,25 @@ def conclusion(rows: list[Result], base: LazyMARConfig) -> str:
             f"Nearest to the cost of LazyMAR is, of {name}, the row with {near['num_iter']} steps: "
             f"{measure} {near[key]:.3f} at {near['tflops_executed']:.3g} TFLOPs."
         )
+    if key == "patch_frechet":
+        return "\n\n".join([*lines, worse_than_mar(rows)]) + "\n"
     for cost, title in (("tflops_executed", "FLOPs"), ("s_per_image", "seconds")):
         names = "; ".join(row["name"] for row in undominated(rows, cost))
         lines.append(f"No row has both a lower {measure} and fewer {title} than: {names}.")
     return "\n\n".join(lines) + "\n"
+
+
+def worse_than_mar(rows: list[Result]) -> str:
+    """Which rows have a higher patch FD than MAR, the first row, with 95% confidence."""
+    names = [row["name"] for row in rows[1:] if row["patch_difference"][1] > 0]
+    return f"Rows whose 95% interval lies above MAR's patch FD: {'; '.join(names) or 'none'}."
+
+
+def with_interval(row: Result, cost: str, key: str, mar: Result) -> Point:
+    """Cost and quality; for patch FD, the interval of the difference to MAR about MAR's."""
+    interval = row.get("patch_difference") or (0.0, 0.0, 0.0)
+    ends = [mar[key] + end for end in interval[1:]] if key == "patch_frechet" else []
+    return (row[cost], row[key], *ends)
 
 
 def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) -> None:
@@ -61,7 +76,7 @@ def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) ->
     key, measure = quality_of(rows)
     found = {_measured(row): row for row in rows}
     named = {"MAR": rows[0], "LazyMAR": default_row(rows, base)}
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    panels: dict[str, dict[str, list[Point]]] = {}
     marks = {}
     for title, cost in (
         ("TFLOPs per image, executed", "tflops_executed"),
@@ -70,7 +85,7 @@ def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) ->
         panels[title] = {}
         for name, line in series.items():
             measured = [found[_task(row)] for row in line]
-            panels[title][name] = [(row[cost], row[key]) for row in measured]
+            panels[title][name] = [with_interval(row, cost, key, rows[0]) for row in measured]
         marks[title] = {name: (row[cost], row[key]) for name, row in named.items()}
     save_cost_plot(path, "Quality over cost", measure, panels, marks)
 

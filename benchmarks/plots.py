@@ -19,7 +19,7 @@ PURPLE, SKY, GREY, LIGHT = "#CC79A7", "#56B4E9", "#999999", "#EDEDED"
 SERIES_COLOURS = (RED, BLUE, GREEN, PURPLE, ORANGE, SKY, BLACK)
 DPI = 150
 
-Point = tuple[float, float]
+Point = tuple[float, ...]  # x, y; or x, y and the ends of y's interval
 Panels = Mapping[str, Mapping[str, Sequence[Point]]]
 
 
@@ -92,9 +92,10 @@ def save_budget_plot(
 def save_cost_plot(
     path: Path, title: str, y_name: str, panels: Panels, marks: Mapping[str, Mapping[str, Point]]
 ) -> None:
-    """One panel per x axis, each with the same named series of (x, y) > 0, logarithmic, y shared.
+    """One panel per x axis, each with the same named series of points > 0, logarithmic, y shared.
 
-    Points of a series are joined in the order of x. marks: panel -> name -> a point to ring and name.
+    Points of a series are joined in the order of x; intervals are drawn as bars. marks: panel -> name ->
+    a point to ring and name.
     """
     from matplotlib.figure import Figure
 
@@ -103,12 +104,14 @@ def save_cost_plot(
         row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (x_name, series) in zip(row, panels.items(), strict=True):
             for colour, (name, points) in zip(SERIES_COLOURS, series.items(), strict=False):
-                x, y = zip(*sorted(points), strict=True)
+                x, y, *ends = zip(*sorted(points), strict=True)
                 label = name if axes is row[0] else None
                 axes.plot(x, y, marker="o", ms=4, color=colour, label=label)
+                if ends:
+                    axes.vlines(x, *ends, color=colour, lw=0.8, alpha=0.6)
             for name, point in marks[x_name].items():
-                axes.plot(*point, "o", ms=10, mfc="none", mec=BLACK)
-                axes.annotate(name, point, (0, 9), textcoords="offset points", ha="center")
+                axes.plot(*point[:2], "o", ms=10, mfc="none", mec=BLACK)
+                axes.annotate(name, point[:2], (0, 9), textcoords="offset points", ha="center")
             axes.set(xlabel=x_name, xscale="log", yscale="log")
             _plain_ticks(axes.xaxis)
             _plain_ticks(axes.yaxis)

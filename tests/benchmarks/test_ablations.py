@@ -185,18 +185,29 @@ def test_a_row_with_a_shorter_head_costs_less_and_has_its_own_run(one_thread):
     assert ablation.folder(short) != ablation.folder(plain)
 
 
-def test_patch_distances_rank_where_they_are_known():
-    head = BASE.with_caches(["head"])
+def test_patch_distances_are_compared_where_they_are_known():
     rows = [
         result("MAR", 0.10, 9.0),
         result("LazyMAR", 0.12, 4.5, BASE),
-        result("head", 1, 8, head),
+        result("head", 1, 8, BASE.with_caches(["head"])),
     ]
-    assert len(frontier.undominated(rows, "s_per_image")) == 2
-    distances = zip(rows, (0.3, 0.2, 0.4), strict=True)
-    measured = [{**row, "patch_frechet": distance} for row, distance in distances]
-    assert frontier.undominated(measured, "s_per_image") == [measured[1]]
-    assert "has patch FD 0.200 at" in frontier.conclusion(measured, BASE)
+    intervals = (None, (-0.1, -0.3, 0.1), (0.1, 0.05, 0.2))
+    measured = [
+        {**row, "patch_frechet": distance, "patch_difference": interval}
+        for row, distance, interval in zip(rows, (0.3, 0.2, 0.4), intervals, strict=True)
+    ]
+    text = frontier.conclusion(measured, BASE)
+    assert "has patch FD 0.200 at" in text
+    assert text.endswith("Rows whose 95% interval lies above MAR's patch FD: head.\n")
+    points = [
+        frontier.with_interval(row, "s_per_image", "patch_frechet", measured[0]) for row in measured
+    ]
+    assert points == [
+        (9, 0.3, 0.3, 0.3),
+        (4.5, 0.2, pytest.approx(0.0), 0.4),
+        (8, 0.4, 0.35, 0.5),
+    ]
+    assert frontier.with_interval(rows[1], "s_per_image", "fid", rows[0]) == (4.5, 0.12)
 
 
 def test_the_conclusion_compares_at_equal_cost_and_names_the_undominated():
