@@ -4,7 +4,8 @@
 
 Runs are folders of eval.py; the others are compared with the first. Runs that differ only by --seed and
 --num_images are one set of images. Runs of equal seeds vary together, so the difference varies less than
-each FID: the bootstrap (95%) resamples images of both runs together.
+each FID: the bootstrap (95%) resamples images of both runs together, within each class if it has 10
+images or more.
 Features are kept in RUN/features.npz; after that, the images may be deleted. The last line is one JSON
 document.
 """
@@ -25,6 +26,7 @@ from util import metrics, report
 from util.data.npz import read_arrays
 from util.device import set_threads
 from util.errors import UserError, run_main
+from util.evaluation.conditions import ClassLabels
 from util.evaluation.image_source import image_batches, open_source
 from util.evaluation.request import ScoreRequest
 from util.evaluation.statistics import load_stats
@@ -91,6 +93,14 @@ def accuracy_of(pool: list[Run]) -> float | None:
     return float(sum(run["num_images"] * run["accuracy"] for run in pool) / images)
 
 
+def labels_of(pool: list[Run]) -> np.ndarray | None:
+    """Class of each image, None where images have prompts."""
+    if pool[0].get("class_num") is None:
+        return None
+    labels = [ClassLabels(run["class_num"]).of(range(n := run["num_images"]), n) for run in pool]
+    return np.concatenate(labels)
+
+
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.2%}"
 
@@ -148,7 +158,7 @@ def main() -> None:
     base = features(first)
     rows = []
     for pool in others:
-        found = paired_fid(base, features(pool), reference, args.resamples)
+        found = paired_fid(base, features(pool), reference, args.resamples, labels=labels_of(first))
         paths = [str(run["path"]) for run in pool]
         rows.append(
             {
@@ -166,7 +176,7 @@ def main() -> None:
         "paired": [{key: run.get(key) for key in report.PAIRED} for run in first],
         "cfg": first[0]["cfg"],
         "reference": request.reference,
-        "interval": f"95%, {args.resamples} bootstrap samples of the images, runs together",
+        "interval": f"95%, {args.resamples} bootstrap samples of each class's images, runs together",
     }
     cells = [[first[0]["method"], f"{rows[0]['base']:.4f}", "", "", percent(accuracy_of(first))]]
     for row in rows:

@@ -25,6 +25,7 @@ from util.evaluation.sums import Gaussian
 
 PATCH = 3  # tokens on a side of a window
 LEVEL = 0.95  # of intervals
+LEAST_PER_CLASS = 10  # fewer images of a class say too little about how much they vary
 
 
 def relative_error(z: Tensor, exact: Tensor) -> Tensor:
@@ -162,12 +163,15 @@ def paired_fid(
     resamples: int = 1000,
     seed: int = 0,
     rows_per_image: int = 1,
+    labels: np.ndarray | None = None,
 ) -> FidDifference:
     """FID of `features` minus that of `base`, with a percentile bootstrap interval.
 
     base, features (N, d): row i of both is of the same label and seed, so images are resampled
     together: what both sets owe to their seeds cancels. An image has `rows_per_image` rows, one after
-    the other. The reference is taken as exact. Raises ValueError for sets of other sizes.
+    the other. labels: class of each image, where a run fixes how many images a class has; images are
+    resampled within their class then, if each has LEAST_PER_CLASS or more. The reference is taken as
+    exact. Raises ValueError for sets of other sizes.
     """
     if base.shape != features.shape or len(base) < 2:
         raise ValueError(
@@ -187,13 +191,25 @@ def paired_fid(
     count = len(base) // rows_per_image
     first, second = (fid_of(x, np.ones(len(base))) for x in sets)
     random = np.random.default_rng(seed)
-    differences = []
+    strata, differences = _strata(count, labels), []
     for _ in range(resamples):
-        counts = np.bincount(random.integers(count, size=count), minlength=count).astype(np.float64)
+        drawn = np.concatenate(
+            [images[random.integers(len(images), size=len(images))] for images in strata]
+        )
+        counts = np.bincount(drawn, minlength=count).astype(np.float64)
         ours, theirs = (fid_of(x, counts.repeat(rows_per_image)) for x in sets)
         differences.append(theirs - ours)
     low, high = np.quantile(differences, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
     return FidDifference(first, second, second - first, low, high)
+
+
+def _strata(count: int, labels: np.ndarray | None) -> list[np.ndarray]:
+    """Indices of the images that are resampled together: those of a class, or all."""
+    if labels is not None:
+        classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+        if min(map(len, classes)) >= LEAST_PER_CLASS:
+            return classes
+    return [np.arange(count)]
 
 
 @dataclass(frozen=True)

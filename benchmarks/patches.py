@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.fid_difference import labels_of
 from benchmarks.measures import FidDifference, paired_fid, patch_gaussian, patches
 from util.data.datasets import to_unit_range
 from util.evaluation.image_source import image_batches, open_source
@@ -29,7 +30,7 @@ class PatchDistance:
         self.reference = patch_gaussian(
             torch.cat([self.encode(pictures(i, BATCH)) for i in starts])
         )
-        self.base = self.windows(base)
+        self.base, self.labels = self.windows(base), labels_of([base])
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -47,4 +48,11 @@ class PatchDistance:
         """Distances of the base and of a run of its seeds; the bootstrap resamples whole images."""
         first, second = (x.flatten(0, 1).numpy() for x in (self.base, self.windows(run)))
         per_image = self.base.shape[1]
-        return paired_fid(first, second, self.reference, RESAMPLES, rows_per_image=per_image)
+        return paired_fid(
+            first,
+            second,
+            self.reference,
+            RESAMPLES,
+            rows_per_image=per_image,
+            labels=self.labels,
+        )

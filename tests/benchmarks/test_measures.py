@@ -175,6 +175,37 @@ def test_the_interval_covers_a_difference_of_zero_about_as_often_as_it_says():
     assert covered > 51  # 57 expected; 51 or fewer have probability 0.003
 
 
+def test_where_runs_fix_the_labels_only_what_varies_within_a_class_is_uncertain():
+    labels = np.arange(200) // 20
+    means = 20 * np.random.default_rng(0).normal(size=(10, 2))
+    means -= means.mean(0)
+    reference = Gaussian(np.zeros(2), means.T @ means / 10 + 2 * np.eye(2))
+    shift = np.array([1.0, 0.0])
+    exact = (shift**2).sum()
+    covered, widths = 0, []
+    for seed in range(60):
+        random = np.random.default_rng(seed)
+        common, a, b = random.normal(size=(3, 200, 2))
+        sets = (means[labels] + common + a, means[labels] + shift + common + b)
+        within, over = (
+            measures.paired_fid(*sets, reference, 80, seed, labels=given)
+            for given in (labels, None)
+        )
+        covered += within.low <= exact <= within.high
+        widths.append((within.high - within.low) / (over.high - over.low))
+    assert covered > 51  # 57 expected
+    assert np.mean(widths) < 0.5
+
+
+def test_classes_of_few_images_are_resampled_as_one():
+    random = np.random.default_rng(4)
+    reference = Gaussian(np.zeros(2), np.eye(2))
+    a, b = random.normal(size=(2, 90, 2))
+    assert measures.paired_fid(
+        a, b, reference, 30, labels=np.arange(90) // 9
+    ) == measures.paired_fid(a, b, reference, 30)
+
+
 def test_a_ratio_of_proportional_values_is_exact():
     base = torch.tensor([1.0, 2.0, 4.0])
     found = measures.Estimate.ratio(3 * base, base)
