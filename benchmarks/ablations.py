@@ -212,7 +212,7 @@ class Ablation:
         runs = [report.load_run(self.folder(row)) for row in rows]
         found = []
         for row, run in zip(rows, runs, strict=True):
-            pair = run is not runs[0] and report.paired(run, runs[0])
+            pair = run is not runs[0] and report.same_pictures(run, runs[0])
             seconds = self.seconds[row.task]
             found.append(
                 {

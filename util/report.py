@@ -90,6 +90,11 @@ def paired(run: Json, first: Json) -> bool:
     return same and None not in (run["images_dir"], first["images_dir"])
 
 
+def same_pictures(run: Json, first: Json) -> bool:
+    """Whether image i of both runs shows the same picture: paired, and decoded in the same order."""
+    return paired(run, first) and run.get("order") == first.get("order")
+
+
 def image_pairs(run: Json, first: Json) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(image, image of the first) of two paired runs, uint8 (H, W, 3)."""
     for index in range(int(run["num_images"])):
@@ -164,7 +169,7 @@ def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     label: the method, and those settings in which the runs differ.
     """
     first = runs[0]
-    pairs = [run is not first and paired(run, first) for run in runs]
+    pairs = [run is not first and same_pictures(run, first) for run in runs]
     lpips = make_lpips() if any(pairs) else None
     reported = [key for key in REPORTED_KEYS if any(run.get(key) != first.get(key) for run in runs)]
     found = []

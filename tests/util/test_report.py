@@ -67,10 +67,16 @@ def test_identical_images_are_reported_and_not_in_the_mean(tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 2}, {"weights": "other"}, {"seed_mode": "rank"}, {"images_dir": None}],
+    [
+        {"seed": 2},
+        {"weights": "other"},
+        {"seed_mode": "rank"},
+        {"images_dir": None},
+        {"order": {"kind": "halton"}},
+    ],
     ids=lambda change: next(iter(change)),
 )
-def test_runs_of_other_seeds_or_weights_or_without_images_have_no_psnr(tmp_path, change):
+def test_runs_of_other_seeds_weights_or_orders_or_without_images_have_no_psnr(tmp_path, change):
     plain = make_run(tmp_path / "a", False, 2.0, 100)
     other = make_run(tmp_path / "b", True, 0.5, 110, **change)
     text = table_of(plain, other)
