@@ -140,7 +140,7 @@ def frontier_series(base: LazyMARConfig, steps_at: StepsAt) -> Series:
     return series | {
         "presets": [Row("LazyMAR", base), *presets],
         "LazyMAR, fewer steps": lazy_rows(base),
-        "head interval": changed(base, *CHANGED["head_interval"]),
+        "head interval": changed(base, "head_interval", (1, 3, 14)),
     }
 
 
