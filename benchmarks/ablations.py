@@ -125,9 +125,18 @@ class Ablation:
         return Path(settings.output_dir) / self.host_of(row).run_name(settings.num_images)
 
     def run(self, rows: list[Row], rendezvous: dist.Rendezvous) -> float:
-        """Make what is missing of all rows; each task once. Returns the seconds of a dry run."""
+        """Make what is missing of all rows; each task once. Returns the seconds of a dry run.
+
+        UserError, before anything is made, for a row that the model cannot sample.
+        """
         request, seconds = self.request, 0.0
-        for row in {row.task: row for row in rows}.values():
+        unique = {row.task: row for row in rows}.values()
+        for row in unique:
+            try:
+                self.tflops(row, executed=True)
+            except ValueError as error:
+                raise UserError(f"the row {row.name!r} cannot be sampled: {error}") from error
+        for row in unique:
             if rendezvous.world.is_main:
                 print(f"-- {row.name}: {self.folder(row)}", flush=True)
             results = evaluate(

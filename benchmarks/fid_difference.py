@@ -4,7 +4,7 @@
 
 Runs are folders of eval.py; the others are compared with the first. Runs that differ only by --seed and
 --num_images are one set of images. Runs of equal seeds vary together, so the difference varies less than
-each FID: the bootstrap (95%) resamples images of both runs together, within each class if it has 10
+each FID: the bootstrap (95%) resamples images of both runs together, and within classes if each has 10
 images or more.
 Features are kept in RUN/features.npz; after that, the images may be deleted. The last line is one JSON
 document.
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Parser, origin, write_result
-from benchmarks.measures import paired_fid
+from benchmarks.measures import paired_fid, strata
 from engine import cli
 from util import metrics, report
 from util.data.npz import read_arrays
@@ -57,7 +57,10 @@ def features_of(run: Run, request: ScoreRequest, device: str) -> np.ndarray:
         names, remedy = ("key", "features"), "delete it, it is made again"
         found = read_arrays(path, names, "file of features", remedy)
         if str(found["key"]) == key:
-            return found["features"]
+            features = found["features"]
+            if len(features) != run["num_images"] or not np.isfinite(features).all():
+                raise UserError(f"{path} is damaged: {remedy}")
+            return features
     if run["images_dir"] is None:
         raise UserError(f"{folder} has no images and no {FEATURES} of them: run eval.py again")
     extractor = metrics.Extractor(request.features, request.features_path, device)
@@ -155,10 +158,11 @@ def main() -> None:
     def features(pool: list[Run]) -> np.ndarray:
         return np.concatenate([features_of(run, request, args.device) for run in pool])
 
-    base = features(first)
+    base, labels = features(first), labels_of(first)
+    groups = len(strata(len(base), labels))
     rows = []
     for pool in others:
-        found = paired_fid(base, features(pool), reference, args.resamples, labels=labels_of(first))
+        found = paired_fid(base, features(pool), reference, args.resamples, labels=labels)
         paths = [str(run["path"]) for run in pool]
         rows.append(
             {
@@ -176,7 +180,8 @@ def main() -> None:
         "paired": [{key: run.get(key) for key in report.PAIRED} for run in first],
         "cfg": first[0]["cfg"],
         "reference": request.reference,
-        "interval": f"95%, {args.resamples} bootstrap samples of each class's images, runs together",
+        "interval": f"95%, {args.resamples} bootstrap samples, runs together",
+        "resampled within": f"{groups} classes" if groups > 1 else "all images",
     }
     cells = [[first[0]["method"], f"{rows[0]['base']:.4f}", "", "", percent(accuracy_of(first))]]
     for row in rows:

@@ -191,10 +191,10 @@ def paired_fid(
     count = len(base) // rows_per_image
     first, second = (fid_of(x, np.ones(len(base))) for x in sets)
     random = np.random.default_rng(seed)
-    strata, differences = _strata(count, labels), []
+    groups, differences = strata(count, labels), []
     for _ in range(resamples):
         drawn = np.concatenate(
-            [images[random.integers(len(images), size=len(images))] for images in strata]
+            [images[random.integers(len(images), size=len(images))] for images in groups]
         )
         counts = np.bincount(drawn, minlength=count).astype(np.float64)
         ours, theirs = (fid_of(x, counts.repeat(rows_per_image)) for x in sets)
@@ -203,7 +203,7 @@ def paired_fid(
     return FidDifference(first, second, second - first, low, high)
 
 
-def _strata(count: int, labels: np.ndarray | None) -> list[np.ndarray]:
+def strata(count: int, labels: np.ndarray | None) -> list[np.ndarray]:
     """Indices of the images that are resampled together: those of a class, or all."""
     if labels is not None:
         classes = [np.flatnonzero(labels == label) for label in np.unique(labels)]

@@ -38,9 +38,10 @@ class MultistepSolver:
         # Step i leads from i to i - 1; step 0 to x_0 itself, where s = 0 and h is infinite.
         h = np.append(np.inf, -np.diff(np.log(signal / noise)))
         next_signal, next_noise = np.append(1.0, signal[:-1]), np.append(0.0, noise[:-1])
-        self.keep = next_noise / noise * np.exp(-(tau**2) * h) if tau else next_noise / noise
+        noisy = tau**2 > 0  # where it is 0, 0 * h is NaN at the last step
+        self.keep = next_noise / noise * (np.exp(-(tau**2) * h) if noisy else 1.0)
         self.gain = next_signal * (1.0 - np.exp(-(1.0 + tau**2) * h))
-        self.std = next_noise * np.sqrt(1.0 - np.exp(-2.0 * tau**2 * h)) if tau else 0.0 * noise
+        self.std = next_noise * np.sqrt(1.0 - np.exp(-2.0 * tau**2 * h)) if noisy else 0.0 * noise
         self.extrapolation = np.zeros(self.num_timesteps)
         if order == 2:  # h / (2 h_before)
             self.extrapolation[1:-1] = h[1:-1] / (2.0 * h[2:])

@@ -180,7 +180,7 @@ class Decoding:
         if weights is None:
             out.copy_(found)
         else:
-            torch.matmul(weights, found, out=out)
+            torch.matmul(weights, found.to(out.dtype), out=out)
 
     def _denoise(self, n: int, rows: int, steps: int) -> None:
         """z (rows, D) and noise (n, N+1, c) -> sampled (n, c)."""

@@ -9,6 +9,8 @@ everything and fills the caches, a *lazy* step reads them.
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 from models.plan import DecodingPlan
@@ -130,9 +132,12 @@ class LazyMARConfig:
             if not isinstance(value, int) or value < smallest:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number from {smallest}")
         object.__setattr__(self, "keep", tuple((float(p), float(r)) for p, r in self.keep))
+        if not all(isinstance(block, Integral) for block in self.head_skip):
+            raise ValueError(f"head_skip is {self.head_skip}; give the numbers of head blocks")
         object.__setattr__(self, "head_skip", tuple(sorted({int(b) for b in self.head_skip})))
         progress = [p for p, _ in self.keep]
-        if not progress or progress[0] != 0 or progress != sorted(set(progress)):
+        ascending = all(earlier < later for earlier, later in pairwise(progress))
+        if not progress or progress[0] != 0 or not ascending:
             raise ValueError(f"keep has progress {progress}; it must ascend from 0")
         if not all(0 < ratio <= 1 for _, ratio in self.keep):
             raise ValueError(f"keep has ratios {[r for _, r in self.keep]}; each must be in (0, 1]")

@@ -70,6 +70,11 @@ class _Flag:
     field: "dataclasses.Field[Any]"
     type: type
 
+    @property
+    def to_change(self) -> str:
+        """As a user gives it to change the default: --no_NAME for a switch that is on."""
+        return f"--{'no_' if self.field.default is True else ''}{self.name}"
+
     def check(self, value: Any) -> None:
         """UserError for a number out of range, and for NaN and infinity."""
         least, most = self.field.metadata["least"], self.field.metadata["most"]
@@ -156,15 +161,14 @@ class Flags:
             return self.build(config, defaults, prefix)
         for flag in flags_of(config, prefix):
             if flag.name in self.given:
-                raise UserError(f"--{flag.name} belongs to {title}: add --{switch}")
+                raise UserError(f"{flag.to_change} belongs to {title}: add --{switch}")
         return None
 
     def refuse(self, configs: Iterable[type], reason: str) -> None:
         """UserError for a given flag of one of these configs."""
         for flag in (flag for config in configs for flag in flags_of(config)):
             if flag.name in self.given:
-                no = "no_" if flag.field.default is True else ""
-                raise UserError(f"--{no}{flag.name} {reason}: remove it")
+                raise UserError(f"{flag.to_change} {reason}: remove it")
 
     def take(self, *names: str) -> list[Any]:
         """Values of a command's own flags, None where not given; they are no part of any config."""

@@ -111,6 +111,16 @@ def test_turns_and_timed_batches_are_at_least_one():
             ablations.parse(["--model", "mar_tiny", flag, "0"])
 
 
+def test_a_row_that_the_model_cannot_sample_is_refused_before_the_first_image(
+    ablate, monkeypatch, tmp_path
+):
+    rows = [*SHORT["caches"], Row("long head", None, 2, head=HeadConfig(steps=500))]
+    monkeypatch.setattr(ablations, "groups", lambda base, steps_at: {"caches": rows})
+    with pytest.raises(UserError, match="the row 'long head' cannot be sampled: 500 denoising"):
+        ablate("--group", "caches")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_writes_nothing(ablate, tmp_path):
     document, _ = ablate("--group", "caches", "--dry_run")
     assert (document["rows"], list(tmp_path.iterdir())) == (3, [])

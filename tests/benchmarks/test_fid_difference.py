@@ -111,6 +111,18 @@ def test_runs_that_are_not_paired_are_refused_in_a_sentence(command, runs, tmp_p
         command(*runs)
 
 
+@pytest.mark.parametrize("damage", ["rows are missing", "NaN"])
+def test_damaged_features_are_refused_in_a_sentence(command, runs, damage):
+    command(*runs)
+    path = runs[1] / "features.npz"
+    with np.load(path) as file:
+        key, features = file["key"], file["features"]
+    features[0] = np.nan
+    np.savez(path, key=key, features=features if damage == "NaN" else features[1:])
+    with pytest.raises(UserError, match=r"features.npz is damaged: delete it"):
+        command(*runs)
+
+
 def test_accuracy_is_that_of_all_runs_together(tmp_path, command):
     found = {"a": (0.5, 7), "b": (1.0, 8), "c": (0.75, 7), "d": (None, 8)}
     runs = []

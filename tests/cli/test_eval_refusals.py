@@ -48,7 +48,7 @@ def test_flags_that_make_no_sense_are_refused_before_anything_is_generated(refus
     ("flags", "words"),
     [
         (["--interval", 3], "--interval belongs to LazyMAR"),
-        (["--no_token_cache"], "--token_cache belongs to LazyMAR"),
+        (["--no_token_cache"], "--no_token_cache belongs to LazyMAR"),
         (["--lazy_mar", "--interval", 0], "interval is 0"),
         (["--lazy_mar", "--keep", "0.5:0.1"], "keep has progress"),
         (["--lazy_mar", "--head_warm", 2], "head_warm is 2"),

@@ -127,6 +127,12 @@ def test_first_order_steps_of_tau_1_are_ancestral_ones_with_the_posteriors_varia
     torch.testing.assert_close(solver.sample(small_variance, noise, temperature=0.7), expected)
 
 
+def test_a_tau_whose_square_is_zero_is_zero():
+    tiny, none = (logsnr(8, "2m", tau) for tau in (1e-170, 0.0))
+    for name in ("keep", "gain", "std"):
+        np.testing.assert_array_equal(getattr(tiny, name), getattr(none, name))
+
+
 def test_the_noise_of_a_deterministic_solver_is_its_start_alone():
     noise = torch.from_numpy(np.random.RandomState(3).standard_normal((9, 11, 1)))
     solver = logsnr(10, "2m")

@@ -194,6 +194,17 @@ def test_the_default_changes_nothing():
         )
 
 
+@pytest.mark.parametrize("head", [HeadConfig(), HEADS["annealed"]], ids=["own", "annealed"])
+def test_noise_of_another_precision_gives_the_same_image(head):
+    model = small_mar()
+    noise = noise_of(model, [0, 1])
+    double = ImageNoise(noise.orders, noise.head.double())
+    single, other = (
+        model.sample_tokens(2, 8, 3.0, labels=[1, 2], head=head, noise=n) for n in (noise, double)
+    )
+    assert torch.equal(single, other)
+
+
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 def test_every_setting_changes_the_image_and_works_with_lazymar(head):
     model = small_mar()

@@ -87,6 +87,8 @@ def test_caches_are_as_large_as_what_they_hold():
         ("keep", ((0.5, 1.0),), "ascend from 0"),
         ("keep", ((0.0, 1.0), (0.5, 0.0)), "ratios"),
         ("keep", (), "ascend from 0"),
+        ("keep", ((0.0, 1.0), (math.nan, 0.5)), "ascend from 0"),
+        ("head_skip", (1.5,), "give the numbers of head blocks"),
         ("head_skip", (-1,), "count from 0"),
         ("head_warm", 1.5, "head_warm is 1.5"),
         ("head_interval", 0, "head_interval is 0"),
