@@ -70,7 +70,8 @@ class HeadConfig:
     solver: ancestral (learned variance), ddim, or 2m (second order, wants logsnr).
     tau: noise of ddim and 2m, from 0 (none) to 1 (that of ancestral steps); ancestral does not read it.
     guidance_start: decoding steps before this progress s/T are not guided; transformer and head then
-        compute the conditional branch alone.
+        compute the conditional branch alone. The first step has progress 0: of a single decoding step,
+        nothing is guided.
     guidance_interval: denoising steps at timesteps outside (low, high) are not guided (Kynkaanniemi et
         al. 2024).
     """
