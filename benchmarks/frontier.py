@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablation_rows import STEPS, Row, Series, rivals
-from benchmarks.plots import Point, save_cost_plot
+from benchmarks.plots import Interval, Point, save_cost_plot
+from models.fast_mar import PRESETS
 from models.lazy_mar import LazyMARConfig
 
 Result = dict[str, Any]  # a measured row
@@ -64,30 +65,34 @@ def worse_than_mar(rows: list[Result]) -> str:
     return f"Rows whose 95% interval lies above MAR's patch FD: {'; '.join(names) or 'none'}."
 
 
-def with_interval(row: Result, cost: str, key: str, mar: Result) -> Point:
-    """Cost and quality; for patch FD, the interval of the difference to MAR about MAR's."""
-    interval = row.get("patch_difference") or (0.0, 0.0, 0.0)
-    ends = [mar[key] + end for end in interval[1:]] if key == "patch_frechet" else []
-    return (row[cost], row[key], *ends)
-
-
 def draw(path: Path, series: Series, rows: list[Result], base: LazyMARConfig) -> None:
-    """Plot quality over operations and over seconds."""
-    key, measure = quality_of(rows)
+    """Plot quality over operations and over seconds: FID, or the difference of patch FD to MAR's."""
+    key, y_name = quality_of(rows)
     found = {_measured(row): row for row in rows}
-    named = {"MAR": rows[0], "LazyMAR": default_row(rows, base)}
-    panels: dict[str, dict[str, list[Point]]] = {}
-    marks = {}
+    named = {row["name"]: row for row in rows if row["name"] in PRESETS}
+    named |= {"MAR": rows[0], "LazyMAR": default_row(rows, base)}
+    if key == "patch_frechet":
+        key, y_name = "patch_difference", "patch FD - MAR's, 95%"
+    panels: dict[str, dict[str, list[Point | Interval]]] = {}
+    marks: dict[str, dict[str, Point]] = {}
     for title, cost in (
         ("TFLOPs per image, executed", "tflops_executed"),
         ("s / image", "s_per_image"),
     ):
-        panels[title] = {}
-        for name, line in series.items():
-            measured = [found[_task(row)] for row in line]
-            panels[title][name] = [with_interval(row, cost, key, rows[0]) for row in measured]
-        marks[title] = {name: (row[cost], row[key]) for name, row in named.items()}
-    save_cost_plot(path, "Quality over cost", measure, panels, marks)
+        points = {task: _point(row, cost, key) for task, row in found.items()}
+        panels[title] = {
+            name: [points[_task(row)] for row in line] for name, line in series.items()
+        }
+        marks[title] = {name: points[_measured(row)][:2] for name, row in named.items()}
+    save_cost_plot(path, "Quality over cost", y_name, panels, marks)
+
+
+def _point(row: Result, cost: str, key: str) -> Point | Interval:
+    """Cost and quality, and the interval of a difference, which MAR has none of."""
+    if key == "patch_difference":
+        y, low, high = row[key] or (0.0, 0.0, 0.0)
+        return row[cost], y, low, high
+    return row[cost], row[key]
 
 
 def _task(row: Row) -> str:

@@ -19,8 +19,9 @@ PURPLE, SKY, GREY, LIGHT = "#CC79A7", "#56B4E9", "#999999", "#EDEDED"
 SERIES_COLOURS = (RED, BLUE, GREEN, PURPLE, ORANGE, SKY, BLACK)
 DPI = 150
 
-Point = tuple[float, ...]  # x, y; or x, y and the ends of y's interval
-Panels = Mapping[str, Mapping[str, Sequence[Point]]]
+Point = tuple[float, float]
+Interval = tuple[float, float, float, float]  # a point, and the ends of y's interval
+Panels = Mapping[str, Mapping[str, Sequence[Point | Interval]]]
 
 
 def require_matplotlib() -> None:
@@ -92,10 +93,10 @@ def save_budget_plot(
 def save_cost_plot(
     path: Path, title: str, y_name: str, panels: Panels, marks: Mapping[str, Mapping[str, Point]]
 ) -> None:
-    """One panel per x axis, each with the same named series of points > 0, logarithmic, y shared.
+    """One panel per x axis, each with the same named series of points; x > 0 logarithmic, y shared.
 
-    Points of a series are joined in the order of x; intervals are drawn as bars. marks: panel -> name ->
-    a point to ring and name.
+    Points of a series are joined in the order of x. With intervals, drawn as bars, y is linear and 0 a
+    line; without, y > 0 is logarithmic. marks: panel -> name -> a point to ring and name.
     """
     from matplotlib.figure import Figure
 
@@ -108,13 +109,17 @@ def save_cost_plot(
                 label = name if axes is row[0] else None
                 axes.plot(x, y, marker="o", ms=4, color=colour, label=label)
                 if ends:
-                    axes.vlines(x, *ends, color=colour, lw=0.8, alpha=0.6)
+                    axes.vlines(x, *ends, color=colour, lw=0.8, alpha=0.5)
             for name, point in marks[x_name].items():
-                axes.plot(*point[:2], "o", ms=10, mfc="none", mec=BLACK)
-                axes.annotate(name, point[:2], (0, 9), textcoords="offset points", ha="center")
-            axes.set(xlabel=x_name, xscale="log", yscale="log")
+                axes.plot(*point, "o", ms=10, mfc="none", mec=BLACK)
+                axes.annotate(name, point, (0, 9), textcoords="offset points", ha="center")
+            axes.set(xlabel=x_name, xscale="log")
             _plain_ticks(axes.xaxis)
-            _plain_ticks(axes.yaxis)
+            if ends:
+                axes.axhline(0, color=GREY, lw=1, zorder=0)
+            else:
+                axes.set_yscale("log")
+                _plain_ticks(axes.yaxis)
         row[0].set_ylabel(y_name)
         figure.suptitle(title)
         figure.legend(loc="outside right upper")

@@ -209,15 +209,6 @@ def test_patch_distances_are_compared_where_they_are_known():
     text = frontier.conclusion(measured, BASE)
     assert "has patch FD 0.200 at" in text
     assert text.endswith("Rows whose 95% interval lies above MAR's patch FD: head.\n")
-    points = [
-        frontier.with_interval(row, "s_per_image", "patch_frechet", measured[0]) for row in measured
-    ]
-    assert points == [
-        (9, 0.3, 0.3, 0.3),
-        (4.5, 0.2, pytest.approx(0.0), 0.4),
-        (8, 0.4, 0.35, 0.5),
-    ]
-    assert frontier.with_interval(rows[1], "s_per_image", "fid", rows[0]) == (4.5, 0.12)
 
 
 def test_the_conclusion_compares_at_equal_cost_and_names_the_undominated():
