@@ -371,9 +371,11 @@ def main() -> None:
         ablation.measure_patches(rows)
     ablation.measure_peaks(rows, place.world.size)
     ablation.measure_seconds(rows)
+    # Before the first file is written, which may be part of the repository.
+    about = {name: ablation.about(name) for name in request.groups}
     for name, path in request.paths().items():
         found = ablation.results(name)
-        document: dict[str, Any] = {"about": ablation.about(name), "rows": found}
+        document: dict[str, Any] = {"about": about[name], "rows": found}
         text = table(found)
         if name == "frontier":
             draw(path.with_suffix(".png"), ablation.series(), found, ablation.base)
