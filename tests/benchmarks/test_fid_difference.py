@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import fid_difference
+from benchmarks import fid_difference, measures
 from engine.mar import PRESETS
 from tests.support.runs import write_run
 from util import metrics
@@ -121,6 +121,25 @@ def test_damaged_features_are_refused_in_a_sentence(command, runs, damage):
     np.savez(path, key=key, features=features if damage == "NaN" else features[1:])
     with pytest.raises(UserError, match=r"features.npz is damaged: delete it"):
         command(*runs)
+
+
+def test_classes_of_enough_images_are_resampled_apart(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(measures, "LEAST_PER_CLASS", 3)
+    found = {}
+    for class_num in (1, 4, 6):
+        folders = [tmp_path / f"{class_num} {noise}" for noise in (0, 20)]
+        runs = [make_run(f, n, class_num=class_num) for f, n in zip(folders, (0, 20), strict=True)]
+        document = command(*runs)
+        interval = [document["rows"][0][end] for end in ("low", "high")]
+        found[class_num] = document["about"]["resampled within"], interval
+    assert [found[n][0] for n in found] == ["all images", "4 classes", "all images"]
+    assert found[1][1] == found[6][1] != found[4][1]
+
+
+def test_labels_are_those_of_each_run():
+    runs = [{"class_num": 2, "num_images": count} for count in (4, 2)]
+    assert fid_difference.labels_of(runs).tolist() == [0, 0, 1, 1, 0, 1]
+    assert fid_difference.labels_of([{"prompts": "a.txt", "num_images": 4}]) is None
 
 
 def test_accuracy_is_that_of_all_runs_together(tmp_path, command):

@@ -19,7 +19,9 @@ def test_noise_and_seams_are_further_from_real_pictures(one_thread, tmp_path):
     pictures = [render(FIRST + i) for i in range(COUNT)]
     torn = [np.concatenate([x[:, :32], np.roll(x[:, 32:], 4, axis=0)], axis=1) for x in pictures]
     runs = {
-        name: report.load_run(write_run(tmp_path / name, images, {}, {"method": name}))
+        name: report.load_run(
+            write_run(tmp_path / name, images, {"class_num": 6}, {"method": name})
+        )
         for name, images in (("real", pictures), ("torn", torn))
     }
     host = mar_host(cli.named("mar_tiny").host())
@@ -29,3 +31,6 @@ def test_noise_and_seams_are_further_from_real_pictures(one_thread, tmp_path):
     assert (same.difference, same.low, same.high) == pytest.approx((0, 0, 0))
     assert other.base == same.fid
     assert 0 < other.low < other.difference < other.high
+    distance.labels = None
+    over_classes = distance.compare(runs["torn"])
+    assert (over_classes.low, over_classes.high) != (other.low, other.high)
